@@ -1,0 +1,38 @@
+"""The SGD step and the weight average in one pass over memory. See README.md."""
+
+from rbwa_fused.average import (
+    Algorithm2,
+    Average,
+    Ema,
+    Mean,
+    ema,
+    lookahead,
+    mean,
+    rbwa,
+    rbwa_e,
+    rswa,
+    swa,
+    switch_ema,
+)
+from rbwa_fused.evaluate import averaged_model
+from rbwa_fused.optimizer import RSGDM, FusedSGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RSGDM",
+    "Algorithm2",
+    "Average",
+    "Ema",
+    "FusedSGD",
+    "Mean",
+    "averaged_model",
+    "ema",
+    "lookahead",
+    "mean",
+    "rbwa",
+    "rbwa_e",
+    "rswa",
+    "swa",
+    "switch_ema",
+]

@@ -1,0 +1,304 @@
+"""Averaging policies: which weight a sample gets, when it is taken, whether it is written back.
+
+Pure Python on ints and floats, no tensors. Steps are counted from 1 and only when taken; an epoch
+has ``steps_per_epoch`` of them. ``start = s`` means that the first s steps are not averaged.
+
+Sources: SWA, Izmailov et al. 2018; RSWA, RBWA and RBWA-E, the recurrent (batch) weight averaging
+paper; Lookahead, Zhang et al. 2019; Switch-EMA, Li et al. 2024.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Weight 1/(n+1): the average of all samples so far."""
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Weight 1 - decay: an exponential moving average."""
+
+    decay: float
+
+
+@dataclass(frozen=True)
+class Algorithm2:
+    """Weight 1/(k+1) with the count that Algorithm 2 of the RBWA paper prints, k = (e - c) j.
+
+    e is the epoch counted from 1, c the start epoch, j the batch within the epoch counted from 0.
+    k is 0 at each epoch's first batch, so the average restarts there.
+    """
+
+    steps_per_epoch: int
+    start_epoch: int
+
+
+Weight = Mean | Ema | Algorithm2 | Callable[[int, int], float]
+
+
+def weight_of(weight: Weight, n: int, step: int) -> float:
+    """Weight of the sample taken after ``step`` when ``n`` samples are averaged already.
+
+    The first sample has weight 1, whatever the policy: an average starts as a copy.
+    """
+    if n == 0:
+        return 1.0
+    if isinstance(weight, Mean):
+        return 1.0 / (n + 1)
+    if isinstance(weight, Ema):
+        return 1.0 - weight.decay
+    if isinstance(weight, Algorithm2):
+        epochs, batch = divmod(step - 1, weight.steps_per_epoch)
+        return 1.0 / ((epochs + 1 - weight.start_epoch) * batch + 1)
+    value = float(weight(n, step))
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"Invalid weight(n={n}, step={step}): {value} (expected 0 <= weight <= 1)")
+    return value
+
+
+@dataclass(frozen=True, repr=False)
+class Average:
+    """One averaging policy; frozen, printable, picklable. The functions below name the usual ones.
+
+    Args:
+        weight: :class:`Mean`, :class:`Ema`, :class:`Algorithm2`, or a function
+            ``weight(n, step) -> float`` in [0, 1] of the samples so far (n >= 1) and the step,
+            called on the host. The first sample is always a copy.
+        start (int, steps, >= 0): the first ``start`` steps are not averaged (default: 0).
+        every (int, steps, >= 1): samples are taken after steps start + every, start + 2 every, …
+            (default: 1).
+        write_back_every (int, steps): 0 for never, or a multiple of ``every`` counted from
+            ``start``: the average replaces the live weights; momentum is kept (default: 0).
+        initial (str): ``"first_sample"``, or ``"current"`` to take the weights just before step
+            start + 1 as the first sample (default: ``"first_sample"``).
+        dtype (torch.dtype, optional): of the average; None is the parameter's own for float32 and
+            float64 and float32 for bfloat16 and float16 (default: None).
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value received.
+
+    Example:
+        >>> Average(lambda n, step: 1 - min(0.999, step / (step + 10)), start=100)
+    """
+
+    weight: Weight
+    start: int = 0
+    every: int = 1
+    write_back_every: int = 0
+    initial: Literal["first_sample", "current"] = "first_sample"
+    dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        weight: Weight,
+        *,
+        start: int = 0,
+        every: int = 1,
+        write_back_every: int = 0,
+        initial: Literal["first_sample", "current"] = "first_sample",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not callable(weight) and not isinstance(weight, Mean | Ema | Algorithm2):
+            raise TypeError(f"Invalid weight: {weight!r} (expected a policy's weight or a function)")
+        every = _integer("every", every, least=1)
+        write_back_every = _integer("write_back_every", write_back_every, least=0)
+        if write_back_every % every != 0:
+            raise ValueError(
+                f"Invalid write_back_every: {write_back_every} (expected 0 or a multiple of "
+                f"every={every})"
+            )
+        if initial not in ("first_sample", "current"):
+            raise ValueError(
+                f"Invalid initial: {initial!r} (expected 'first_sample' or 'current')"
+            )
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"Invalid dtype: {dtype!r} (expected a torch.dtype or None)")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"Invalid dtype: {dtype} (expected one of {DTYPES})")
+        values: dict[str, Any] = {
+            "weight": weight,
+            "start": _integer("start", start, least=0),
+            "every": every,
+            "write_back_every": write_back_every,
+            "initial": initial,
+            "dtype": dtype,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def custom(self) -> bool:
+        """Whether the weight is a function of the user's."""
+        return not isinstance(self.weight, Mean | Ema | Algorithm2)
+
+    def __repr__(self) -> str:
+        weight = repr(self.weight)
+        if self.custom:
+            kind = type(self.weight)
+            name = getattr(self.weight, "__qualname__", kind.__qualname__)
+            weight = f"<{getattr(self.weight, '__module__', kind.__module__)}.{name}>"
+        return (
+            f"Average({weight}, start={self.start}, every={self.every}, "
+            f"write_back_every={self.write_back_every}, initial={self.initial!r}, "
+            f"dtype={self.dtype})"
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether a sample is taken after this step."""
+        past = step - self.start
+        return past > 0 and past % self.every == 0
+
+    def written_back(self, step: int) -> bool:
+        """Whether the live weights become the average after this step."""
+        return self.write_back_every > 0 and (step - self.start) % self.write_back_every == 0
+
+    def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the average of a parameter of ``dtype``.
+
+        Raises:
+            ValueError: where the kernels have no such pair. They have the parameter's own dtype,
+                and float32 for bfloat16 and float16.
+        """
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        if self.dtype is None:
+            return torch.float32 if narrow else dtype
+        if self.dtype != dtype and not (narrow and self.dtype == torch.float32):
+            raise ValueError(
+                f"Invalid dtype: {self.dtype} for the average of a {dtype} parameter (expected "
+                f"{dtype}{' or torch.float32' if narrow else ''})"
+            )
+        return self.dtype
+
+    def elided_for(self, dtype: torch.dtype) -> bool:
+        """Whether the average *is* the parameter: sampled and written back at every step, in the
+        parameter's own dtype. It then needs no buffer; see docs/equivalences.md."""
+        return self.every == self.write_back_every == 1 and self.dtype_for(dtype) == dtype
+
+
+def structure(policy: str | None) -> tuple[str | None, ...]:
+    """What must agree between the ``repr`` of a checkpoint's policy and the code's: the kind of
+    weight, when it is written back, ``initial`` and ``dtype``. Numbers may differ."""
+    if policy is None:
+        return (None,)
+    kind = re.match(r"Average\((<.*?>|\w+)", policy)
+    fields = dict(re.findall(r"(\w+)=([^,()]+)", policy))
+    if kind is None or not {"every", "write_back_every", "initial", "dtype"} <= fields.keys():
+        raise ValueError(f"Invalid average in the checkpoint: {policy!r}")
+    written_back = fields["write_back_every"]
+    when = "never" if written_back == "0" else "rarely"
+    if written_back == fields["every"]:
+        when = "at each sample"
+    return kind.group(1), when, fields["initial"], fields["dtype"]
+
+
+def mean(start: int = 0, every: int = 1, write_back_every: int = 0) -> Average:
+    """Running mean of the samples; units are steps."""
+    return Average(Mean(), start=start, every=every, write_back_every=write_back_every)
+
+
+def ema(decay: float = 0.999, start: int = 0, every: int = 1) -> Average:
+    """Exponential moving average kept beside the weights (shadow weights), 0 <= decay < 1.
+
+    For a scheduled decay use ``Average(lambda n, step: 1 - decay(step))``.
+    """
+    return Average(Ema(_fraction("decay", decay)), start=start, every=every)
+
+
+def swa(
+    start: int = 0,
+    every: int = 1,
+    initial: Literal["first_sample", "current"] = "first_sample",
+) -> Average:
+    """Stochastic weight averaging (Izmailov et al.; the RBWA paper's Algorithm 1).
+
+    ``every`` is the cycle length in steps; samples are taken at cycle ends. ``"current"`` takes
+    the weights at ``start`` as the first sample, as Izmailov et al. do.
+    """
+    return Average(Mean(), start=start, every=every, initial=initial)
+
+
+def rswa(steps_per_epoch: int, start_epoch: int = 10) -> Average:
+    """Recurrent SWA: the mean of epoch ends, written back at each."""
+    epoch = _integer("steps_per_epoch", steps_per_epoch, least=1)
+    start = _integer("start_epoch", start_epoch, least=0) * epoch
+    return Average(Mean(), start=start, every=epoch, write_back_every=epoch)
+
+
+def rbwa(
+    steps_per_epoch: int,
+    start_epoch: int = 10,
+    count: Literal["running", "algorithm2"] = "running",
+) -> Average:
+    """Recurrent batch weight averaging: averaged and written back after every batch.
+
+    ``"running"`` is the paper's eq. 1-2, ``"algorithm2"`` the count that its Algorithm 2 prints.
+    """
+    epoch = _integer("steps_per_epoch", steps_per_epoch, least=1)
+    epochs = _integer("start_epoch", start_epoch, least=0)
+    if count not in ("running", "algorithm2"):
+        raise ValueError(f"Invalid count: {count!r} (expected 'running' or 'algorithm2')")
+    weight = Mean() if count == "running" else Algorithm2(epoch, epochs)
+    return Average(weight, start=epochs * epoch, write_back_every=1)
+
+
+def rbwa_e(beta: float = 0.9, *, steps_per_epoch: int, start_epoch: int = 10) -> Average:
+    """RBWA with an exponential moving average (eq. 4-5), 0 <= beta < 1."""
+    epoch = _integer("steps_per_epoch", steps_per_epoch, least=1)
+    start = _integer("start_epoch", start_epoch, least=0) * epoch
+    return Average(Ema(_fraction("beta", beta)), start=start, write_back_every=1)
+
+
+def lookahead(k: int = 5, alpha: float = 0.5) -> Average:
+    """Lookahead: every k steps the slow weights move by 0 < alpha <= 1 and are written back.
+
+    The slow weights start at the initial weights.
+    """
+    k = _integer("k", k, least=1)
+    alpha = _number("alpha", alpha)
+    if not 0.0 < alpha <= 1.0:
+        raise ValueError(f"Invalid alpha: {alpha} (expected 0 < alpha <= 1)")
+    return Average(Ema(1.0 - alpha), every=k, write_back_every=k, initial="current")
+
+
+def switch_ema(decay: float = 0.999, *, steps_per_epoch: int) -> Average:
+    """Switch-EMA: an EMA of every step, written back once an epoch, 0 <= decay < 1."""
+    epoch = _integer("steps_per_epoch", steps_per_epoch, least=1)
+    return Average(Ema(_fraction("decay", decay)), write_back_every=epoch)
+
+
+def _integer(name: str, value: int, *, least: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"Invalid {name}: {value!r} (expected an integer)")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"Invalid {name}: {value!r} (expected an integer)") from None
+    if value < least:
+        raise ValueError(f"Invalid {name}: {value} (expected at least {least})")
+    return value
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"Invalid {name}: {value!r} (expected a number)") from None
+
+
+def _fraction(name: str, value: float) -> float:
+    number = _number(name, value)
+    if not 0.0 <= number < 1.0 or math.isnan(number):
+        raise ValueError(f"Invalid {name}: {value} (expected 0 <= {name} < 1)")
+    return number

@@ -1,0 +1,67 @@
+"""What may be stepped: checks of parameters and gradients, each before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rbwa_fused.average import DTYPES
+from rbwa_fused.flat import Table, same_layout
+
+
+def params(group: dict[str, Any]) -> None:
+    """Raise for parameters that no kernel can step, naming the first."""
+    if len(set(group["params"])) != len(group["params"]):
+        raise ValueError("optimizer contains a parameter group with duplicate parameters")
+    for i, p in enumerate(group["params"]):
+        name = f"parameter {_name(group, i)}"
+        if p.is_meta:
+            raise ValueError(f"{name} is on the meta device; materialize it first")
+        if p.layout != torch.strided:
+            raise TypeError(f"{name} has layout {p.layout} (expected torch.strided)")
+        if p.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {p.dtype} (expected one of {DTYPES})")
+        if hasattr(p, "device_mesh"):
+            raise TypeError(f"{name} is a DTensor, which has no plain memory of its own")
+        spread = zip(p.shape, p.stride(), strict=True)
+        if p.numel() and any(stride == 0 and size > 1 for size, stride in spread):
+            raise ValueError(f"{name} is expanded: several elements share one memory location")
+
+
+def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any]]) -> bool:
+    """Checks a table's gradients in full; copies one of another layout to its parameter's.
+
+    Returns False where a parameter is no longer what its segment was made for.
+
+    Raises:
+        RuntimeError: for a sparse gradient, in torch's words.
+        TypeError, ValueError: for another dtype, or another shape or device.
+    """
+    if not all(table.in_place(i) for i in range(len(grads))):
+        return False
+    for i, g in enumerate(grads):
+        if g is None:
+            continue
+        p, memory = table.params[i], table.memory[i]
+        name = f"the gradient of parameter {_name(groups[table.groups[i]], table.index[i])}"
+        if g.layout != torch.strided:
+            raise RuntimeError(f"rbwa_fused does not support sparse gradients: {name} is one")
+        if g.dtype != p.dtype:
+            raise TypeError(f"{name} has dtype {g.dtype} (expected {p.dtype})")
+        if g.shape != p.shape:
+            raise ValueError(f"{name} has shape {tuple(g.shape)} (expected {tuple(p.shape)})")
+        if g.device != p.device:
+            raise ValueError(f"{name} is on {g.device} (expected {p.device})")
+        if not same_layout(g, memory):
+            grads[i] = torch.empty_strided(
+                memory.shape, memory.stride(), dtype=memory.dtype, device=memory.device
+            ).copy_(g)
+    return True
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    names = group.get("param_names")
+    return f"{index} ({names[index]!r})" if names else str(index)

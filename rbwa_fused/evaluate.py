@@ -1,0 +1,127 @@
+"""Averaged weights for evaluation: put in place and taken back, with BatchNorm if need be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from rbwa_fused.flat import same_layout
+from rbwa_fused.ops import exchange_
+
+if TYPE_CHECKING:
+    from rbwa_fused.optimizer import FusedOptimizer
+
+
+class Exchange:
+    """The weights of an optimizer while their averages are in their place."""
+
+    def __init__(self, opt: FusedOptimizer) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # equal dtypes: parameter, average
+        self.saved: list[tuple[Tensor, Tensor]] = []  # other dtypes: parameter, training weights
+        for p, average in averages(opt):
+            if p.dtype == average.dtype:
+                self.pairs.append((p, average))
+            else:
+                self.saved.append((p, p.detach().clone()))
+        self._swap()
+        for p, _ in self.saved:
+            p.copy_(opt.state[p]["average"])
+
+    def undo(self) -> None:
+        """Brings the training weights back, wherever the parameters are by now."""
+        self._swap()
+        for p, weights in self.saved:
+            p.copy_(weights)
+
+    def averages(self) -> dict[Tensor, Tensor]:
+        """The averages that are live now instead of in their buffers, as copies."""
+        return {p: p.detach().clone() for p, _ in self.pairs}
+
+    def _swap(self) -> None:
+        alike = [pair for pair in self.pairs if pair[0].dtype == pair[1].dtype and same_layout(*pair)]
+        exchange_([p for p, _ in alike], [average for _, average in alike])
+        done = {id(p) for p, _ in alike}
+        for p, average in self.pairs:
+            if id(p) not in done:  # not dense, or converted inside the context
+                kept = p.detach().clone()
+                p.copy_(average)
+                average.copy_(kept)
+        written = [p for p, _ in self.pairs]
+        torch.autograd.graph.increment_version(written)
+
+
+def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter that has an average beside it, with that average."""
+    for state in opt._groups:
+        if state.n_averaged > 0:
+            for p in state.group["params"]:
+                if state.buffered(p):
+                    yield p, opt.state[p]["average"]
+
+
+@contextmanager
+def averaged(opt: FusedOptimizer) -> Iterator[None]:
+    """See FusedOptimizer.averaged."""
+    if opt._evaluating is not None:
+        yield
+        return
+    with torch.no_grad():
+        exchange = Exchange(opt)
+    opt._evaluating = exchange
+    try:
+        yield
+    finally:
+        opt._evaluating = None
+        with torch.no_grad():
+            exchange.undo()
+
+
+def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Tensor]:
+    """See FusedOptimizer.averaged_state_dict."""
+    average = dict(averages(opt)) if opt._evaluating is None else {}
+    result = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            source = average.get(tensor, tensor).detach()
+            tensor = source.to(tensor.dtype, copy=True)
+        result[name] = tensor
+    return result
+
+
+@contextmanager
+def averaged_model(
+    opt: FusedOptimizer,
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | str | None = None,
+) -> Iterator[nn.Module]:
+    """`opt.averaged()` with BatchNorm statistics estimated anew for the averaged weights.
+
+    The statistics of training belong to the training weights. One pass over the loader
+    (torch.optim.swa_utils.update_bn) replaces them inside the context; weights and buffers come
+    back on exit, also after an exception.
+
+    Args:
+        opt: the optimizer that averages the model's parameters.
+        model: the model; yielded again.
+        loader: of inputs, or of lists or tuples that begin with them.
+        device: where the inputs are moved first; None leaves them.
+
+    Example:
+        >>> with rbwa_fused.averaged_model(opt, model, train_loader):
+        ...     evaluate(model)
+    """
+    with opt.averaged(model):
+        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        try:
+            update_bn(loader, model, device=device)
+            yield model
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

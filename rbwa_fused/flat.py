@@ -1,0 +1,277 @@
+"""Flat buffers, and the table of segments by which the kernels find every tensor in them.
+
+A parameter's memory and its state live in flat buffers, one segment each, aligned to 128 bytes.
+Every tensor that a user can see has a storage of its own that aliases its segment, so saving,
+copying or sharing one moves that tensor's bytes and not the whole buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 128  # bytes
+LARGEST_BUFFER = 256 * 2**20  # bytes; a larger tensor gets a buffer of its own
+
+# Columns of the segment table (csrc/ops.cpp has the same list). A stream is a pair: which buffer
+# holds it (-1: none) and the element at which it starts.
+LENGTH, ROW, SHAPE, DIMS, THETA = range(5)
+STREAMS = {
+    "momentum_buffer": THETA + 2,
+    "average": THETA + 4,
+    "difference_buffer": THETA + 6,
+    "previous_gradient": THETA + 8,
+}
+COLUMNS = THETA + 10
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: `flat` from element `offset` on."""
+
+    flat: Tensor
+    offset: int
+
+    @property
+    def address(self) -> int:
+        return self.flat.data_ptr() + self.offset * self.flat.element_size()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a range of memory exactly once, in whatever order."""
+    expected = 1
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    for size, stride in sorted(dims, key=lambda d: (d[1], d[0])):
+        if size != 1:
+            if stride != expected:
+                return tensor.numel() == 0
+            expected *= size
+    return True
+
+
+def strides_like(tensor: Tensor) -> tuple[int, ...]:
+    """The parameter's strides, or contiguous ones where it does not fill its memory."""
+    return tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
+
+
+def same_layout(tensor: Tensor, like: Tensor) -> bool:
+    """Equal shape, and strides that differ at most where a size of 1 makes them meaningless."""
+    return tensor.shape == like.shape and all(
+        a == b or size == 1 or tensor.numel() == 0
+        for a, b, size in zip(tensor.stride(), like.stride(), tensor.shape, strict=True)
+    )
+
+
+def alias(place: Place, like: Tensor) -> Tensor:
+    """A tensor of `like`'s shape at `place`, with a storage of its own."""
+    piece = place.flat[place.offset : place.offset + like.numel()]
+    return torch.from_dlpack(piece).as_strided(like.shape, strides_like(like))
+
+
+def allocate(
+    tensors: Iterable[tuple[int, Tensor]], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Tensor, dict[int, int]]]:
+    """Zeroed flat buffers with a segment for each (key, tensor), filled in order.
+
+    Yields each buffer as soon as it is needed, with the offset of every key in it.
+    """
+    size = torch.empty((), dtype=dtype).element_size()
+    step = ALIGNMENT // size
+    offsets: dict[int, int] = {}
+    end = 0
+
+    def buffer() -> Tensor:
+        flat = torch.zeros(end + step, dtype=dtype, device=device)
+        shift = -flat.data_ptr() % ALIGNMENT // size
+        return flat[shift : shift + end]
+
+    for key, tensor in tensors:
+        length = -(-tensor.numel() // step) * step
+        if offsets and (end + length) * size > LARGEST_BUFFER:
+            yield buffer(), offsets
+            offsets, end = {}, 0
+        offsets[key] = end
+        end += length
+    if offsets:
+        yield buffer(), offsets
+
+
+def turns(params: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
+    """For each parameter, the launch that it may take part in, and whether its memory is its own.
+
+    Parameters that share memory are stepped one after the other, in their order, as torch does:
+    the turn is 0, or one more than the last turn of an earlier parameter that overlaps.
+    """
+    spans = []
+    for i, p in enumerate(params):
+        if p.numel() > 0:
+            reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
+            device = str(p.device)
+            spans.append((device, p.data_ptr(), p.data_ptr() + reach * p.element_size(), i))
+    clusters: list[list[tuple[str, int, int, int]]] = []
+    end = 0
+    for span in sorted(spans):
+        if clusters and clusters[-1][0][0] == span[0] and span[1] < end:
+            clusters[-1].append(span)
+            end = max(end, span[2])
+        else:
+            clusters.append([span])
+            end = span[2]
+    turn = [0] * len(params)
+    alone = [True] * len(params)
+    for cluster in clusters:
+        if len(cluster) == 1:
+            continue
+        in_order = sorted(cluster, key=lambda span: span[3])
+        for at, (_, start, stop, i) in enumerate(in_order):
+            earlier = [turn[j] for _, a, b, j in in_order[:at] if a < stop and start < b]
+            turn[i] = 1 + max(earlier, default=-1)
+            alone[i] = False
+    return turn, alone
+
+
+def may_move(param: Tensor) -> bool:
+    """Whether a parameter fills a storage of its own that nothing else is known to hold."""
+    return (
+        type(param) in (Tensor, torch.nn.Parameter)
+        and param.numel() > 0
+        and is_dense(param)
+        and param.untyped_storage().nbytes() == param.numel() * param.element_size()
+        and not param.is_shared()
+        and not (param.device.type == "cpu" and param.is_pinned())
+    )
+
+
+def move(params: Sequence[Tensor]) -> dict[Tensor, Place]:
+    """Moves parameters into flat buffers, one per device and dtype, and returns where they are.
+
+    Buffers are filled one by one, so memory peaks one buffer above the model.
+    """
+    places: dict[Tensor, Place] = {}
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for i, p in enumerate(params):
+        kinds.setdefault((p.device, p.dtype), []).append((i, p))
+    for (device, dtype), members in kinds.items():
+        for flat, offsets in allocate(members, dtype, device):
+            for i, offset in offsets.items():
+                p = params[i]
+                place = Place(flat, offset)
+                segment = alias(place, p)
+                segment.copy_(p.detach())
+                p.data = segment
+                places[p] = place
+    return places
+
+
+class Table:
+    """The segments of one launch: parameters of one device that share no memory.
+
+    Attributes:
+        params: the parameters, one segment each.
+        memory: what the kernel steps: the parameter, or a dense copy of one that is not dense.
+        groups, index: the param group of each, and its number there.
+        copies: the parameters that are not dense, each with its copy.
+        lacking: segments whose group has momentum, without a momentum buffer so far.
+        first: segments that take their first step with momentum now.
+        buffers: every tensor that a stream lies in.
+    """
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.memory: list[Tensor] = []
+        self.groups: list[int] = []
+        self.index: list[int] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.lacking: list[int] = []
+        self.first: list[int] = []
+        self.buffers: list[Tensor] = []
+        self._columns: list[list[int]] = []
+        self._shapes: list[int] = []
+        self._tensors: tuple[Tensor, Tensor] | None = None
+
+    def add(self, param: Tensor, group: int, index: int, place: Place | None) -> None:
+        """Appends a segment for a parameter, at `place` unless it has been moved since."""
+        at, offset, memory = param.detach(), 0, param
+        if not is_dense(param):
+            at = memory = torch.empty_strided(
+                param.shape, strides_like(param), dtype=param.dtype, device=param.device
+            )
+            self.copies.append((param, memory))
+        elif place is not None and place.address == param.data_ptr():
+            at, offset = place
+        columns = [-1] * COLUMNS
+        columns[LENGTH] = param.numel()
+        columns[ROW] = 0
+        columns[SHAPE], columns[DIMS] = len(self._shapes), param.dim()
+        columns[THETA : THETA + 2] = self._buffer(at), offset
+        self._shapes += [*param.shape, *memory.stride()]
+        self._columns.append(columns)
+        self.params.append(param)
+        self.memory.append(memory)
+        self.groups.append(group)
+        self.index.append(index)
+        self._tensors = None
+
+    def attach(
+        self, stream: str, values: dict[int, Tensor | None], dtypes: dict[int, torch.dtype]
+    ) -> dict[int, Tensor]:
+        """Gives segments a state buffer: zeros, or a copy of the value. Returns its tensors.
+
+        `dtypes` names those that differ from the parameter's.
+        """
+        kinds: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+        for i in values:
+            dtype = dtypes.get(i, self.memory[i].dtype)
+            kinds.setdefault(dtype, []).append((i, self.memory[i]))
+        views: dict[int, Tensor] = {}
+        for dtype, members in kinds.items():
+            for flat, offsets in allocate(members, dtype, members[0][1].device):
+                for i, offset in offsets.items():
+                    column = STREAMS[stream]
+                    self._columns[i][column : column + 2] = self._buffer(flat), offset
+                    views[i] = alias(Place(flat, offset), self.memory[i])
+                    value = values[i]
+                    if value is not None:
+                        views[i].copy_(value)
+        self._tensors = None
+        return views
+
+    def set_row(self, segment: int, row: int) -> None:
+        """Points a segment at a row of the coefficient table."""
+        self._columns[segment][ROW] = row
+        self._tensors = None
+
+    def in_place(self, segment: int) -> bool:
+        """Whether the parameter still is what the segment was made for, and where it was."""
+        param, memory = self.params[segment], self.memory[segment]
+        if memory is not param:
+            return param.shape == memory.shape and param.dtype == memory.dtype
+        columns = self._columns[segment]
+        buffer, offset = self.buffers[columns[THETA]], columns[THETA + 1]
+        shape = self._shapes[columns[SHAPE] :][: 2 * param.dim()]
+        made_for = torch.empty(0, device="meta").as_strided(
+            shape[: len(shape) // 2], shape[len(shape) // 2 :]
+        )
+        return (
+            param.dtype == buffer.dtype
+            and param.device == buffer.device
+            and param.dim() == columns[DIMS]
+            and same_layout(param, made_for)
+            and (param.numel() == 0 or Place(buffer, offset).address == param.data_ptr())
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The tables `segments` (n, COLUMNS) and `shapes` (1-d) of csrc/ops.cpp, int64."""
+        if self._tensors is None:
+            segments = torch.tensor(self._columns, dtype=torch.int64).reshape(-1, COLUMNS)
+            self._tensors = segments, torch.tensor(self._shapes, dtype=torch.int64)
+        return self._tensors
+
+    def _buffer(self, tensor: Tensor) -> int:
+        for index, known in enumerate(self.buffers):
+            if known is tensor:
+                return index
+        self.buffers.append(tensor)
+        return len(self.buffers) - 1

@@ -1,0 +1,270 @@
+"""The update in plain PyTorch, and the papers' algorithms as they are printed.
+
+`update` mirrors csrc/update.h with the same local names; `step_` walks the same tables as the
+kernels and runs wherever torch runs. The functions below them are oracles, one per paper, written
+to be read beside it: they take ``gradient(weights, t) -> Tensor`` for batch t = 1, 2, … and return
+the weights after each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rbwa_fused.flat import LENGTH, ROW, STREAMS, THETA
+
+
+class Row(NamedTuple):
+    """A row of the coefficient table; the names of csrc/update.h."""
+
+    s: float
+    lambda_: float
+    mu: float
+    c: float
+    kappa: float
+    alpha: float
+    gamma: float
+    delta: float
+    eta: float
+    w: float
+    sample: float
+    write_back: float
+
+
+def update(
+    k: Row,
+    theta: Tensor,
+    g: Tensor | None,
+    m: Tensor | None,
+    z: Tensor | None,
+    previous: Tensor | None,
+    a: Tensor | None,
+) -> None:
+    """Lines (1)-(5) in place, on tensors of one shape; None is a stream that the segment lacks.
+
+    Arithmetic is float32, or float64 for float64; each result is rounded once, where it is stored.
+    """
+    wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    x = theta.to(wide)
+    if g is not None:
+        g = k.s * g.to(wide)
+        g = g + k.lambda_ * x if k.lambda_ != 0 else g  # (1)
+        direction = g
+        if m is not None:
+            new_m = k.mu * m.to(wide) + k.c * g  # (2)
+            m.copy_(new_m)
+            direction = k.alpha * g + k.gamma * new_m if k.alpha != 0 else k.gamma * new_m
+        if z is not None and previous is not None:
+            new_z = k.mu * z.to(wide) + k.kappa * (g - previous.to(wide))  # (2), the difference
+            z.copy_(new_z)
+            previous.copy_(g)
+            direction = direction + k.delta * new_z
+        x = x - k.eta * direction  # (3)
+    if a is not None:
+        average = a.to(wide)
+        average = x if k.w == 1 else average + k.w * (x - average)  # (4)
+        a.copy_(average)
+        x = average if k.write_back else x  # (5)
+    theta.copy_(x)
+
+
+def step_(
+    grads: list[Tensor | None],
+    buffers: list[Tensor],
+    segments: Tensor,
+    rows: Tensor,
+) -> None:
+    """The step for every segment of the tables (flat.py); gradients in their parameters' layout.
+
+    Coefficients are rounded to the arithmetic of their segment first, as in the kernels.
+    """
+    for columns, g in zip(segments.tolist(), grads, strict=True):
+        length = columns[LENGTH]
+
+        def stream(column: int, columns: list[int] = columns, length: int = length) -> Tensor:
+            buffer, offset = columns[column : column + 2]
+            return buffers[buffer].as_strided(
+                (length,), (1,), buffers[buffer].storage_offset() + offset
+            )
+
+        theta = stream(THETA)
+        wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
+        k = Row(*rows[columns[ROW]].to(wide).tolist())
+        has = {name: columns[column] != -1 for name, column in STREAMS.items()}
+        momentum = k.mu != 0
+        streams = [
+            stream(STREAMS[name]) if has[name] and touched else None
+            for name, touched in (
+                ("momentum_buffer", momentum),
+                ("difference_buffer", momentum),
+                ("previous_gradient", momentum),
+                ("average", k.sample != 0),
+            )
+        ]
+        if g is not None:
+            g = g.as_strided((length,), (1,))
+        update(k, theta, g, *streams)
+
+
+Gradient = Callable[[Tensor, int], Tensor]
+
+
+def sgd(w: Tensor, gradient: Gradient, lr: float, steps: int) -> list[Tensor]:
+    """Plain SGD, the inner step of every averaging algorithm below."""
+    path = []
+    for t in range(1, steps + 1):
+        w = w - lr * gradient(w, t)
+        path.append(w)
+    return path
+
+
+def sgdm(w: Tensor, gradient: Gradient, lr: float, beta: float, steps: int) -> list[Tensor]:
+    """SGD with momentum as the RSGDM paper writes it."""
+    m = torch.zeros_like(w)
+    path = []
+    for t in range(1, steps + 1):
+        m = beta * m + (1 - beta) * gradient(w, t)
+        w = w - lr * m
+        path.append(w)
+    return path
+
+
+def rsgdm(w: Tensor, gradient: Gradient, lr: float, beta: float, steps: int) -> list[Tensor]:
+    """RSGDM, Algorithm 1 of its paper: momentum plus beta times the average difference."""
+    m = torch.zeros_like(w)
+    z = torch.zeros_like(w)
+    previous = None
+    path = []
+    for t in range(1, steps + 1):
+        g = gradient(w, t)
+        difference = torch.zeros_like(g) if previous is None else g - previous
+        m = beta * m + (1 - beta) * g
+        z = beta * z + (1 - beta) * difference
+        w = w - lr * (m + beta * z)
+        previous = g
+        path.append(w)
+    return path
+
+
+def swa(
+    w: Tensor, gradient: Gradient, lr: float, steps: int, start: int, cycle: int
+) -> tuple[list[Tensor], Tensor]:
+    """SWA: w_swa <- (w_swa n_models + w) / (n_models + 1) at each cycle's end.
+
+    The RBWA paper's Algorithm 1 loops from 0 and so prints another phase; cycle ends are meant.
+    """
+    w_swa = w
+    n_models = 0
+    path = []
+    for t in range(1, steps + 1):
+        w = w - lr * gradient(w, t)
+        if t > start and (t - start) % cycle == 0:
+            w_swa = (w_swa * n_models + w) / (n_models + 1)
+            n_models += 1
+        path.append(w)
+    return path, w_swa
+
+
+def rswa(
+    w: Tensor, gradient: Gradient, lr: float, epochs: int, batches: int, c: int
+) -> list[Tensor]:
+    """RSWA: SWA of epoch ends whose average the training goes on from, after epoch c."""
+    w_rswa = w
+    path = []
+    for n in range(1, epochs + 1):
+        for j in range(batches):
+            w = w - lr * gradient(w, (n - 1) * batches + j + 1)
+            path.append(w)
+        if n > c:
+            k = n - c - 1  # epochs averaged so far
+            w_rswa = (w_rswa * k + w) / (k + 1)
+            w = path[-1] = w_rswa
+    return path
+
+
+def rbwa(
+    w: Tensor, gradient: Gradient, lr: float, epochs: int, batches: int, c: int, count: str
+) -> list[Tensor]:
+    """RBWA, eq. 1-2 (count "running", W_n = (1/n) sum W_i) or Algorithm 2 (count "algorithm2").
+
+    Algorithm 2 prints ``n > c`` and ``(n - c) j`` with n also the number of epochs: n is read as
+    the current epoch counted from 1, j as the batch counted from 0.
+    """
+    average = w
+    samples = 0
+    path = []
+    for n in range(1, epochs + 1):
+        for j in range(batches):
+            w = w - lr * gradient(w, (n - 1) * batches + j + 1)
+            if n > c:
+                k = samples if count == "running" else (n - c) * j
+                average = (average * k + w) / (k + 1)
+                samples += 1
+                w = average
+            path.append(w)
+    return path
+
+
+def rbwa_e(
+    w: Tensor, gradient: Gradient, lr: float, epochs: int, batches: int, c: int, beta: float
+) -> list[Tensor]:
+    """RBWA-E, eq. 4-5: E_1 = W_1, E_n = beta E_(n-1) + (1 - beta) W_n (eq. 5 makes the first
+    sample a copy; line 2 of Algorithm 2 would not)."""
+    e = None
+    path = []
+    for n in range(1, epochs + 1):
+        for j in range(batches):
+            w = w - lr * gradient(w, (n - 1) * batches + j + 1)
+            if n > c:
+                e = w if e is None else beta * e + (1 - beta) * w
+                w = e
+            path.append(w)
+    return path
+
+
+def ema(
+    w: Tensor, gradient: Gradient, lr: float, steps: int, start: int, every: int, decay: float
+) -> tuple[list[Tensor], Tensor]:
+    """An exponential moving average beside the weights; its first sample is a copy."""
+    average = None
+    path = []
+    for t in range(1, steps + 1):
+        w = w - lr * gradient(w, t)
+        if t > start and (t - start) % every == 0:
+            average = w if average is None else decay * average + (1 - decay) * w
+        path.append(w)
+    return path, w if average is None else average
+
+
+def lookahead(
+    w: Tensor, gradient: Gradient, lr: float, steps: int, k: int, alpha: float
+) -> list[Tensor]:
+    """Lookahead (Zhang et al. 2019): phi <- phi + alpha (theta - phi) every k steps."""
+    phi = w
+    path = []
+    for t in range(1, steps + 1):
+        w = w - lr * gradient(w, t)
+        if t % k == 0:
+            phi = phi + alpha * (w - phi)
+            w = phi
+        path.append(w)
+    return path
+
+
+def switch_ema(
+    w: Tensor, gradient: Gradient, lr: float, epochs: int, batches: int, decay: float
+) -> list[Tensor]:
+    """Switch-EMA (Li et al. 2024): the weights become their average at each epoch's end."""
+    average = None
+    path = []
+    for n in range(epochs):
+        for j in range(batches):
+            w = w - lr * gradient(w, n * batches + j + 1)
+            average = w if average is None else decay * average + (1 - decay) * w
+            path.append(w)
+        assert average is not None
+        w = path[-1] = average
+    return path

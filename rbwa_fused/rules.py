@@ -1,0 +1,128 @@
+"""Hyperparameters to coefficient rows: every rule is a choice of numbers for lines (1)-(3).
+
+    (1)  g <- s g + lambda theta
+    (2)  m <- mu m + c g              z <- mu z + kappa (g - previous gradient)
+    (3)  x <- theta - eta (alpha g + gamma m + delta z)
+
+A row is these numbers in the order of ``struct Row`` in csrc/step.h, in float64; a kernel rounds
+them to its arithmetic.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+ROW = struct.Struct("12d")
+
+Group = dict[str, Any]
+
+
+class Coefficients(NamedTuple):
+    """The rule's part of a row. mu = 0 means that no buffer is touched."""
+
+    mu: float
+    c: float
+    kappa: float
+    alpha: float
+    gamma: float
+    delta: float
+
+
+PLAIN = Coefficients(mu=0.0, c=0.0, kappa=0.0, alpha=1.0, gamma=0.0, delta=0.0)
+
+
+def sgd(group: Group, first: bool) -> Coefficients:
+    """torch.optim.SGD: ``first`` is the step at which a parameter gets its momentum buffer."""
+    mu = float(group["momentum"])
+    if mu == 0.0:
+        return PLAIN
+    if group["nesterov"]:
+        return Coefficients(mu, c=1.0, kappa=0.0, alpha=1.0, gamma=mu, delta=0.0)
+    c = 1.0 if first else 1.0 - float(group["dampening"])
+    return Coefficients(mu, c, kappa=0.0, alpha=0.0, gamma=1.0, delta=0.0)
+
+
+def sgdm(group: Group, first: bool) -> Coefficients:
+    """SGD with momentum as the RSGDM paper writes it: m <- beta m + (1 - beta) g, m_0 = 0."""
+    beta = float(group["momentum"])
+    if beta == 0.0:
+        return PLAIN
+    return Coefficients(beta, 1.0 - beta, kappa=0.0, alpha=0.0, gamma=1.0, delta=0.0)
+
+
+def rsgdm_implicit(group: Group, first: bool) -> Coefficients:
+    """RSGDM in one buffer: u_1 = 0, u <- beta u + (1 - beta) g, step (1 - beta) g + beta u."""
+    beta = float(group["momentum"])
+    if beta == 0.0:
+        return PLAIN
+    c = 0.0 if first else 1.0 - beta
+    return Coefficients(beta, c, kappa=0.0, alpha=1.0 - beta, gamma=beta, delta=0.0)
+
+
+def rsgdm_explicit(group: Group, first: bool) -> Coefficients:
+    """RSGDM as printed: m, the difference's average z, the previous gradient; step m + beta z."""
+    beta = float(group["momentum"])
+    if beta == 0.0:
+        return PLAIN
+    kappa = 0.0 if first else 1.0 - beta
+    return Coefficients(beta, 1.0 - beta, kappa, alpha=0.0, gamma=1.0, delta=beta)
+
+
+Rule = Callable[[Group, bool], Coefficients]
+
+
+def row(
+    rule: Coefficients,
+    *,
+    lr: float,
+    weight_decay: float,
+    sign: float,
+    scale: float,
+    w: float,
+    sample: bool,
+    write_back: bool,
+) -> tuple[float, ...]:
+    """One row of the coefficient table, in the order of ``struct Row``.
+
+    ``sign`` is -1 to maximize, ``scale`` the loss scale under AMP and 1 else; ``sample`` says that
+    the average takes this step's weights with weight ``w``, ``write_back`` that they become it.
+    """
+    mu, c, kappa, alpha, gamma, delta = rule
+    s = sign / scale
+    return (s, weight_decay, mu, c, kappa, alpha, gamma, delta, lr, w, sample, write_back)
+
+
+def check(group: Group) -> None:
+    """Raise ValueError or TypeError for a hyperparameter out of range, in torch's words."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, words in (
+        ("lr", "learning rate"),
+        ("momentum", "momentum value"),
+        ("weight_decay", "weight_decay value"),
+    ):
+        if not _number(name, group[name]) >= 0.0:
+            raise ValueError(f"Invalid {words}: {group[name]}")
+    dampening = _number("dampening", group.get("dampening", 0.0))
+    if dampening != dampening:
+        raise ValueError(f"Invalid dampening value: {group['dampening']}")
+    if group.get("nesterov", False) and (group["momentum"] <= 0 or dampening != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+def check_beta(group: Group) -> None:
+    """The RSGDM paper's momentum is the decay of an average and must be below 1."""
+    if not float(group["momentum"]) < 1.0:
+        raise ValueError(f"Invalid momentum value: {group['momentum']} (expected below 1)")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"Invalid {name}: {value!r} (expected a number)") from None
