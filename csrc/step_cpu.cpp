@@ -87,7 +87,7 @@ const Capability* chosen = best_capability();
 // a segment's last starts on the segment's own alignment.
 constexpr int64_t kChunk = 1024;
 // A parallel region costs a few microseconds; an element that is in cache 0.3 ns (float32).
-constexpr int64_t kChunksWorthAThread = 16;
+constexpr int64_t kWorthThreads = 1 << 15;  // elements
 
 struct Work {
   const Segment* segments;
@@ -125,12 +125,15 @@ void exchange_bytes(int64_t begin, int64_t end, void* context) {
 
 void step_cpu(const Segment* segments, int64_t count, const Row* rows) {
   std::vector<int64_t> first_chunk(count + 1, 0);
+  int64_t elements = 0;
   for (int64_t i = 0; i < count; ++i) {
     first_chunk[i + 1] = first_chunk[i] + (segments[i].length + kChunk - 1) / kChunk;
+    elements += segments[i].length;
   }
+  const int64_t chunks = first_chunk[count];
+  const int64_t chunks_a_thread = elements < kWorthThreads ? chunks : 1;
   Work work{segments, rows, first_chunk.data(), count, chosen};
-  TORCH_ERROR_CODE_CHECK(
-      torch_parallel_for(0, first_chunk[count], kChunksWorthAThread, step_chunks, &work));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, chunks, chunks_a_thread, step_chunks, &work));
 }
 
 void exchange_cpu(void* a, void* b, int64_t bytes) {

@@ -46,7 +46,9 @@ class GroupState:
         self.beta: float | None = None  # of implicit RSGDM, fixed at the group's first step
         self.has_momentum = False
         self.takes_current = False  # this step starts the average at the weights before it
-        self.packed: tuple[Any, ...] | None = None  # what the rows were computed from
+        self.lr = 0.0
+        self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold, in two parts
+        self.sampling: tuple[float, bool, bool] | None = None
 
     def elided(self, param: Tensor) -> bool:
         """Whether the average of a parameter is the parameter itself."""
@@ -181,10 +183,10 @@ class FusedOptimizer(Optimizer):
                 table = self._tables.setdefault(key, flat.Table())
                 table.add(p, state.index, index, self._places.get(p))
                 table.set_row(len(table.params) - 1, self._row(state, p, first=False))
-        grown = len(self._groups) * ROWS_PER_GROUP * rules.ROW.size - len(self._row_bytes)
+        grown = len(self._groups) * ROWS_PER_GROUP * rules.ROW_BYTES - len(self._row_bytes)
         self._row_bytes = self._row_bytes + bytearray(grown)
         rows = torch.frombuffer(self._row_bytes, dtype=torch.float64)
-        self._rows = rows.reshape(-1, rules.ROW.size // 8)
+        self._rows = rows.reshape(-1, rules.ROW_BYTES // 8)
         self._launches = []
         for (device, _), table in sorted(self._tables.items(), key=lambda item: item[0][1]):
             self.backend, step = ops.choose(self._backend_name, device)
@@ -270,7 +272,8 @@ class FusedOptimizer(Optimizer):
             kinds = set(map(type, grads))
             absent = absent or NONE in kinds
             present = present or len(kinds) > 1 or (NONE not in kinds and bool(kinds))
-            starting = starting or any(grads[i] is not None for i in table.lacking)
+            if table.lacking and any(grads[i] is not None for i in table.lacking):
+                starting = True
             gathered.append((table, run, grads))
         if not present or (self.found_inf is not None and self.found_inf.item() != 0):
             return
@@ -313,14 +316,18 @@ class FusedOptimizer(Optimizer):
                     write_back = policy.written_back(step)
                     n += 1
             state.next_n_averaged = n
-            plan = (*self.hyperparameters(state.group), w, sample, write_back, scale, starting)
-            if plan != state.packed:
-                self._pack(state, plan)
+            inputs = (*self.hyperparameters(state.group), scale, starting)
+            if inputs != state.rule_inputs:
+                self._pack_rule(state, inputs)
+            sampling = (w, sample, write_back)
+            if sampling != state.sampling:
+                self._pack_sampling(state, sampling)
 
-    def _pack(self, state: GroupState, plan: tuple[Any, ...]) -> None:
+    def _pack_rule(self, state: GroupState, inputs: tuple[Any, ...]) -> None:
+        """Lines (1)-(3) of a group's rows, whenever a hyperparameter has changed."""
+        *hyperparameters, scale, starting = inputs
         group = state.group
         self._check_hyperparameters(group)
-        *hyperparameters, w, sample, write_back, scale, starting = plan
         momentum = float(group["momentum"])
         if state.beta is not None and momentum != state.beta:
             raise ValueError(
@@ -330,22 +337,30 @@ class FusedOptimizer(Optimizer):
         if state.has_momentum != (momentum != 0.0):
             state.has_momentum = momentum != 0.0
             self._starting = starting = True
+        state.lr = float(group["lr"])
+        s = (-1.0 if group["maximize"] else 1.0) / scale
+        decay = float(group["weight_decay"])
+        for first in (False, True) if starting else (False,):
+            coefficients = self.rule(group, first)
+            for elided in state.elisions:
+                row = ROWS_PER_GROUP * state.index + 2 * elided + first
+                at = row * rules.ROW_BYTES
+                rules.RULE.pack_into(self._row_bytes, at, s, decay, *coefficients)
+        # A tensor may change its value in place: such rows are packed at every step.
+        state.rule_inputs = None if any(isinstance(v, Tensor) for v in hyperparameters) else inputs
+        state.sampling = None
+
+    def _pack_sampling(self, state: GroupState, sampling: tuple[float, bool, bool]) -> None:
+        """The learning rate and lines (4)-(5). Where the average is the parameter itself, the
+        sample's weight multiplies the learning rate and that is all (docs/equivalences.md)."""
+        w, sample, write_back = sampling
         for elided in state.elisions:
-            for first in (False, True) if starting else (False,):
-                row = rules.row(
-                    self.rule(group, first),
-                    lr=float(group["lr"]) * (w if elided else 1.0),
-                    weight_decay=float(group["weight_decay"]),
-                    sign=-1.0 if group["maximize"] else 1.0,
-                    scale=scale,
-                    w=w,
-                    sample=sample and not elided,
-                    write_back=write_back,
-                )
-                at = ROWS_PER_GROUP * state.index + 2 * elided + first
-                rules.ROW.pack_into(self._row_bytes, at * rules.ROW.size, *row)
-        # A tensor may change its value in place: such a row is packed at every step.
-        state.packed = None if any(isinstance(v, Tensor) for v in hyperparameters) else plan
+            tail = (state.lr * w, 1.0, 0.0, 0.0) if elided else (state.lr, w, sample, write_back)
+            for first in (0, 1):
+                row = ROWS_PER_GROUP * state.index + 2 * elided + first
+                at = row * rules.ROW_BYTES + rules.RULE.size
+                rules.SAMPLING.pack_into(self._row_bytes, at, *tail)
+        state.sampling = sampling
 
     def _start(self, table: flat.Table, grads: list[Tensor | None]) -> None:
         """Gives parameters the state they come to need; momentum's absence marks its first step."""
@@ -490,8 +505,8 @@ class FusedOptimizer(Optimizer):
         counters = state["_counters"]
         super().__setstate__({k: v for k, v in state.items() if k != "_counters"})
         self._build()
-        for group, (group.n_averaged, group.beta) in zip(self._groups, counters, strict=True):
-            pass
+        for group, (n_averaged, beta) in zip(self._groups, counters, strict=True):
+            group.n_averaged, group.beta = n_averaged, beta
 
 
 class FusedSGD(FusedOptimizer):

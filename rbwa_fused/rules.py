@@ -4,8 +4,9 @@
     (2)  m <- mu m + c g              z <- mu z + kappa (g - previous gradient)
     (3)  x <- theta - eta (alpha g + gamma m + delta z)
 
-A row is these numbers in the order of ``struct Row`` in csrc/step.h, in float64; a kernel rounds
-them to its arithmetic.
+A row is these numbers in the order of ``struct Row`` in csrc/step.h, in float64, and then what
+lines (3)-(5) need of this step: eta, w, whether the average takes a sample, whether it is written
+back. A kernel rounds a row to its arithmetic.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-ROW = struct.Struct("12d")
+RULE = struct.Struct("8d")  # s, lambda, and Coefficients
+SAMPLING = struct.Struct("4d")  # eta, w, sample, write_back
+ROW_BYTES = RULE.size + SAMPLING.size
 
 Group = dict[str, Any]
 
@@ -73,27 +76,6 @@ def rsgdm_explicit(group: Group, first: bool) -> Coefficients:
 
 
 Rule = Callable[[Group, bool], Coefficients]
-
-
-def row(
-    rule: Coefficients,
-    *,
-    lr: float,
-    weight_decay: float,
-    sign: float,
-    scale: float,
-    w: float,
-    sample: bool,
-    write_back: bool,
-) -> tuple[float, ...]:
-    """One row of the coefficient table, in the order of ``struct Row``.
-
-    ``sign`` is -1 to maximize, ``scale`` the loss scale under AMP and 1 else; ``sample`` says that
-    the average takes this step's weights with weight ``w``, ``write_back`` that they become it.
-    """
-    mu, c, kappa, alpha, gamma, delta = rule
-    s = sign / scale
-    return (s, weight_decay, mu, c, kappa, alpha, gamma, delta, lr, w, sample, write_back)
 
 
 def check(group: Group) -> None:
