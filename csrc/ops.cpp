@@ -25,15 +25,15 @@ namespace py = pybind11;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Columns of the segment table, which flat.py writes. A stream is a pair: which of `buffers` holds
-// it (-1: none does) and the element at which it starts.
+// Columns of the segment table, which flat.py writes. A stream is a pair: which of the `state`
+// buffers holds it (-1: none does) and the element at which it starts.
 enum SegmentColumn {
   kLength,  // elements
   kRow,     // of the coefficient table
   kShape,   // where this segment's sizes, then its strides, start in `shapes`
   kDims,
-  kTheta,
-  kMomentum = kTheta + 2,
+  kDtype,  // of the parameter, as in step.h
+  kMomentum,
   kAverage = kMomentum + 2,
   kDifference = kAverage + 2,
   kPrevious = kDifference + 2,
@@ -43,7 +43,6 @@ enum SegmentColumn {
 // A tensor as the checks see it. dtype.bits is 0 for an absent gradient.
 using View = DLTensor;
 
-constexpr DLDataType kAbsent{0, 0, 0};
 constexpr DLDataType kInt64{kDLInt, 64, 1};
 constexpr DLDataType kDouble{kDLFloat, 64, 1};
 constexpr DLDataType kFloat{kDLFloat, 32, 1};
@@ -87,28 +86,27 @@ bool fits(const View& view, DLDataType type, const int64_t* sizes, int64_t dims,
 }
 
 struct Tables {
-  std::vector<View> params, grads, buffers;
+  std::vector<View> params, grads, state;
   View segments, shapes, rows;
 };
 
-// Turns the tables into segments with addresses. Returns -1, or the first segment whose parameter
-// is not where the table says, or whose gradient differs from it in dtype, device, shape or layout.
-int64_t resolve(const Tables& tables, std::vector<Segment>& result) {
+// Turns the tables into segments with addresses, or throws.
+std::vector<Segment> resolve(const Tables& tables) {
   const int64_t* column = table_of<int64_t>(tables.segments, kInt64, "segments");
   const int64_t* all_shapes = table_of<int64_t>(tables.shapes, kInt64, "shapes");
   const Row* rows = table_of<Row>(tables.rows, kDouble, "rows");
   const int64_t count = static_cast<int64_t>(tables.params.size());
   const int64_t shape_count = numel_of(tables.shapes);
   const int64_t row_count = numel_of(tables.rows) / kRowColumns;
-  const int64_t buffer_count = static_cast<int64_t>(tables.buffers.size());
+  const int64_t state_count = static_cast<int64_t>(tables.state.size());
   STD_TORCH_CHECK(static_cast<int64_t>(tables.grads.size()) == count &&
                       numel_of(tables.segments) == count * kSegmentColumns,
                   "step_: ", count, " parameters, ", tables.grads.size(), " gradients and ",
                   numel_of(tables.segments) / kSegmentColumns, " segments");
-  std::vector<int64_t> numel(buffer_count);
-  std::transform(tables.buffers.begin(), tables.buffers.end(), numel.begin(), numel_of);
+  std::vector<int64_t> numel(state_count);
+  std::transform(tables.state.begin(), tables.state.end(), numel.begin(), numel_of);
 
-  result.resize(count);
+  std::vector<Segment> result(count);
   for (int64_t i = 0; i < count; ++i, column += kSegmentColumns) {
     Segment& segment = result[i];
     segment.length = column[kLength];
@@ -122,10 +120,10 @@ int64_t resolve(const Tables& tables, std::vector<Segment>& result) {
       const int64_t index = column[which];
       const int64_t offset = column[which + 1];
       if (index == -1) return nullptr;
-      STD_TORCH_CHECK(index >= 0 && index < buffer_count && offset >= 0 &&
+      STD_TORCH_CHECK(index >= 0 && index < state_count && offset >= 0 &&
                           offset + segment.length <= numel[index],
                       "step_: segment ", i, " points outside its buffer");
-      const View& buffer = tables.buffers[index];
+      const View& buffer = tables.state[index];
       STD_TORCH_CHECK(type->bits == 0 || same(buffer.dtype, *type),
                       "step_: the streams of segment ", i, " differ in dtype");
       *type = buffer.dtype;
@@ -133,11 +131,11 @@ int64_t resolve(const Tables& tables, std::vector<Segment>& result) {
     };
     const Row& row = rows[segment.row];
     const bool momentum = row.mu != 0;
-    DLDataType type = kAbsent;
-    DLDataType a_type = kAbsent;
-    segment.theta = stream(kTheta, &type);
-    STD_TORCH_CHECK(type.bits != 0, "step_: segment ", i, " has no parameter");
+    const View& param = tables.params[i];
+    DLDataType type = param.dtype;
+    DLDataType a_type{};
     segment.dtype = dtype_of(type);
+    segment.theta = param.data;
     segment.m = momentum ? stream(kMomentum, &type) : nullptr;
     segment.z = momentum ? stream(kDifference, &type) : nullptr;
     segment.previous = momentum ? stream(kPrevious, &type) : nullptr;
@@ -149,30 +147,28 @@ int64_t resolve(const Tables& tables, std::vector<Segment>& result) {
                     " must have the parameter's dtype, or float32 for a 16-bit parameter");
 
     const int64_t* sizes = all_shapes + column[kShape];
-    const View& param = tables.params[i];
-    const bool moved = param.data != segment.theta && segment.length != 0;
-    if (moved || !fits(param, type, sizes, dims, segment.length)) return i;
+    const bool same_dtype = static_cast<int64_t>(segment.dtype) == column[kDtype];
+    STD_TORCH_CHECK(same_dtype && fits(param, type, sizes, dims, segment.length),
+                    "step_: parameter ", i,
+                    " differs from what its segment was made for in dtype, device, shape or layout");
     const View& grad = tables.grads[i];
     segment.g = nullptr;
     if (grad.dtype.bits == 0) continue;
-    if (!fits(grad, type, sizes, dims, segment.length)) return i;
+    STD_TORCH_CHECK(fits(grad, type, sizes, dims, segment.length), "step_: gradient ", i,
+                    " differs from its parameter in dtype, device, shape or layout");
     STD_TORCH_CHECK(!momentum || segment.m != nullptr || segment.length == 0, "step_: segment ", i,
                     " has momentum and no momentum buffer");
     STD_TORCH_CHECK((segment.z == nullptr) == (segment.previous == nullptr), "step_: segment ", i,
                     " needs both buffers of the difference or neither");
     segment.g = grad.data;
   }
-  return -1;
+  return result;
 }
 
-int64_t step(const Tables& tables) {
-  std::vector<Segment> segments;
-  const int64_t misfit = resolve(tables, segments);
-  if (misfit == -1) {
-    step_cpu(segments.data(), static_cast<int64_t>(segments.size()),
-             static_cast<const Row*>(tables.rows.data));
-  }
-  return misfit;
+void step(const Tables& tables) {
+  const std::vector<Segment> segments = resolve(tables);
+  step_cpu(segments.data(), static_cast<int64_t>(segments.size()),
+           static_cast<const Row*>(tables.rows.data));
 }
 
 // ---- the operators -----------------------------------------------------------------------------
@@ -215,10 +211,10 @@ std::vector<View> views_of(const std::vector<T>& tensors) {
   return views;
 }
 
-int64_t step_op(std::vector<Tensor> params, std::vector<std::optional<Tensor>> grads,
-                std::vector<Tensor> buffers, Tensor segments, Tensor shapes, Tensor rows) {
-  return step({views_of(params), views_of(grads), views_of(buffers), view_of(segments),
-               view_of(shapes), view_of(rows)});
+void step_op(std::vector<Tensor> params, std::vector<std::optional<Tensor>> grads,
+             std::vector<Tensor> state, Tensor segments, Tensor shapes, Tensor rows) {
+  step({views_of(params), views_of(grads), views_of(state), view_of(segments), view_of(shapes),
+        view_of(rows)});
 }
 
 void exchange_op(std::vector<Tensor> a, std::vector<Tensor> b) {
@@ -254,12 +250,12 @@ std::vector<View> views_of(const py::list& tensors) {
   return views;
 }
 
-int64_t step_python(const py::list& params, const py::list& grads, const py::list& buffers,
-                    py::handle segments, py::handle shapes, py::handle rows) {
-  const Tables tables{views_of(params), views_of(grads),  views_of(buffers),
+void step_python(const py::list& params, const py::list& grads, const py::list& state,
+                 py::handle segments, py::handle shapes, py::handle rows) {
+  const Tables tables{views_of(params), views_of(grads),   views_of(state),
                       view_of(segments), view_of(shapes), view_of(rows)};
   const py::gil_scoped_release release;
-  return step(tables);
+  step(tables);
 }
 
 bool find_exchange_table() {
@@ -279,8 +275,8 @@ bool find_exchange_table() {
 
 STABLE_TORCH_LIBRARY(rbwa_fused, library) {
   library.def(
-      "step_(Tensor[] params, Tensor?[] grads, Tensor(a!)[] buffers, Tensor segments, "
-      "Tensor shapes, Tensor rows) -> int");
+      "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
+      "Tensor shapes, Tensor rows) -> ()");
   library.def("exchange_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()");
 }
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from rbwa_fused.flat import DTYPES
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbwa_fused.average import DTYPES
-from rbwa_fused.flat import Table, same_layout
+from rbwa_fused.flat import DTYPES, Table, same_layout
 
 
 def params(group: dict[str, Any]) -> None:
@@ -34,13 +33,13 @@ def params(group: dict[str, Any]) -> None:
 def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any]]) -> bool:
     """Checks a table's gradients in full; copies one of another layout to its parameter's.
 
-    Returns False where a parameter is no longer what its segment was made for.
+    Returns False where a parameter has another dtype, device, shape or layout than the table.
 
     Raises:
         RuntimeError: for a sparse gradient, in torch's words.
         TypeError, ValueError: for another dtype, or another shape or device.
     """
-    if not all(table.in_place(i) for i in range(len(grads))):
+    if not all(table.fits(i) for i in range(len(grads))):
         return False
     for i, g in enumerate(grads):
         if g is None:

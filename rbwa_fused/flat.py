@@ -8,35 +8,24 @@ copying or sharing one moves that tensor's bytes and not the whole buffer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in csrc/step.h
 ALIGNMENT = 128  # bytes
 LARGEST_BUFFER = 256 * 2**20  # bytes; a larger tensor gets a buffer of its own
 
-# Columns of the segment table (csrc/ops.cpp has the same list). A stream is a pair: which buffer
-# holds it (-1: none) and the element at which it starts.
-LENGTH, ROW, SHAPE, DIMS, THETA = range(5)
+# Columns of the segment table (csrc/ops.cpp has the same list). A stream is a pair: which state
+# buffer holds it (-1: none) and the element at which it starts.
+LENGTH, ROW, SHAPE, DIMS, DTYPE = range(5)
 STREAMS = {
-    "momentum_buffer": THETA + 2,
-    "average": THETA + 4,
-    "difference_buffer": THETA + 6,
-    "previous_gradient": THETA + 8,
+    "momentum_buffer": 5,
+    "average": 7,
+    "difference_buffer": 9,
+    "previous_gradient": 11,
 }
-COLUMNS = THETA + 10
-
-
-class Place(NamedTuple):
-    """Where a tensor lies: `flat` from element `offset` on."""
-
-    flat: Tensor
-    offset: int
-
-    @property
-    def address(self) -> int:
-        return self.flat.data_ptr() + self.offset * self.flat.element_size()
+COLUMNS = 13
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -64,9 +53,9 @@ def same_layout(tensor: Tensor, like: Tensor) -> bool:
     )
 
 
-def alias(place: Place, like: Tensor) -> Tensor:
-    """A tensor of `like`'s shape at `place`, with a storage of its own."""
-    piece = place.flat[place.offset : place.offset + like.numel()]
+def alias(flat: Tensor, offset: int, like: Tensor) -> Tensor:
+    """A tensor of `like`'s shape in `flat` from an element on, with a storage of its own."""
+    piece = flat[offset : offset + like.numel()]
     return torch.from_dlpack(piece).as_strided(like.shape, strides_like(like))
 
 
@@ -144,25 +133,20 @@ def may_move(param: Tensor) -> bool:
     )
 
 
-def move(params: Sequence[Tensor]) -> dict[Tensor, Place]:
-    """Moves parameters into flat buffers, one per device and dtype, and returns where they are.
+def move(params: Sequence[Tensor]) -> None:
+    """Moves parameters into flat buffers, one per device and dtype.
 
     Buffers are filled one by one, so memory peaks one buffer above the model.
     """
-    places: dict[Tensor, Place] = {}
     kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for i, p in enumerate(params):
         kinds.setdefault((p.device, p.dtype), []).append((i, p))
     for (device, dtype), members in kinds.items():
         for flat, offsets in allocate(members, dtype, device):
             for i, offset in offsets.items():
-                p = params[i]
-                place = Place(flat, offset)
-                segment = alias(place, p)
-                segment.copy_(p.detach())
-                p.data = segment
-                places[p] = place
-    return places
+                segment = alias(flat, offset, params[i])
+                segment.copy_(params[i].detach())
+                params[i].data = segment
 
 
 class Table:
@@ -175,7 +159,7 @@ class Table:
         copies: the parameters that are not dense, each with its copy.
         lacking: segments whose group has momentum, without a momentum buffer so far.
         first: segments that take their first step with momentum now.
-        buffers: every tensor that a stream lies in.
+        state: the flat buffers that the streams lie in.
     """
 
     def __init__(self) -> None:
@@ -186,28 +170,25 @@ class Table:
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.lacking: list[int] = []
         self.first: list[int] = []
-        self.buffers: list[Tensor] = []
+        self.state: list[Tensor] = []
         self._columns: list[list[int]] = []
         self._shapes: list[int] = []
+        self._made_for: list[Tensor] = []
         self._tensors: tuple[Tensor, Tensor] | None = None
 
-    def add(self, param: Tensor, group: int, index: int, place: Place | None) -> None:
-        """Appends a segment for a parameter, at `place` unless it has been moved since."""
-        at, offset, memory = param.detach(), 0, param
+    def add(self, param: Tensor, group: int, index: int) -> None:
+        """Appends a segment for a parameter."""
+        memory = param
         if not is_dense(param):
-            at = memory = torch.empty_strided(
+            memory = torch.empty_strided(
                 param.shape, strides_like(param), dtype=param.dtype, device=param.device
             )
             self.copies.append((param, memory))
-        elif place is not None and place.address == param.data_ptr():
-            at, offset = place
-        columns = [-1] * COLUMNS
-        columns[LENGTH] = param.numel()
-        columns[ROW] = 0
-        columns[SHAPE], columns[DIMS] = len(self._shapes), param.dim()
-        columns[THETA : THETA + 2] = self._buffer(at), offset
+        dtype = DTYPES.index(param.dtype)
+        columns = [param.numel(), 0, len(self._shapes), param.dim(), dtype]
+        self._columns.append(columns + [-1, 0] * len(STREAMS))
         self._shapes += [*param.shape, *memory.stride()]
-        self._columns.append(columns)
+        self._made_for.append(torch.empty_like(memory, device="meta"))
         self.params.append(param)
         self.memory.append(memory)
         self.groups.append(group)
@@ -230,11 +211,12 @@ class Table:
             for flat, offsets in allocate(members, dtype, members[0][1].device):
                 for i, offset in offsets.items():
                     column = STREAMS[stream]
-                    self._columns[i][column : column + 2] = self._buffer(flat), offset
-                    views[i] = alias(Place(flat, offset), self.memory[i])
+                    self._columns[i][column : column + 2] = len(self.state), offset
+                    views[i] = alias(flat, offset, self.memory[i])
                     value = values[i]
                     if value is not None:
                         views[i].copy_(value)
+                self.state.append(flat)
         self._tensors = None
         return views
 
@@ -243,23 +225,14 @@ class Table:
         self._columns[segment][ROW] = row
         self._tensors = None
 
-    def in_place(self, segment: int) -> bool:
-        """Whether the parameter still is what the segment was made for, and where it was."""
-        param, memory = self.params[segment], self.memory[segment]
-        if memory is not param:
-            return param.shape == memory.shape and param.dtype == memory.dtype
-        columns = self._columns[segment]
-        buffer, offset = self.buffers[columns[THETA]], columns[THETA + 1]
-        shape = self._shapes[columns[SHAPE] :][: 2 * param.dim()]
-        made_for = torch.empty(0, device="meta").as_strided(
-            shape[: len(shape) // 2], shape[len(shape) // 2 :]
-        )
+    def fits(self, segment: int) -> bool:
+        """Whether the parameter still is what its segment was made for, wherever it lies."""
+        param, made_for = self.params[segment], self._made_for[segment]
         return (
-            param.dtype == buffer.dtype
-            and param.device == buffer.device
-            and param.dim() == columns[DIMS]
-            and same_layout(param, made_for)
-            and (param.numel() == 0 or Place(buffer, offset).address == param.data_ptr())
+            param.dtype == made_for.dtype
+            and param.device == self.memory[segment].device
+            and param.shape == made_for.shape
+            and (self.memory[segment] is not param or same_layout(param, made_for))
         )
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -268,10 +241,3 @@ class Table:
             segments = torch.tensor(self._columns, dtype=torch.int64).reshape(-1, COLUMNS)
             self._tensors = segments, torch.tensor(self._shapes, dtype=torch.int64)
         return self._tensors
-
-    def _buffer(self, tensor: Tensor) -> int:
-        for index, known in enumerate(self.buffers):
-            if known is tensor:
-                return index
-        self.buffers.append(tensor)
-        return len(self.buffers) - 1

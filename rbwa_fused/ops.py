@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,47 +23,47 @@ BUILD_HINT = (
 )
 
 Grads = list[Tensor | None]
-Step = Callable[[Sequence[Tensor], Grads, list[Tensor], Tensor, Tensor, Tensor], int]
+Step = Callable[[list[Tensor], Grads, list[Tensor], Tensor, Tensor, Tensor], None]
 
 
 def step_cpu(
-    params: Sequence[Tensor],
+    params: list[Tensor],
     grads: Grads,
-    buffers: list[Tensor],
+    state: list[Tensor],
     segments: Tensor,
     shapes: Tensor,
     rows: Tensor,
-) -> int:
+) -> None:
     """Takes the step in place, in one pass.
 
     Args:
-        params: n tensors, where the tables say that they are.
+        params: n dense tensors in the layout that the tables were made for.
         grads: n gradients in their parameters' dtype, shape and layout, or None.
-        buffers: every tensor that a stream lies in.
+        state: the flat buffers that the streams lie in.
         segments: (n, COLUMNS) int64, see flat.py.
         shapes: 1-d int64, sizes and strides.
         rows: (groups, 12) float64, see rules.py.
 
-    Returns:
-        -1, or the index of the first parameter or gradient that does not fit the tables; nothing
-        has been changed then.
+    Raises:
+        RuntimeError: for a parameter or gradient that does not fit the tables; nothing has been
+            changed then.
     """
     if _direct is None or torch.autograd._profiler_enabled():
-        return torch.ops.rbwa_fused.step_.default(params, grads, buffers, segments, shapes, rows)
-    return _direct(params, grads, buffers, segments, shapes, rows)
+        torch.ops.rbwa_fused.step_.default(params, grads, state, segments, shapes, rows)
+    else:
+        _direct(params, grads, state, segments, shapes, rows)
 
 
 def step_reference(
-    params: Sequence[Tensor],
+    params: list[Tensor],
     grads: Grads,
-    buffers: list[Tensor],
+    state: list[Tensor],
     segments: Tensor,
     shapes: Tensor,
     rows: Tensor,
-) -> int:
+) -> None:
     """`step_cpu` in plain PyTorch, on any device. The caller has checked that everything fits."""
-    reference.step_(grads, buffers, segments, rows)
-    return -1
+    reference.step_(params, grads, state, segments, rows)
 
 
 def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
@@ -100,11 +100,7 @@ def choose(backend: str, device: torch.device) -> tuple[str, Step]:
     return "reference", step_reference
 
 
-def _fake_step(params, grads, buffers, segments, shapes, rows):  # type: ignore[no-untyped-def]
-    return -1
-
-
 _direct: Step | None = getattr(_C, "step", None)
 if _C is not None:
-    torch.library.register_fake("rbwa_fused::step_", _fake_step)
+    torch.library.register_fake("rbwa_fused::step_", lambda *tables: None)
     torch.library.register_fake("rbwa_fused::exchange_", lambda a, b: None)

@@ -146,7 +146,6 @@ class FusedOptimizer(Optimizer):
     def _build(self) -> None:
         """Makes tables, buffers and rows for the groups, and takes over the state there is."""
         self._tables: dict[tuple[torch.device, int], flat.Table] = {}
-        self._places: dict[Tensor, flat.Place] = {}
         self._groups: list[GroupState] = []
         self._row_bytes = bytearray()
         self._starting = True
@@ -154,7 +153,7 @@ class FusedOptimizer(Optimizer):
         self._add_groups(self.param_groups, move=self._flatten)
 
     def _rebuild(self) -> None:
-        """Follows parameters that were moved, and state that was replaced."""
+        """Follows parameters that were converted, and state that was replaced."""
         kept = self._groups
         self._tables = {}
         self._groups = []
@@ -176,12 +175,12 @@ class FusedOptimizer(Optimizer):
         turn = dict(zip(known + new, turns, strict=True))
         if move:
             apart = [p for p, own in zip(new, alone[len(known) :], strict=True) if own]
-            self._places.update(flat.move([p for p in apart if flat.may_move(p)]))
+            flat.move([p for p in apart if flat.may_move(p)])
         for state in self._groups[-len(groups) :]:
             for index, p in enumerate(state.group["params"]):
                 key = (p.device, turn[p])
                 table = self._tables.setdefault(key, flat.Table())
-                table.add(p, state.index, index, self._places.get(p))
+                table.add(p, state.index, index)
                 table.set_row(len(table.params) - 1, self._row(state, p, first=False))
         grown = len(self._groups) * ROWS_PER_GROUP * rules.ROW_BYTES - len(self._row_bytes)
         self._row_bytes = self._row_bytes + bytearray(grown)
@@ -385,21 +384,20 @@ class FusedOptimizer(Optimizer):
             self._attach(table, stream, momentum)
 
     def _launch(self, table: flat.Table, run: ops.Step, grads: list[Tensor | None]) -> bool:
-        """Steps one table. False where a parameter is not where it was; nothing is changed then."""
+        """Steps one table. False, with nothing changed, where a parameter was converted."""
         for param, memory in table.copies:
             memory.copy_(param)
-        for _ in range(2):
+        for attempt in (1, 2):
             segments, shapes = table.tensors()
             try:
-                misfit = run(table.memory, grads, table.buffers, segments, shapes, self._rows)
-            except (RuntimeError, NotImplementedError):
-                checks.fit(table, grads, self.param_groups)  # says what is wrong, if it knows
-                raise
-            if misfit == -1:
+                run(table.memory, grads, table.state, segments, shapes, self._rows)
                 return True
-            if not checks.fit(table, grads, self.param_groups):
-                return False
-        raise RuntimeError(f"rbwa_fused: segment {misfit} fits, but the kernel refuses it")
+            except RuntimeError:
+                if not checks.fit(table, grads, self.param_groups):  # or it says what is wrong
+                    return False
+                if attempt == 2:
+                    raise
+        return True
 
     def _finish(
         self, table: flat.Table, grads: list[Tensor | None], absent: bool, scale: float

@@ -8,13 +8,13 @@ the weights after each batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rbwa_fused.flat import LENGTH, ROW, STREAMS, THETA
+from rbwa_fused.flat import LENGTH, ROW, STREAMS
 
 
 class Row(NamedTuple):
@@ -72,8 +72,9 @@ def update(
 
 
 def step_(
-    grads: list[Tensor | None],
-    buffers: list[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    state: Sequence[Tensor],
     segments: Tensor,
     rows: Tensor,
 ) -> None:
@@ -81,32 +82,24 @@ def step_(
 
     Coefficients are rounded to the arithmetic of their segment first, as in the kernels.
     """
-    for columns, g in zip(segments.tolist(), grads, strict=True):
+    for param, grad, columns in zip(params, grads, segments.tolist(), strict=True):
         length = columns[LENGTH]
-
-        def stream(column: int, columns: list[int] = columns, length: int = length) -> Tensor:
-            buffer, offset = columns[column : column + 2]
-            return buffers[buffer].as_strided(
-                (length,), (1,), buffers[buffer].storage_offset() + offset
-            )
-
-        theta = stream(THETA)
+        theta = _in_memory_order(param.detach(), length)
+        g = None if grad is None else _in_memory_order(grad.detach(), length)
         wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
         k = Row(*rows[columns[ROW]].to(wide).tolist())
-        has = {name: columns[column] != -1 for name, column in STREAMS.items()}
-        momentum = k.mu != 0
-        streams = [
-            stream(STREAMS[name]) if has[name] and touched else None
-            for name, touched in (
-                ("momentum_buffer", momentum),
-                ("difference_buffer", momentum),
-                ("previous_gradient", momentum),
-                ("average", k.sample != 0),
-            )
-        ]
-        if g is not None:
-            g = g.as_strided((length,), (1,))
-        update(k, theta, g, *streams)
+        streams: dict[str, Tensor | None] = dict.fromkeys(STREAMS)
+        for name, column in STREAMS.items():
+            buffer, offset = columns[column : column + 2]
+            touched = k.sample != 0 if name == "average" else k.mu != 0
+            if buffer != -1 and touched:
+                streams[name] = state[buffer][offset : offset + length]
+        m, a, z, previous = streams.values()
+        update(k, theta, g, m, z, previous, a)
+
+
+def _in_memory_order(tensor: Tensor, length: int) -> Tensor:
+    return tensor.as_strided((length,), (1,))
 
 
 Gradient = Callable[[Tensor, int], Tensor]

@@ -1,0 +1,63 @@
+"""The machine and the versions behind a figure."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import rbwa_fused
+
+PEERS = ("torchvision", "timm", "ema_pytorch")
+
+
+def cpu_name() -> str:
+    """The processor as Linux calls it; family and model too, as a virtual machine hides the rest."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "unknown cpu"
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
+    name = found.get("model name", "unknown cpu")
+    if "cpu family" in found and "model" in found:
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def slug() -> str:
+    """Processor and cores in a form that file names take."""
+    words = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    return f"{words}-{cores()}-cores"
+
+
+def description(threads: int) -> dict[str, str | int | float]:
+    """What stands above a table and in its JSON file."""
+    from rbwa_fused import _C
+
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": threads,
+        "load average before": round(os.getloadavg()[0], 2),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "rbwa_fused": rbwa_fused.__version__,
+        "instruction set": _C.cpu_capability(),
+        **{peer: found for peer in PEERS if (found := _version(peer)) is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

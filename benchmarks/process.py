@@ -1,0 +1,100 @@
+"""One fresh process of a benchmark: builds every provider, checks it, times it.
+
+Started by benchmarks.step with its settings as JSON; prints a line after every round and its
+result, as JSON again, in the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ceiling
+from benchmarks.problem import Problem, small_tensors, torchvision_model, with_gradients
+from benchmarks.provider import Provider, check
+from benchmarks.providers import HOST_GROUP_ROWS, HOST_ROWS, Row, named
+from benchmarks.timing import interleaved
+
+TICK = "."  # the line after a round
+HOST_STEPS = 50  # of 20 to 600 us, so that a sample is long against the clock's own time
+HOST_ROUNDS = 30
+HOST_GROUPS = 31
+ROUNDS_WITHOUT_ITS_OWN = 2  # ticks a process owes for the two host measurements
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a process measures. ``rows`` are names, in the table's order."""
+
+    model: str
+    dtype: str
+    threads: int
+    rounds: int
+    seed: int
+    rows: tuple[str, ...]
+    library: str | None
+    host: bool
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def prepared(rows: list[Row], problem: Problem) -> list[Provider]:
+    """Builds the providers and lets each prove itself.
+
+    Raises:
+        ArithmeticError: for a provider that is wrong.
+    """
+    providers = [row.build(problem, row.name) for row in rows]
+    for provider in providers:
+        wrong = check(provider, problem)
+        if wrong is not None:
+            raise ArithmeticError(wrong)
+    return providers
+
+
+def tick() -> None:
+    print(TICK, flush=True)
+
+
+def host_times(rows: tuple[str, ...], groups: int, settings: Settings) -> dict[str, Any]:
+    """Host time of a step, on tensors of eight elements."""
+    providers = prepared(named(rows), small_tensors(groups=groups))
+    times = interleaved(providers, HOST_ROUNDS, HOST_STEPS, settings.seed, lambda: None)
+    tick()
+    return times
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measures what the settings ask for."""
+    torch.set_num_threads(settings.threads)
+    if settings.library is not None:
+        ceiling.use(Path(settings.library))
+    result: dict[str, Any] = {}
+    if settings.host:
+        result["host"] = host_times(HOST_ROWS, 1, settings)
+        result["host, groups"] = host_times(HOST_GROUP_ROWS, HOST_GROUPS, settings)
+    model = torchvision_model(settings.model, getattr(torch, settings.dtype))
+    whole = with_gradients(model)
+    providers = prepared(named(settings.rows), whole)
+    result["step"] = interleaved(providers, settings.rounds, 1, settings.seed, tick)
+    result["facts"] = {
+        p.name: {
+            "bytes per parameter": p.bytes_per_element(),
+            "state bytes per parameter": p.state_bytes() / whole.numel,
+            "moved": p.moved(),
+            "period": p.period,
+        }
+        for p in providers
+    }
+    result["parameters"] = whole.numel
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Settings(**json.loads(sys.argv[1])))))

@@ -1,0 +1,109 @@
+"""A provider: something that takes a step, with all that is needed to check it and to count it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from benchmarks.check import Maths, expected, mismatch, sample
+from benchmarks.problem import Problem
+
+Kind = Literal["baseline", "ours", "today", "ceiling"]
+CHECKED_STEPS = 3
+
+
+@dataclass
+class Provider:
+    """One row of the table.
+
+    Attributes:
+        name, kind: the row's name and the group of rows that it stands in.
+        maths: what it computes.
+        params: its weights.
+        step: takes one step with the gradients that ``use_gradients`` put in place.
+        use_gradients: puts the problem's first or second set in place; not timed.
+        averages: its averages, one for each of ``params``; None if it keeps none.
+        state: every tensor that it keeps beside weights and gradients.
+        moved: bytes that an element's step reads and writes, without and with a sample of the
+            average; None where they cannot be said.
+        period: steps between samples.
+    """
+
+    name: str
+    kind: Kind
+    maths: Maths
+    params: list[Tensor]
+    step: Callable[[], object]
+    use_gradients: Callable[[int], None]
+    averages: Callable[[], list[Tensor] | None]
+    state: Callable[[], list[Tensor]]
+    moved: Callable[[], tuple[float, float] | None]
+    period: int = 1
+    steps: int = field(default=0, init=False)
+
+    def prepare(self) -> bool:
+        """Puts the next gradients in place; whether the step to come takes a sample."""
+        self.use_gradients(self.steps % 2)
+        self.steps += 1
+        return self.steps % self.period == 0
+
+    def bytes_per_element(self) -> float | None:
+        """`moved`, averaged over the period; None where it cannot be said."""
+        moved = self.moved()
+        return None if moved is None else over_period(*moved, self.period)
+
+    def state_bytes(self) -> int:
+        """Bytes of the distinct storages of the state."""
+        storages = [t.untyped_storage() for t in self.state()]
+        return sum({s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}.values())
+
+
+def over_period(without: float, with_sample: float, period: int) -> float:
+    """The mean of a step's cost when every `period`-th step takes a sample."""
+    return without + (with_sample - without) / period
+
+
+def use_gradients_of(problem: Problem, model: nn.Module) -> Callable[[int], None]:
+    """Sets ``p.grad`` to the problem's first or second gradients, as a backward pass would."""
+    params = list(model.parameters())
+
+    def use(which: int) -> None:
+        for p, g in zip(params, problem.gradients[which], strict=True):
+            p.grad = g
+
+    return use
+
+
+def check(provider: Provider, problem: Problem) -> str | None:
+    """Takes a provider's first steps; None if they are right, or a line that says what is not.
+
+    Steps are taken until the average has been sampled at least once. The gradients must come
+    through unchanged, as they are shared. Integers, as which the ceiling moves 16-bit streams,
+    mean nothing and pass.
+    """
+    steps = max(CHECKED_STEPS, provider.period)
+    start = [sample(p) for p in provider.params]
+    shared = [g for both in problem.gradients for g in both]
+    versions = [g._version for g in shared]
+    for _ in range(steps):
+        provider.prepare()
+        provider.step()
+    if versions != [g._version for g in shared]:
+        return f"{provider.name}: writes to the gradients"
+    if not provider.params[0].is_floating_point():
+        return None
+    averages = provider.averages()
+    for i, theta in enumerate(start):
+        first, second = (sample(g) for g in (problem.gradients[0][i], problem.gradients[1][i]))
+        gradients = [first if step % 2 == 0 else second for step in range(steps)]
+        weights, average = expected(provider.maths, theta, gradients, problem.lr_of(i))
+        scale = max(theta.abs().max().item(), weights.abs().max().item())
+        wrong = mismatch("parameter", sample(provider.params[i]), weights, scale, steps)
+        if averages is not None:
+            wrong = wrong or mismatch("average", sample(averages[i]), average, scale, steps)
+        if wrong is not None:
+            return f"{provider.name}: {wrong} (parameter {i}, {steps} steps)"
+    return None

@@ -1,0 +1,225 @@
+"""What users write today: torch's SGD, the averaging wrappers around it, literal algorithms.
+
+The wrappers work on modules and see to BatchNorm's buffers as well (60 small tensors in
+ResNet-18), which belongs to what their users pay. They keep their defaults, but for the decays
+that make a row comparable with ours.
+
+Bytes count what each pass over an element reads and writes, temporaries included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from benchmarks.check import Average, Maths
+from benchmarks.problem import MOMENTUM, WEIGHT_DECAY, Problem
+from benchmarks.provider import Kind, Provider, use_gradients_of
+
+EMA_DECAY = 0.999
+RBWA_E_BETA = 0.9
+TIMM_DECAY = 0.9999  # ModelEmaV3's default, from the initial weights on
+
+# Reads and writes of an element by each pass.
+FUSED = 5  # theta, g, m; theta, m
+SEPARATE = 11  # g + decay theta: 3, m *= mu: 2, m += g: 3, theta -= lr m: 3
+LERP = 3
+MEAN = 10  # (theta - a): 3, / (n + 1): 2, a + …: 3, copied into a: 2
+COPY = 2
+RSGDM = 20  # the seven passes of rsgdm_foreach: 3 + 3 + 3 + 3 + 2 + 3 + 3
+
+
+def mean(n: int) -> float:
+    """Weight of the sample after n others in a running mean."""
+    return 1 / (n + 1)
+
+
+def ema(decay: float) -> Callable[[int], float]:
+    """Weight in a moving average that begins as a copy of its first sample."""
+    return lambda n: 1.0 if n == 0 else 1 - decay
+
+
+def _from_the_start(n: int) -> float:
+    return 1 - TIMM_DECAY
+
+
+def _warming_up(n: int) -> float:
+    """ema_pytorch's inverse schedule at its defaults: decay 1 - (1 + n)^(-2/3)."""
+    return (1 + n) ** (-2 / 3)
+
+
+def _sgd(problem: Problem, model: nn.Module, how: str = "fused") -> torch.optim.SGD:
+    return torch.optim.SGD(
+        problem.groups(model),
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        fused=how == "fused",
+        foreach=how == "foreach",
+    )
+
+
+def _provider(
+    problem: Problem,
+    name: str,
+    model: nn.Module,
+    opt: torch.optim.SGD,
+    accesses: int | None,
+    kind: Kind = "today",
+    step: Callable[[], object] | None = None,
+    average: Average | None = None,
+    averaged: nn.Module | None = None,
+) -> Provider:
+    def averages() -> list[Tensor] | None:
+        return None if averaged is None else list(averaged.parameters())
+
+    def state() -> list[Tensor]:
+        kept = [t for s in opt.state.values() for t in s.values() if isinstance(t, Tensor)]
+        if averaged is not None:
+            kept += [*averaged.parameters(), *averaged.buffers()]
+        return kept
+
+    def moved() -> tuple[float, float] | None:
+        if accesses is None:
+            return None
+        moved_bytes = float(accesses * problem.dtype.itemsize)
+        return moved_bytes, moved_bytes
+
+    return Provider(
+        name=name,
+        kind=kind,
+        maths=Maths("momentum", average),
+        params=list(model.parameters()),
+        step=opt.step if step is None else step,
+        use_gradients=use_gradients_of(problem, model),
+        averages=averages,
+        state=state,
+        moved=moved,
+    )
+
+
+def torch_sgd(how: Literal["fused", "foreach", "for-loop"]) -> Callable[[Problem, str], Provider]:
+    """torch.optim.SGD in one of its three implementations."""
+
+    def build(problem: Problem, name: str) -> Provider:
+        model = problem.copy()
+        accesses = FUSED if how == "fused" else SEPARATE
+        return _provider(problem, name, model, _sgd(problem, model, how), accesses, "baseline")
+
+    return build
+
+
+def averaged_model(
+    how: Literal["mean", "ema", "rbwa", "rbwa_e"],
+) -> Callable[[Problem, str], Provider]:
+    """Fused SGD and torch's AveragedModel; RBWA and RBWA-E copy its weights back."""
+    means = how in ("mean", "rbwa")
+    written_back = how in ("rbwa", "rbwa_e")
+    decay = RBWA_E_BETA if how == "rbwa_e" else EMA_DECAY
+
+    def build(problem: Problem, name: str) -> Provider:
+        model = problem.copy()
+        opt = _sgd(problem, model)
+        averaged = AveragedModel(
+            model, multi_avg_fn=None if means else get_ema_multi_avg_fn(decay)
+        )
+        live, shadow = list(model.parameters()), list(averaged.module.parameters())
+
+        @torch.no_grad()
+        def step() -> None:
+            opt.step()
+            averaged.update_parameters(model)
+            if written_back:
+                torch._foreach_copy_(live, shadow)
+
+        accesses = FUSED + (MEAN if means else LERP) + (COPY if written_back else 0)
+        average = Average(mean if means else ema(decay), written_back=written_back)
+        return _provider(
+            problem, name, model, opt, accesses, step=step, average=average, averaged=averaged
+        )
+
+    return build
+
+
+def timm_ema(problem: Problem, name: str) -> Provider:
+    """Fused SGD and timm's ModelEmaV3 at its defaults (foreach)."""
+    from timm.utils import ModelEmaV3
+
+    model = problem.copy()
+    opt = _sgd(problem, model)
+    averaged = ModelEmaV3(model)
+
+    def step() -> None:
+        opt.step()
+        averaged.update(model)
+
+    # bfloat16 is rounded stochastically, in passes that are not counted here.
+    accesses = None if problem.dtype == torch.bfloat16 else FUSED + LERP
+    average = Average(_from_the_start)
+    return _provider(
+        problem, name, model, opt, accesses, step=step, average=average, averaged=averaged
+    )
+
+
+def ema_pytorch_ema(problem: Problem, name: str) -> Provider:
+    """Fused SGD and ema_pytorch's EMA, at every step from the first."""
+    from ema_pytorch import EMA
+
+    model = problem.copy()
+    opt = _sgd(problem, model)
+    averaged = EMA(model, update_every=1, update_after_step=0)
+
+    def step() -> None:
+        opt.step()
+        averaged.update()
+
+    return _provider(
+        problem,
+        name,
+        model,
+        opt,
+        FUSED + LERP,
+        step=step,
+        average=Average(lambda n: 1.0 if n == 0 else _warming_up(n)),
+        averaged=averaged.ema_model,
+    )
+
+
+def rsgdm_foreach(problem: Problem, name: str) -> Provider:
+    """RSGDM as its paper prints it: m, the difference's average z, the previous gradient."""
+    model = problem.copy()
+    params = list(model.parameters())
+    m, z, previous = ([torch.zeros_like(p) for p in params] for _ in range(3))
+    (lr,) = problem.lrs
+    beta = MOMENTUM
+    started = False
+
+    @torch.no_grad()
+    def step() -> None:
+        nonlocal started
+        grads = torch._foreach_add([p.grad for p in params], params, alpha=WEIGHT_DECAY)
+        if not started:
+            torch._foreach_copy_(previous, grads)
+            started = True
+        difference = torch._foreach_sub(grads, previous)
+        torch._foreach_lerp_(m, grads, 1 - beta)
+        torch._foreach_lerp_(z, difference, 1 - beta)
+        torch._foreach_copy_(previous, grads)
+        torch._foreach_add_(params, m, alpha=-lr)
+        torch._foreach_add_(params, z, alpha=-lr * beta)
+
+    moved = float(RSGDM * problem.dtype.itemsize)
+    return Provider(
+        name=name,
+        kind="today",
+        maths=Maths("rsgdm"),
+        params=params,
+        step=step,
+        use_gradients=use_gradients_of(problem, model),
+        averages=lambda: None,
+        state=lambda: [*m, *z, *previous],
+        moved=lambda: (moved, moved),
+    )

@@ -1,0 +1,103 @@
+"""The table of cases that every backend runs: rules, averages, dtypes, parameter layouts.
+
+Every hyperparameter appears away from its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rbwa_fused as rf
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# name: (class, constructor options, rule of the oracle)
+RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
+    "plain": (rf.FusedSGD, {"lr": 0.3}, "sgd"),
+    "decay-maximize": (
+        rf.FusedSGD,
+        {"lr": 0.2, "weight_decay": 0.1, "maximize": True},
+        "sgd",
+    ),
+    "momentum": (rf.FusedSGD, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}, "sgd"),
+    "dampening": (
+        rf.FusedSGD,
+        {"lr": 0.1, "momentum": 0.7, "dampening": 0.4, "maximize": True},
+        "sgd",
+    ),
+    "nesterov": (
+        rf.FusedSGD,
+        {"lr": 0.1, "momentum": 0.6, "nesterov": True, "weight_decay": 0.1},
+        "sgd",
+    ),
+    "sgdm": (rf.RSGDM, {"lr": 0.3, "momentum": 0.8, "difference": None}, "sgdm"),
+    "rsgdm": (rf.RSGDM, {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.1}, "implicit"),
+    "explicit": (
+        rf.RSGDM,
+        {"lr": 0.3, "momentum": 0.7, "difference": "explicit", "maximize": True},
+        "explicit",
+    ),
+}
+
+AVERAGES: dict[str, rf.Average | None] = {
+    "none": None,
+    "mean": rf.mean(start=2, every=1),
+    "mean-write-back": rf.mean(start=1, every=2, write_back_every=4),
+    "ema": rf.ema(0.7, start=1, every=2),
+    "swa-current": rf.swa(start=2, every=2, initial="current"),
+    "rswa": rf.rswa(steps_per_epoch=2, start_epoch=1),
+    "rbwa": rf.rbwa(steps_per_epoch=2, start_epoch=1),
+    "algorithm2": rf.rbwa(steps_per_epoch=3, start_epoch=1, count="algorithm2"),
+    "rbwa-e": rf.rbwa_e(0.6, steps_per_epoch=2, start_epoch=1),
+    "lookahead": rf.lookahead(k=2, alpha=0.3),
+    "switch-ema": rf.switch_ema(0.8, steps_per_epoch=3),
+    "custom": rf.Average(lambda n, step: 0.5 / n + step / 100, write_back_every=3),
+    "same-dtype": None,  # replaced by `policy_for`: an average in the parameter's own dtype
+}
+
+STEPS = 8
+
+
+def policy_for(name: str, dtype: torch.dtype) -> rf.Average | None:
+    if name == "same-dtype":
+        return rf.Average(rf.Ema(0.5), start=1, dtype=dtype)
+    return AVERAGES[name]
+
+
+def params(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
+    """Sizes around vector widths, several chunks, and every layout that a user may bring."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = [random(n) for n in (0, 1, 7, 8, 9, 15, 17, 33, 4097)]
+    tensors += [
+        random(),  # 0-dimensional
+        random(64, 65),
+        random(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),
+        random(6, 5).t(),
+        random(1, 3, 1),
+        random(41)[1:],  # off the alignment, and its storage is larger
+        random(12, 7)[:, ::2],  # not dense
+        random(300)[3:103].view(10, 10),
+    ]
+    return [nn.Parameter(t) for t in tensors]
+
+
+def gradients(params: list[nn.Parameter], step: int) -> list[Tensor]:
+    """Non-zero gradients of a step, in the parameters' dtypes; some in another layout."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    grads = []
+    for i, p in enumerate(params):
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        if (i + step) % 3 == 0 and p.dim() == 4:
+            g = g.contiguous(memory_format=torch.channels_last)
+        if (i + step) % 4 == 0 and p.dim() == 1:  # a view off the alignment, as DDP's buckets are
+            g = torch.cat([g[:1], g])[1:]
+        grads.append(g)
+    return grads

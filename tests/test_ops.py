@@ -1,0 +1,172 @@
+"""The operator: its schema, its checks, its answers to tables that do not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rbwa_fused as rf
+from rbwa_fused import _C, flat, ops, rules
+
+MOMENTUM = flat.STREAMS["momentum_buffer"]
+STEP = torch.ops.rbwa_fused.step_.default
+
+
+def arguments(n: int = 3, length: int = 40) -> list[Any]:
+    """A table as the optimizer makes it: params, grads, state, segments, shapes, rows."""
+    params = [nn.Parameter(torch.randn(length)) for _ in range(n)]
+    table = flat.Table()
+    flat.move(params)
+    for i, p in enumerate(params):
+        table.add(p, 0, i)
+    table.attach("momentum_buffer", dict.fromkeys(range(n)), {})
+    segments, shapes = table.tensors()
+    row = [1.0, 0.1, 0.9, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5, 1.0, 0.0, 0.0]
+    rows = torch.tensor([row], dtype=torch.float64)
+    return [params, [torch.randn(length) for _ in range(n)], table.state, segments, shapes, rows]
+
+
+def test_both_doors_take_the_same_step() -> None:
+    torch.manual_seed(0)
+    left = arguments()
+    torch.manual_seed(0)
+    right = arguments()
+    before = left[0][0].detach().clone()
+    STEP(*left)
+    _C.step(*right)
+    assert not torch.equal(left[0][0], before)
+    for a, b in zip(left[0] + left[2], right[0] + right[2], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_operator_keeps_its_schema() -> None:
+    params, grads, *rest = arguments()
+    with torch.no_grad():
+        torch.library.opcheck(STEP, ([p.detach() for p in params], grads, *rest))
+    pairs = ([torch.randn(5), torch.randn(2, 3)], [torch.randn(5), torch.randn(2, 3)])
+    torch.library.opcheck(torch.ops.rbwa_fused.exchange_.default, pairs)
+
+
+def test_python_and_cpp_agree_on_the_tables() -> None:
+    assert flat.COLUMNS == _C.SEGMENT_COLUMNS
+    assert rules.ROW_BYTES == 8 * _C.ROW_COLUMNS
+
+
+MISFITS: dict[str, Any] = {
+    "a parameter of another dtype": lambda a: a[0].__setitem__(1, torch.randn(40).double()),
+    "a parameter of another shape": lambda a: a[0].__setitem__(1, torch.randn(8, 5)),
+    "a parameter of another layout": lambda a: a[0].__setitem__(1, torch.randn(80)[::2]),
+    "a gradient of another dtype": lambda a: a[1].__setitem__(1, torch.randn(40).double()),
+    "a gradient of another shape": lambda a: a[1].__setitem__(1, torch.randn(41)),
+    "a gradient of other dimensions": lambda a: a[1].__setitem__(1, torch.randn(1, 40)),
+    "a gradient of another layout": lambda a: a[1].__setitem__(1, torch.randn(80)[::2]),
+}
+
+
+@pytest.mark.parametrize("door", [STEP, _C.step], ids=["dispatcher", "direct"])
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_misfit_is_named_and_nothing_is_written(misfit: str, door: Any) -> None:
+    args = arguments()
+    MISFITS[misfit](args)
+    before = [t.detach().clone() for t in args[0] + args[2]]
+    with pytest.raises(RuntimeError, match="step_: .* 1 "):
+        door(*args)
+    assert all(torch.equal(a, b) for a, b in zip(args[0] + args[2], before, strict=True))
+
+
+def edit(column: int, value: int) -> Any:
+    def change(args: list[Any]) -> None:
+        args[3] = args[3].clone()
+        args[3][2, column] = value
+
+    return change
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "row out of range": (edit(flat.ROW, 1), "outside its tables"),
+    "negative row": (edit(flat.ROW, -1), "outside its tables"),
+    "negative length": (edit(flat.LENGTH, -1), "outside its tables"),
+    "shape out of range": (edit(flat.SHAPE, 5), "outside its tables"),
+    "buffer out of range": (edit(MOMENTUM, 1), "outside its buffer"),
+    "buffer below range": (edit(MOMENTUM, -2), "outside its buffer"),
+    "offset past the end": (edit(MOMENTUM + 1, 10_000), "outside its buffer"),
+    "negative offset": (edit(MOMENTUM + 1, -1), "outside its buffer"),
+    "no momentum buffer": (edit(MOMENTUM, -1), "no momentum buffer"),
+    "half a difference": (edit(flat.STREAMS["difference_buffer"], 0), "both buffers"),
+    "too few gradients": (lambda a: a[1].pop(), "gradients"),
+    "rows of another dtype": (lambda a: a.__setitem__(5, a[5].float()), "documented dtype"),
+    "segments of another dtype": (lambda a: a.__setitem__(3, a[3].int()), "documented dtype"),
+    "streams of two dtypes": (
+        lambda a: a[2].__setitem__(0, a[2][0].double()),
+        "differ in dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_table_is_refused_before_anything_is_written(broken: str) -> None:
+    change, message = BROKEN[broken]
+    args = arguments()
+    change(args)
+    before = [t.detach().clone() for t in args[0] + args[2]]
+    with pytest.raises(RuntimeError, match=message):
+        _C.step(*args)
+    assert all(torch.equal(a, b) for a, b in zip(args[0] + args[2], before, strict=True))
+
+
+def test_exchange_refuses_tensors_that_differ() -> None:
+    for other in (torch.randn(4), torch.randn(3).double()):
+        a, b = [torch.ones(3), torch.ones(3)], [torch.zeros(3), other]
+        with pytest.raises(RuntimeError, match="pair 1"):
+            torch.ops.rbwa_fused.exchange_.default(a, b)
+        assert torch.equal(a[0], torch.ones(3))
+
+
+def test_the_profiler_sees_the_step_and_the_operator() -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = rf.FusedSGD([p], lr=0.5)
+    p.grad = torch.ones(3)
+    with torch.autograd.profiler.profile() as profile:
+        opt.step()
+    names = {event.name for event in profile.function_events}
+    assert {"Optimizer.step#FusedSGD.step", "rbwa_fused::step_"} <= names
+    assert p.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_rounded_to_nearest_even_everywhere(dtype: torch.dtype) -> None:
+    everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = everything[everything.isfinite()]
+    below = finite.float().nextafter(torch.tensor(-torch.inf))
+    halves = ((finite[:-1].double() + finite[1:].double()) / 2).float()
+    wanted: Tensor = torch.cat([finite.float(), below, halves, torch.tensor([7e4, 1e-9])])
+    chosen = _C.cpu_capability()
+    try:
+        for name in ("baseline", "avx2", "avx512"):
+            if not _C.set_cpu_capability(name):
+                continue
+            # theta <- narrow(a) with a float32 average that holds the wanted value: w = 0
+            p = nn.Parameter(torch.ones(wanted.shape, dtype=dtype))
+            policy = rf.Average(lambda n, step: 0.0, write_back_every=1)
+            opt = rf.FusedSGD([p], lr=0.0, average=policy)
+            p.grad = torch.zeros_like(p)
+            opt.step()
+            opt.state[p]["average"].copy_(wanted)
+            p.data.fill_(1.0)
+            opt.step()
+            assert torch.equal(p.detach(), wanted.to(dtype)), name
+    finally:
+        _C.set_cpu_capability(chosen)
+
+
+def test_a_backend_that_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_C", None)
+    monkeypatch.setattr(ops, "_missing", "No module named 'rbwa_fused._C'", raising=False)
+    with pytest.raises(RuntimeError, match="C.. compiler"):
+        rf.FusedSGD([nn.Parameter(torch.ones(2))], backend="cpu")
+    with pytest.warns(UserWarning, match="C.. compiler") as caught:
+        opt = rf.FusedSGD([nn.Parameter(torch.ones(2))])
+    assert len(caught) == 1 and opt.backend == "reference"

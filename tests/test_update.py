@@ -1,0 +1,220 @@
+"""The update itself: every rule, average, dtype and layout against the literal algorithms."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, params, policy_for
+from oracle import Oracle, ulps
+from torch import Tensor, nn
+
+import rbwa_fused as rf
+from rbwa_fused import ops
+
+# The reference gives the kernel's bits (below), so it takes part here for one dtype only.
+BACKENDS = [(dtype, "cpu") for dtype in DTYPES] + [(torch.float32, "reference")]
+
+# Unlike the oracle, float32 arithmetic rounds each of the about ten operations of a step; what a
+# step loses is carried on by momentum and by the average for STEPS steps. 16-bit parameters round
+# where they are stored, in both, so they differ by one unit where the float32 result lies next to
+# a tie, and by what the rule makes of that unit in later steps.
+TOLERANCE = {torch.float64: 24, torch.float32: 24, torch.bfloat16: 3, torch.float16: 3}
+
+
+def state_of(opt: Any, p: Tensor) -> dict[str, Tensor]:
+    return {k: v for k, v in opt.state.get(p, {}).items() if isinstance(v, Tensor)}
+
+
+@pytest.mark.parametrize(("dtype", "backend"), BACKENDS, ids=str)
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_case_is_the_literal_algorithm(
+    rule: str, average: str, dtype: torch.dtype, backend: str
+) -> None:
+    cls, options, oracle_rule = RULES[rule]
+    policy = policy_for(average, dtype)
+    ps = params(dtype)
+    oracle = Oracle(ps, oracle_rule, options, policy)
+    opt = cls(ps, **options, average=policy, backend=backend)
+    for step in range(STEPS):
+        grads: list[Tensor | None] = list(gradients(ps, step))
+        if step > 0:
+            grads[step % len(ps)] = None  # takes no step, but is sampled
+        for p, g in zip(ps, grads, strict=True):
+            p.grad = None if g is None else g.clone()
+        opt.step()
+        oracle.step(grads)
+    tolerance = TOLERANCE[dtype]
+    assert opt.n_averaged == oracle.samples
+    for i, p in enumerate(ps):
+        assert ulps(p.detach(), oracle.theta[i]) <= tolerance, i
+        state = state_of(opt, p)
+        for name, expected in oracle.state[i].items():
+            assert ulps(state[name], expected) <= tolerance, (i, name)
+        elided = policy is None or policy.elided_for(dtype)
+        assert ("average" in state) == (not elided)
+        if "average" in state and oracle.averages[i] is not None:
+            limit = TOLERANCE[state["average"].dtype]
+            if state["average"].dtype != dtype:  # the 16-bit weights' unit, in float32's
+                limit = tolerance * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+            assert ulps(state["average"], oracle.averages[i]) <= limit, i
+
+
+GRID = [
+    {
+        "lr": 0.2,
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+    }
+    for momentum, dampening, decay, nesterov, maximize in itertools.product(
+        (0, 0.9), (0, 0.3), (0, 0.1), (False, True), (False, True)
+    )
+    if not (nesterov and (momentum == 0 or dampening != 0))
+]
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", GRID, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_replacing_torch_sgd_changes_nothing_but_the_time(
+    options: dict[str, Any], dtype: torch.dtype, flatten: bool
+) -> None:
+    ours, theirs = params(dtype), params(dtype)
+    halves = [ours[::2], ours[1::2]], [theirs[::2], theirs[1::2]]
+
+    def groups(two: list[list[nn.Parameter]]) -> list[dict[str, Any]]:
+        second = {"lr": 0.05, "weight_decay": 0.2, "maximize": not options["maximize"]}
+        return [{"params": two[0]}, {"params": two[1], **second}]
+
+    opt = rf.FusedSGD(groups(halves[0]), **options, flatten=flatten)
+    torch_opt = torch.optim.SGD(groups(halves[1]), **options, foreach=False)
+    for step in range(STEPS):
+        for p, q, g in zip(ours, theirs, gradients(ours, step), strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        if step == 2:  # a layer frozen for a step
+            ours[4].grad = theirs[4].grad = None
+        if step == 5:
+            for groups_ in (opt.param_groups, torch_opt.param_groups):
+                groups_[0]["lr"] *= 0.5
+        opt.step()
+        torch_opt.step()
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        # torch fuses multiply and add, we round both: about two units a step
+        assert ulps(p.detach(), q.detach()) <= 16, i
+        assert state_of(opt, p).keys() == state_of(torch_opt, q).keys()
+        for name, value in state_of(opt, p).items():
+            assert ulps(value, state_of(torch_opt, q)[name]) <= 16, (i, name)
+
+
+def run(dtype: torch.dtype, rule: str, average: str, **options: Any) -> list[Tensor]:
+    """Everything that STEPS steps write: parameters and state."""
+    cls, rule_options, _ = RULES[rule]
+    ps = params(dtype)
+    ps.append(nn.Parameter(torch.linspace(-1, 1, 70_000, dtype=torch.float64).to(dtype)))
+    opt = cls(ps, **rule_options, average=policy_for(average, dtype), **options)
+    for step in range(STEPS):
+        for p, g in zip(ps, gradients(ps, step), strict=True):
+            p.grad = g
+        opt.step()
+    return [t for p in ps for t in (p.detach(), *state_of(opt, p).values())]
+
+
+def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
+    assert len(left) == len(right)
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert torch.equal(a, b), (i, a.dtype, tuple(a.shape))
+
+
+BITS = list(itertools.product(DTYPES, RULES, ["none", "rbwa", "mean-write-back", "same-dtype"]))
+
+
+@pytest.mark.parametrize(("dtype", "rule", "average"), BITS, ids=str)
+def test_flat_threads_instruction_set_and_backend_do_not_change_a_bit(
+    dtype: torch.dtype, rule: str, average: str
+) -> None:
+    from rbwa_fused import _C
+
+    expected = run(dtype, rule, average)
+    assert_same_bits(run(dtype, rule, average, flatten=False), expected)
+    assert_same_bits(run(dtype, rule, average, backend="reference"), expected)
+    threads, capability = torch.get_num_threads(), _C.cpu_capability()
+    try:
+        torch.set_num_threads(1)
+        assert_same_bits(run(dtype, rule, average), expected)
+        torch.set_num_threads(3)
+        assert_same_bits(run(dtype, rule, average), expected)
+        for name in ("baseline", "avx2", "avx512"):
+            if _C.set_cpu_capability(name):
+                assert _C.cpu_capability() == name
+                assert_same_bits(run(dtype, rule, average), expected)
+    finally:
+        torch.set_num_threads(threads)
+        assert _C.set_cpu_capability(capability)
+
+
+def test_layerwise_learning_rates_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ps = params(torch.float32)
+    opt = rf.FusedSGD([{"params": [p], "lr": 0.01 * i} for i, p in enumerate(ps)], momentum=0.9)
+    launches = []
+    direct = ops._direct
+    monkeypatch.setattr(ops, "_direct", lambda *a: launches.append(a) or direct(*a))
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    opt.step()
+    assert len(launches) == 1
+    opt.step()
+    assert len(launches) == 2
+
+
+def test_mixed_dtypes_and_averages_per_group_keep_apart() -> None:
+    a, b, c, d = (nn.Parameter(torch.ones(9, dtype=t)) for t in [*DTYPES[:3], torch.float32])
+    opt = rf.FusedSGD(
+        [
+            {"params": [a, b, c]},
+            {"params": [d], "average": False},
+        ],
+        lr=0.5,
+        average=rf.rbwa(steps_per_epoch=1, start_epoch=0),
+    )
+    for _ in range(3):
+        for p in (a, b, c, d):
+            p.grad = torch.ones_like(p)
+        opt.step()
+    # RBWA from the first step on is SGD with learning rate eta, eta/2, eta/3
+    for p in (a, b, c):
+        assert p.tolist() == pytest.approx([1 - 0.5 * (1 + 1 / 2 + 1 / 3)] * 9, rel=1e-2)
+    assert d.tolist() == [-0.5] * 9
+    assert "average" not in opt.state.get(a, {}) and "average" not in opt.state.get(d, {})
+    assert opt.state[c]["average"].dtype == torch.float32
+
+
+def test_parameters_that_share_memory_are_stepped_in_turn_as_in_torch() -> None:
+    def overlapping() -> list[nn.Parameter]:
+        memory = torch.arange(20, dtype=torch.float32)
+        return [nn.Parameter(memory[a:b]) for a, b in ((0, 10), (5, 15), (12, 20), (0, 20))]
+
+    ours, theirs = overlapping(), overlapping()
+    opt = rf.FusedSGD(ours, lr=0.1, momentum=0.9, weight_decay=0.1)
+    torch_opt = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
+    for step in range(4):
+        for p, q, g in zip(ours, theirs, gradients(ours, step), strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        opt.step()
+        torch_opt.step()
+    assert ulps(ours[3].detach(), theirs[3].detach()) <= 16
+
+
+def test_a_step_without_any_gradient_counts_nothing() -> None:
+    p = nn.Parameter(torch.ones(4))
+    opt = rf.FusedSGD([p], lr=0.1, average=rf.ema(0.5))
+    opt.step()
+    assert opt.n_averaged == 0 and not opt.state
+    p.grad = torch.ones(4)
+    opt.step()
+    assert opt.n_averaged == 1 and torch.equal(opt.state[p]["average"], p)
