@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def build() -> Path:
     from torch.utils.cpp_extension import load
 
     folder = HERE.parent / "build" / f"ceiling-{slug()}-{torch.__version__}"
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # about CUDA
     folder.mkdir(parents=True, exist_ok=True)
     load(
         NAME,

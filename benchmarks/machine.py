@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from datetime import date
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,12 +18,14 @@ PEERS = ("torchvision", "timm", "ema_pytorch")
 
 
 def cpu_name() -> str:
-    """The processor as Linux calls it; family and model too, as a virtual machine hides the rest."""
+    """The processor as Linux calls it, with family and model: virtual machines shorten names."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return "unknown cpu"
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
+    found: dict[str, str] = dict(
+        re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE)
+    )
     name = found.get("model name", "unknown cpu")
     if "cpu family" in found and "model" in found:
         name += f" (family {found['cpu family']}, model {found['model']})"
@@ -33,6 +37,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    text = Path("/proc/meminfo").read_text()
+    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    return int(found[1]) * 1024 if found else sys.maxsize
+
+
 def slug() -> str:
     """Processor and cores in a form that file names take."""
     words = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
@@ -41,8 +52,6 @@ def slug() -> str:
 
 def description(threads: int) -> dict[str, str | int | float]:
     """What stands above a table and in its JSON file."""
-    from rbwa_fused import _C
-
     return {
         "cpu": cpu_name(),
         "cores": cores(),
@@ -51,7 +60,7 @@ def description(threads: int) -> dict[str, str | int | float]:
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "rbwa_fused": rbwa_fused.__version__,
-        "instruction set": _C.cpu_capability(),
+        "instruction set": import_module("rbwa_fused._C").cpu_capability(),
         **{peer: found for peer in PEERS if (found := _version(peer)) is not None},
     }
 

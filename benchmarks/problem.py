@@ -46,8 +46,7 @@ class Problem:
         params = list(model.parameters())
         size = len(params) // len(self.lrs)
         return [
-            {"params": params[i * size : (i + 1) * size], "lr": lr}
-            for i, lr in enumerate(self.lrs)
+            {"params": params[i * size : (i + 1) * size], "lr": lr} for i, lr in enumerate(self.lrs)
         ]
 
     def lr_of(self, index: int) -> float:
@@ -55,9 +54,7 @@ class Problem:
         return self.lrs[index // (len(self.gradients[0]) // len(self.lrs))]
 
 
-def with_gradients(
-    model: nn.Module, lrs: tuple[float, ...] = (LR,), seed: int = 0
-) -> Problem:
+def with_gradients(model: nn.Module, lrs: tuple[float, ...] = (LR,), seed: int = 0) -> Problem:
     """A model, and random gradients for it.
 
     Raises:
@@ -95,7 +92,8 @@ def torchvision_model(name: str, dtype: torch.dtype) -> nn.Module:
     from torchvision.models import get_model
 
     torch.manual_seed(0)
-    return get_model(name, weights=None).to(dtype)
+    model: nn.Module = get_model(name, weights=None)
+    return model.to(dtype)
 
 
 def bytes_needed(name: str, dtype: torch.dtype, rows: int) -> int:
@@ -106,4 +104,4 @@ def bytes_needed(name: str, dtype: torch.dtype, rows: int) -> int:
     with torch.device("meta"):
         numel = sum(p.numel() for p in get_model(name, weights=None).parameters())
     streams = 4 if dtype.itemsize == 2 else 3
-    return numel * dtype.itemsize * (streams * rows + 7)
+    return int(numel) * dtype.itemsize * (streams * rows + 7)

@@ -1,15 +1,18 @@
 """One fresh process of a benchmark: builds every provider, checks it, times it.
 
-Started by benchmarks.step with its settings as JSON; prints a line after every round and its
-result, as JSON again, in the last line.
+It is started with its settings as JSON, prints a line after every round, and its result, as JSON
+again, in the last line. `in_fresh_process` is the other end of this.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -20,11 +23,12 @@ from benchmarks.provider import Provider, check
 from benchmarks.providers import HOST_GROUP_ROWS, HOST_ROWS, Row, named
 from benchmarks.timing import interleaved
 
+ROOT = Path(__file__).resolve().parent.parent
 TICK = "."  # the line after a round
 HOST_STEPS = 50  # of 20 to 600 us, so that a sample is long against the clock's own time
 HOST_ROUNDS = 30
 HOST_GROUPS = 31
-ROUNDS_WITHOUT_ITS_OWN = 2  # ticks a process owes for the two host measurements
+HOST_TICKS = 2  # one for each of the two host measurements
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,31 @@ def run(settings: Settings) -> dict[str, Any]:
         for p in providers
     }
     result["parameters"] = whole.numel
+    return result
+
+
+def in_fresh_process(settings: Settings, after_round: Callable[[], object]) -> dict[str, Any]:
+    """`run` in a Python of its own.
+
+    Raises:
+        RuntimeError: with the last line that the process wrote, if it failed.
+    """
+    command = [sys.executable, "-m", "benchmarks.process", settings.to_json()]
+    last = ""
+    with TemporaryFile("w+") as stderr:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                last = line.strip()
+                if last == TICK:
+                    after_round()
+        stderr.seek(0)
+        errors = stderr.read().strip().splitlines()
+    if process.returncode != 0:
+        raise RuntimeError(errors[-1] if errors else f"a process ended with {process.returncode}")
+    result: dict[str, Any] = json.loads(last)
     return result
 
 

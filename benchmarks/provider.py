@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,11 +35,11 @@ class Provider:
     name: str
     kind: Kind
     maths: Maths
-    params: list[Tensor]
+    params: Sequence[Tensor]
     step: Callable[[], object]
     use_gradients: Callable[[int], None]
-    averages: Callable[[], list[Tensor] | None]
-    state: Callable[[], list[Tensor]]
+    averages: Callable[[], Sequence[Tensor] | None]
+    state: Callable[[], Sequence[Tensor]]
     moved: Callable[[], tuple[float, float] | None]
     period: int = 1
     steps: int = field(default=0, init=False)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 import rbwa_fused as rf
 from benchmarks import ceiling, today
@@ -50,9 +51,7 @@ def ours_explicit(maths: Maths) -> Build:
     return _ours(maths, None, True, "explicit")
 
 
-def _ours(
-    maths: Maths, average: rf.Average | None, flatten: bool, difference: Difference
-) -> Build:
+def _ours(maths: Maths, average: rf.Average | None, flatten: bool, difference: Difference) -> Build:
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
         opt: torch.optim.Optimizer
@@ -75,9 +74,9 @@ def _ours(
                 backend="cpu",
                 flatten=flatten,
             )
-        params = list(model.parameters())
+        params: list[Tensor] = list(model.parameters())
 
-        def averages() -> list[torch.Tensor] | None:
+        def averages() -> list[Tensor] | None:
             kept = [opt.state.get(p, {}).get("average") for p in params]
             return None if kept[0] is None else kept
 
@@ -107,12 +106,14 @@ def _ours(
 
 def _rows() -> list[Row]:
     plain, momentum, rsgdm = Maths("plain"), Maths("momentum"), Maths("rsgdm")
+    plain_rbwa = Maths("plain", Average(today.mean, written_back=True))
 
     def averaging(weight: Callable[[int], float], every: int = 1, back: bool = False) -> Maths:
         return Maths("momentum", Average(weight, every, back))
 
     mean, ema, rbwa_e = today.mean, today.ema(today.EMA_DECAY), today.ema(today.RBWA_E_BETA)
-    epoch = {"steps_per_epoch": STEPS_PER_EPOCH, "start_epoch": 0}
+    fast_rbwa = rf.rbwa(STEPS_PER_EPOCH, start_epoch=0)
+    fast_rbwa_e = rf.rbwa_e(today.RBWA_E_BETA, steps_per_epoch=STEPS_PER_EPOCH, start_epoch=0)
     fast_ema = rf.ema(today.EMA_DECAY)
     return [
         Row(BASELINE, "baseline", today.torch_sgd("fused")),
@@ -121,8 +122,9 @@ def _rows() -> list[Row]:
         Row("SGD, no momentum", "ours", ours(plain)),
         Row("SGD + momentum", "ours", ours(momentum)),
         Row("SGD + momentum, flatten=False", "ours", ours(momentum, flatten=False)),
-        Row("RBWA", "ours", ours(averaging(mean, back=True), rf.rbwa(**epoch))),
-        Row("RBWA-E", "ours", ours(averaging(rbwa_e, back=True), rf.rbwa_e(0.9, **epoch))),
+        Row("RBWA", "ours", ours(averaging(mean, back=True), fast_rbwa)),
+        Row("RBWA, no momentum", "ours", ours(plain_rbwa, fast_rbwa)),
+        Row("RBWA-E", "ours", ours(averaging(rbwa_e, back=True), fast_rbwa_e)),
         Row("RSGDM", "ours", ours(rsgdm)),
         Row("RSGDM, explicit", "ours", ours_explicit(rsgdm)),
         Row("EMA", "ours", ours(averaging(ema), fast_ema)),

@@ -10,12 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -42,9 +40,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--processes", type=int, default=8, help="fresh processes")
-    parser.add_argument("--repeats", type=int, default=30, help="rounds in each process")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN",
-                        help="rows to measure beside the baseline, such as 'RBWA*'; repeatable")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=50, help="rounds in each process")
+    only = "rows to measure beside the baseline, such as 'RBWA*'; may be repeated"
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=only)
     parser.add_argument("--no-host", dest="host", action="store_false", help="no host times")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/…)")
     args = parser.parse_args(argv)
@@ -75,53 +73,45 @@ def available_rows(patterns: list[str]) -> tuple[tuple[str, ...], str | None]:
     return tuple(row.name for row in rows), library
 
 
-def fresh_process(settings: str, tick: Any) -> dict[str, Any]:
-    """Runs benchmarks.process and returns its result."""
-    command = [sys.executable, "-m", "benchmarks.process", settings]
-    with TemporaryFile("w+") as stderr:
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
-        ) as process:
-            assert process.stdout is not None
-            last = ""
-            for line in process.stdout:
-                last = line.strip()
-                if last == TICK:
-                    tick()
-        stderr.seek(0)
-        errors = stderr.read().strip().splitlines()
-    if process.returncode != 0:
-        stop(errors[-1] if errors else f"a process ended with {process.returncode}")
-    result: dict[str, Any] = json.loads(last)
-    return result
+def check_memory(model: str, dtype: str, rows: int) -> None:
+    """Ends the program where the rows do not fit into this machine's memory."""
+    import torch
+
+    from benchmarks import machine, problem
+
+    needed = problem.bytes_needed(model, getattr(torch, dtype), rows)
+    free = machine.free_memory()
+    if needed > free:
+        stop(
+            f"{rows} rows of {model} take about {needed / 1e9:.0f} GB and {free / 1e9:.0f} are "
+            "free; choose some with --only"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints the tables and writes the results."""
     args = arguments(argv)
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
+    if find_spec("torchvision") is None:
         stop("torchvision is needed, for the shapes of its models")
-    try:
-        from rbwa_fused import _C  # noqa: F401
-    except ImportError as error:
-        stop(f"the CPU kernels are not built ({error})")
+    if find_spec("rbwa_fused._C") is None:
+        stop("rbwa_fused's CPU kernels are not built")
     from benchmarks import machine, problem, report
-    from benchmarks.process import ROUNDS_WITHOUT_ITS_OWN, Settings
+    from benchmarks.process import HOST_TICKS, Settings, in_fresh_process
 
     description = machine.description(args.threads)
+    name = f"{machine.slug()}-{description['date']}.json"
+    out = (args.out or ROOT / "benchmarks" / "results" / name).resolve()
+    if out.is_dir() or not os.access(next(p for p in out.parents if p.exists()), os.W_OK):
+        stop(f"cannot write {out}")
     try:
         problem.known_model(args.model)
         rows, library = available_rows(args.only)
     except ValueError as error:
         stop(str(error))
-    out = args.out or ROOT / "benchmarks" / "results" / (
-        f"{machine.slug()}-{description['date']}.json"
-    )
-    if not os.access(next(p for p in out.resolve().parents if p.exists()), os.W_OK):
-        stop(f"cannot write {out}")
-    ticks = args.repeats + (ROUNDS_WITHOUT_ITS_OWN if args.host else 0)
+    check_memory(args.model, args.dtype, len(rows))
+
     results = []
+    ticks = args.repeats + (HOST_TICKS if args.host else 0)
     with tqdm(total=args.processes * ticks, unit="round") as bar:
         for seed in range(args.processes):
             settings = Settings(
@@ -134,17 +124,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 library=library,
                 host=args.host,
             )
-            results.append(fresh_process(settings.to_json(), bar.update))
-    text = report.tables(description, args.model, args.dtype, results)
-    print(text)
-    out.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                results.append(in_fresh_process(settings, bar.update))
+            except RuntimeError as error:
+                bar.close()
+                stop(str(error))
+    print(report.tables(description, args.model, args.dtype, results))
     measured = {
         "machine": description,
         "settings": {"model": args.model, "dtype": args.dtype, "repeats": args.repeats},
         "processes": results,
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(measured, indent=1) + "\n")
-    print(f"written: {out}")
+    print(f"\nwritten: {out}")
 
 
 if __name__ == "__main__":

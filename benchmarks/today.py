@@ -48,8 +48,9 @@ def _from_the_start(n: int) -> float:
 
 
 def _warming_up(n: int) -> float:
-    """ema_pytorch's inverse schedule at its defaults: decay 1 - (1 + n)^(-2/3)."""
-    return (1 + n) ** (-2 / 3)
+    """ema_pytorch's inverse schedule at its defaults, decay 1 - (1 + n)^(-2/3), which it computes
+    in float32; its first sample is a copy."""
+    return 1.0 - (1 - (1 + torch.tensor(float(n))) ** (-2 / 3)).item()
 
 
 def _sgd(problem: Problem, model: nn.Module, how: str = "fused") -> torch.optim.SGD:
@@ -123,10 +124,9 @@ def averaged_model(
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
         opt = _sgd(problem, model)
-        averaged = AveragedModel(
-            model, multi_avg_fn=None if means else get_ema_multi_avg_fn(decay)
-        )
-        live, shadow = list(model.parameters()), list(averaged.module.parameters())
+        averaged = AveragedModel(model, multi_avg_fn=None if means else get_ema_multi_avg_fn(decay))
+        live: list[Tensor] = list(model.parameters())
+        shadow: list[Tensor] = list(averaged.module.parameters())
 
         @torch.no_grad()
         def step() -> None:
@@ -146,7 +146,7 @@ def averaged_model(
 
 def timm_ema(problem: Problem, name: str) -> Provider:
     """Fused SGD and timm's ModelEmaV3 at its defaults (foreach)."""
-    from timm.utils import ModelEmaV3
+    from timm.utils.model_ema import ModelEmaV3
 
     model = problem.copy()
     opt = _sgd(problem, model)
@@ -183,7 +183,7 @@ def ema_pytorch_ema(problem: Problem, name: str) -> Provider:
         opt,
         FUSED + LERP,
         step=step,
-        average=Average(lambda n: 1.0 if n == 0 else _warming_up(n)),
+        average=Average(_warming_up),
         averaged=averaged.ema_model,
     )
 
@@ -191,7 +191,7 @@ def ema_pytorch_ema(problem: Problem, name: str) -> Provider:
 def rsgdm_foreach(problem: Problem, name: str) -> Provider:
     """RSGDM as its paper prints it: m, the difference's average z, the previous gradient."""
     model = problem.copy()
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     m, z, previous = ([torch.zeros_like(p) for p in params] for _ in range(3))
     (lr,) = problem.lrs
     beta = MOMENTUM
@@ -200,7 +200,8 @@ def rsgdm_foreach(problem: Problem, name: str) -> Provider:
     @torch.no_grad()
     def step() -> None:
         nonlocal started
-        grads = torch._foreach_add([p.grad for p in params], params, alpha=WEIGHT_DECAY)
+        given = [p.grad for p in params if p.grad is not None]
+        grads = torch._foreach_add(given, params, alpha=WEIGHT_DECAY)
         if not started:
             torch._foreach_copy_(previous, grads)
             started = True

@@ -141,16 +141,16 @@ std::vector<Segment> resolve(const Tables& tables) {
     segment.previous = momentum ? stream(kPrevious, &type) : nullptr;
     segment.a = row.sample != 0 ? stream(kAverage, &a_type) : nullptr;
     segment.a_dtype = segment.a ? dtype_of(a_type) : segment.dtype;
-    STD_TORCH_CHECK(segment.a_dtype == segment.dtype ||
-                        (segment.a_dtype == Dtype::kFloat32 && type.bits == 16),
-                    "step_: the average of segment ", i,
-                    " must have the parameter's dtype, or float32 for a 16-bit parameter");
+    STD_TORCH_CHECK(
+        segment.a_dtype == segment.dtype || (segment.a_dtype == Dtype::kFloat32 && type.bits == 16),
+        "step_: the average of segment ", i,
+        " must have the parameter's dtype, or float32 for a 16-bit parameter");
 
     const int64_t* sizes = all_shapes + column[kShape];
     const bool same_dtype = static_cast<int64_t>(segment.dtype) == column[kDtype];
-    STD_TORCH_CHECK(same_dtype && fits(param, type, sizes, dims, segment.length),
-                    "step_: parameter ", i,
-                    " differs from what its segment was made for in dtype, device, shape or layout");
+    STD_TORCH_CHECK(
+        same_dtype && fits(param, type, sizes, dims, segment.length), "step_: parameter ", i,
+        " differs from what its segment was made for in dtype, device, shape or layout");
     const View& grad = tables.grads[i];
     segment.g = nullptr;
     if (grad.dtype.bits == 0) continue;
@@ -252,7 +252,7 @@ std::vector<View> views_of(const py::list& tensors) {
 
 void step_python(const py::list& params, const py::list& grads, const py::list& state,
                  py::handle segments, py::handle shapes, py::handle rows) {
-  const Tables tables{views_of(params), views_of(grads),   views_of(state),
+  const Tables tables{views_of(params),  views_of(grads), views_of(state),
                       view_of(segments), view_of(shapes), view_of(rows)};
   const py::gil_scoped_release release;
   step(tables);
@@ -263,8 +263,7 @@ bool find_exchange_table() {
   if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return false;
   const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
   const auto* table = capsule.get_pointer<const DLPackExchangeAPI>();
-  if (table->version.major != 1 ||
-      table->dltensor_from_py_object_no_sync == nullptr) {
+  if (table->version.major != 1 || table->dltensor_from_py_object_no_sync == nullptr) {
     return false;
   }
   exchange_table = table;

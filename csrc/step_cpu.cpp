@@ -3,8 +3,6 @@
 // Every header stands before the first target pragma: a function compiled for a larger instruction
 // set and shared with the baseline build would crash older processors.
 
-#include "step.h"
-
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/util/shim_utils.h>
@@ -12,6 +10,8 @@
 #include <algorithm>
 #include <cstring>
 #include <vector>
+
+#include "step.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

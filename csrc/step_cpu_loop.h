@@ -115,7 +115,8 @@ void range_16bit(const Segment& s, const Coefficients<float>& k, int64_t begin, 
         a.load(at, size);
       }
     }
-    loop<rule, averaged, float>(k, theta.tile, g.tile, m.tile, z.tile, previous.tile, average, size);
+    loop<rule, averaged, float>(k, theta.tile, g.tile, m.tile, z.tile, previous.tile, average,
+                                size);
     if constexpr (averaged) {
       if (!a_is_float) a.store(at, size);
     }
@@ -127,8 +128,8 @@ void range_16bit(const Segment& s, const Coefficients<float>& k, int64_t begin, 
 
 template <typename T>
 Coefficients<T> arithmetic(const Row& r) {
-  return {T(r.s),     T(r.lambda), T(r.mu),    T(r.c),   T(r.kappa), T(r.alpha),
-          T(r.gamma), T(r.delta),  T(r.eta),   T(r.w),   r.write_back != 0};
+  return {T(r.s),     T(r.lambda), T(r.mu),  T(r.c), T(r.kappa),       T(r.alpha),
+          T(r.gamma), T(r.delta),  T(r.eta), T(r.w), r.write_back != 0};
 }
 
 template <Rule rule, bool averaged>

@@ -19,16 +19,16 @@ enum class Rule {
 // One row of the coefficient table in the kernel's arithmetic: float, or double for float64.
 template <typename T>
 struct Coefficients {
-  T s;          // +1, or -1 to maximize
-  T lambda;     // weight decay
-  T mu;         // decay of m (and of z)
-  T c;          // what the gradient adds to m
-  T kappa;      // what the gradient's difference adds to z
-  T alpha;      // the gradient's share of the direction
-  T gamma;      // m's share
-  T delta;      // z's share
-  T eta;        // learning rate
-  T w;          // weight of this sample in the average
+  T s;       // +1, or -1 to maximize
+  T lambda;  // weight decay
+  T mu;      // decay of m (and of z)
+  T c;       // what the gradient adds to m
+  T kappa;   // what the gradient's difference adds to z
+  T alpha;   // the gradient's share of the direction
+  T gamma;   // m's share
+  T delta;   // z's share
+  T eta;     // learning rate
+  T w;       // weight of this sample in the average
   bool write_back;
 };
 

@@ -16,7 +16,7 @@ SPLIT_SEED = 0
 
 
 class Digits(NamedTuple):
-    """Images [N, 1, 8, 8] in float32, standardised, and labels [N] in int64."""
+    """Images [N, 1, 8, 8], standardised, and labels [N] in int64."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -24,11 +24,11 @@ class Digits(NamedTuple):
     test_labels: Tensor
 
 
-def load() -> Digits:
-    """The 1,797 scans in 1,437 for training and 360 for testing, ten digits alike in both.
+def load(dtype: torch.dtype = torch.float32) -> Digits:
+    """1,437 of the 1,797 scans for training and 360 for testing, each digit's share alike in both.
 
-    The mean and standard deviation of all training pixels make 0 and 1; the data set comes with
-    scikit-learn, nothing is downloaded.
+    Pixels are shifted and scaled by the mean and deviation of all training pixels. The scans come
+    with scikit-learn; nothing is downloaded.
     """
     digits = load_digits()
     train, test, train_labels, test_labels = train_test_split(
@@ -42,7 +42,7 @@ def load() -> Digits:
     mean, deviation = train.mean(), train.std()
 
     def images(pixels: object) -> Tensor:
-        return ((torch.as_tensor(pixels) - mean) / deviation).float().unsqueeze(1)
+        return ((torch.as_tensor(pixels) - mean) / deviation).to(dtype).unsqueeze(1)
 
     return Digits(
         images(train), torch.as_tensor(train_labels), images(test), torch.as_tensor(test_labels)

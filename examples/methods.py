@@ -37,12 +37,14 @@ class Method:
 
     Args:
         about: the picture's legend.
+        family: its row in the picture.
         optimizer: builds it for the parameters.
         lr: learning rate of the step, counted from 1, where it is set by hand.
         averaged: test the average beside the weights, not the live weights.
     """
 
     about: str
+    family: str
     optimizer: Callable[[Iterable[Parameter], Settings], Optimizer]
     lr: Callable[[Settings, int], float] | None = None
     averaged: bool = False
@@ -96,36 +98,51 @@ def epochs(s: Settings) -> dict[str, int]:
     return {"steps_per_epoch": s.steps_per_epoch, "start_epoch": s.start_epoch}
 
 
+PLAIN = "no average"
+KEPT = "average kept in a buffer"
+LIVE = "average written back every step"
+
 METHODS: dict[str, Method] = {
-    "sgd": Method("SGD, no momentum", sgd),
-    "momentum": Method("SGD with momentum", momentum),
-    "rsgdm": Method("RSGDM", rsgdm),
+    "sgd": Method("SGD, no momentum", PLAIN, sgd),
+    "momentum": Method("SGD with momentum", PLAIN, momentum),
+    "rsgdm": Method("RSGDM", PLAIN, rsgdm),
     "swa": Method(
         "SWA, mean of epoch ends",
+        KEPT,
         averaging(lambda s: rf.swa(start=s.start, every=s.steps_per_epoch)),
         averaged=True,
     ),
     "rswa": Method(
-        "RSWA, written back at epoch ends",
+        "RSWA, SWA written back",
+        KEPT,
         averaging(lambda s: rf.rswa(**epochs(s))),
         averaged=True,
     ),
-    "rbwa": Method("RBWA, running count", averaging(lambda s: rf.rbwa(**epochs(s)))),
-    "rbwa-control": Method("SGD, lr η/(n+1)", torch_sgd, rbwa_lr),
-    "rbwa-algorithm2": Method(
-        "RBWA, Algorithm 2's count",
-        averaging(lambda s: rf.rbwa(**epochs(s), count="algorithm2")),
-    ),
-    "rbwa-e": Method("RBWA-E, β = 0.9", averaging(lambda s: rf.rbwa_e(RBWA_E_BETA, **epochs(s)))),
-    "rbwa-e-control": Method("SGD, lr (1-β)η", torch_sgd, rbwa_e_lr),
     "ema": Method(
-        "EMA, decay 0.99",
+        f"EMA, decay {EMA_DECAY}",
+        KEPT,
         averaging(lambda s: rf.ema(EMA_DECAY, start=s.start)),
         averaged=True,
     ),
     "lookahead": Method(
-        "Lookahead, k = 5, α = 0.5",
+        f"Lookahead, k = {LOOKAHEAD_STEPS}, α = {LOOKAHEAD_ALPHA}",
+        KEPT,
         averaging(lambda s: rf.lookahead(LOOKAHEAD_STEPS, LOOKAHEAD_ALPHA)),
         averaged=True,
     ),
+    "rbwa": Method("RBWA, running count", LIVE, averaging(lambda s: rf.rbwa(**epochs(s)))),
+    "rbwa-control": Method("its control: SGD, lr η/(n+1)", LIVE, torch_sgd, lr=rbwa_lr),
+    "rbwa-algorithm2": Method(
+        "RBWA, count of Algorithm 2",
+        LIVE,
+        averaging(lambda s: rf.rbwa(**epochs(s), count="algorithm2")),
+    ),
+    "rbwa-e": Method(
+        f"RBWA-E, β = {RBWA_E_BETA}",
+        LIVE,
+        averaging(lambda s: rf.rbwa_e(RBWA_E_BETA, **epochs(s))),
+    ),
+    "rbwa-e-control": Method("its control: SGD, lr (1-β)η", LIVE, torch_sgd, lr=rbwa_e_lr),
 }
+
+CONTROLS = {"rbwa": "rbwa-control", "rbwa-e": "rbwa-e-control"}

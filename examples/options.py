@@ -28,6 +28,7 @@ class Settings:
     weight_decay: float
     start_epoch: int
     seeds: tuple[int, ...]
+    dtype: str
     threads: int
 
     @property
@@ -81,6 +82,7 @@ def parse(
         weight_decay=given.weight_decay,
         start_epoch=start_epoch,
         seeds=given.seeds,
+        dtype=given.dtype,
         threads=given.threads,
     )
     return settings, given.out
@@ -121,7 +123,7 @@ def build_parser(methods: list[str], models: list[str]) -> Parser:
     add(
         "--lr",
         type=number(above=0.0),
-        default=0.01,
+        default=0.03,
         metavar="ETA",
         help="learning rate of SGD with momentum, above 0; methods with another scale use a "
         "multiple, see examples/methods.py (default: %(default)s)",
@@ -153,6 +155,13 @@ def build_parser(methods: list[str], models: list[str]) -> Parser:
         metavar="N|S,S,...",
         help=f"how many runs a method, 1 to {MOST_SEEDS}, or with a comma the seeds themselves, "
         "such as 4,7 or 4, (default: 3)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float32",
+        help="of weights and images; float64 shows that RBWA and its control differ by rounding "
+        "alone (default: %(default)s)",
     )
     add(
         "--out",

@@ -33,7 +33,7 @@ def train(
 ) -> Run:
     """Trains one method. Initial weights and the order of batches depend on the seed alone."""
     method = METHODS[name]
-    model = models.build(settings.model, seed)
+    model = models.build(settings.model, seed, digits.train_images.dtype)
     opt = method.optimizer(model.parameters(), settings)
     order = torch.Generator().manual_seed(seed)
     run = Run(method=name, seed=seed, train_loss=[], test_loss=[], test_accuracy=[])

@@ -111,7 +111,9 @@ class Average:
         dtype: torch.dtype | None = None,
     ) -> None:
         if not callable(weight) and not isinstance(weight, Mean | Ema | Algorithm2):
-            raise TypeError(f"Invalid weight: {weight!r} (expected a policy's weight or a function)")
+            raise TypeError(
+                f"Invalid weight: {weight!r} (expected a policy's weight or a function)"
+            )
         every = _integer("every", every, least=1)
         write_back_every = _integer("write_back_every", write_back_every, least=0)
         if write_back_every % every != 0:
@@ -120,9 +122,7 @@ class Average:
                 f"every={every})"
             )
         if initial not in ("first_sample", "current"):
-            raise ValueError(
-                f"Invalid initial: {initial!r} (expected 'first_sample' or 'current')"
-            )
+            raise ValueError(f"Invalid initial: {initial!r} (expected 'first_sample' or 'current')")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"Invalid dtype: {dtype!r} (expected a torch.dtype or None)")
         if dtype is not None and dtype not in DTYPES:

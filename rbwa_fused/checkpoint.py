@@ -10,14 +10,14 @@ from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from rbwa_fused.average import Average, structure
 from rbwa_fused.flat import STREAMS
 
 if TYPE_CHECKING:
-    from rbwa_fused.optimizer import FusedOptimizer
+    from rbwa_fused.fused import FusedOptimizer
+    from rbwa_fused.plan import GroupPlan
 
 # What `exported` adds to a group. A checkpoint of torch.optim.SGD has none of them.
 OURS = ("rule", "step", "n_averaged", "implicit_momentum")
@@ -30,10 +30,10 @@ def exported(opt: FusedOptimizer) -> Iterator[None]:
     live = opt._evaluating.averages() if opt._evaluating is not None else {}
     buffers = {p: opt.state[p]["average"] for p in live}
     try:
-        for state in opt._groups:
-            state.group["average"] = None if state.policy is None else repr(state.policy)
-            values = opt.rule_name, opt._steps, state.n_averaged, state.beta
-            state.group.update(zip(OURS, values, strict=True))
+        for group, (n_averaged, beta) in zip(opt.param_groups, opt._counters(), strict=True):
+            policy = group["average"]
+            group["average"] = None if policy is None else repr(policy)
+            group.update(zip(OURS, (opt.rule_name, opt._steps, n_averaged, beta), strict=True))
         for p, average in live.items():
             opt.state[p]["average"] = average
         yield
@@ -64,11 +64,9 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             "that doesn't match the size of optimizer's group"
         )
     merged = []
-    counters = []
     for group, saved in zip(groups, saved_groups, strict=True):
         _check_rule(opt, saved)
         _check_policy(group["average"], saved)
-        counters.append([saved.get(key) for key in OURS])
         new = {k: v for k, v in saved.items() if k not in (*OURS, "params", "average")}
         new = {**group, **new}
         opt._check_hyperparameters(new)
@@ -87,19 +85,20 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             }
         else:
             state[key] = held
-    for index, (group_state, saved) in enumerate(zip(opt._groups, saved_groups, strict=True)):
-        for i, p in enumerate(group_state.group["params"]):
-            name = f"parameter {i} of group {index}"
-            n_averaged = saved.get("n_averaged", 0)
-            _check_state(name, p, state.get(p, {}), opt, group_state, n_averaged)
+    assert opt._plan is not None
+    for plan, saved in zip(opt._plan.groups, saved_groups, strict=True):
+        for i, p in enumerate(plan.group["params"]):
+            name = f"parameter {i} of group {plan.index}"
+            n_averaged = saved.get("n_averaged") or 0
+            _check_state(name, p, state.get(p, {}), opt.streams, plan, n_averaged)
 
     for group, new in zip(groups, merged, strict=True):
         group.update(new)
     opt.state = state
-    opt._steps = max((step or 0 for _, step, _, _ in counters), default=0)
-    for group_state, (_, _, n_averaged, beta) in zip(opt._groups, counters, strict=True):
-        group_state.n_averaged = n_averaged or 0
-        group_state.beta = beta
+    opt._steps = max((saved.get("step") or 0 for saved in saved_groups), default=0)
+    opt._set_counters(
+        [(saved.get("n_averaged") or 0, saved.get("implicit_momentum")) for saved in saved_groups]
+    )
     opt._rebuild()
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
         post_hook(opt)
@@ -130,8 +129,8 @@ def _check_state(
     name: str,
     param: Tensor,
     held: dict[str, Any],
-    opt: FusedOptimizer,
-    group: Any,
+    streams: tuple[str, ...],
+    plan: GroupPlan,
     n_averaged: int,
 ) -> None:
     for stream in STREAMS.keys() & held.keys():
@@ -142,18 +141,18 @@ def _check_state(
                 f"the checkpoint's {stream} of {name} has shape {shape} "
                 f"(expected {tuple(param.shape)})"
             )
-    momentum = [stream for stream in opt.streams if stream in held]
-    if momentum and len(momentum) != len(opt.streams):
-        raise ValueError(f"the checkpoint's state of {name} has {momentum}, not all of {opt.streams}")
-    if "average" in held:
-        average = held["average"]
-        if not group.buffered(param):
-            raise ValueError(f"the checkpoint has an average for {name}, which keeps none")
-        expected = group.policy.dtype_for(param.dtype)
-        if average.dtype != expected:
+    kept = tuple(stream for stream in streams if stream in held)
+    if kept not in ((), streams):
+        raise ValueError(f"the checkpoint's state of {name} has {kept}, not all of {streams}")
+    if "average" not in held:
+        if plan.buffered(param) and n_averaged > 0:
             raise ValueError(
-                f"the checkpoint's average of {name} has dtype {average.dtype} "
-                f"(expected {expected})"
+                f"the checkpoint counts {n_averaged} samples, but {name} has no average"
             )
-    elif group.buffered(param) and n_averaged > 0:
-        raise ValueError(f"the checkpoint counts {n_averaged} samples, but {name} has no average")
+    elif plan.policy is None or not plan.buffered(param):
+        raise ValueError(f"the checkpoint has an average for {name}, which keeps none")
+    elif held["average"].dtype != plan.policy.dtype_for(param.dtype):
+        raise ValueError(
+            f"the checkpoint's average of {name} has dtype {held['average'].dtype} "
+            f"(expected {plan.policy.dtype_for(param.dtype)})"
+        )

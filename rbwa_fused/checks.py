@@ -8,13 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rbwa_fused.average import Average
 from rbwa_fused.flat import DTYPES, Table, same_layout
 
 
-def params(group: dict[str, Any]) -> None:
-    """Raise for parameters that no kernel can step, naming the first."""
-    if len(set(group["params"])) != len(group["params"]):
+def duplicates(group: dict[str, Any]) -> None:
+    """Raise for a parameter that a new group names twice; its list of parameters is kept."""
+    if not isinstance(group, dict) or isinstance(group["params"], Tensor | set):
+        return  # torch says what is wrong with it, if anything is
+    members = group["params"] = list(group["params"])
+    tensors = [member[1] if isinstance(member, tuple) else member for member in members]
+    if len({id(tensor) for tensor in tensors}) != len(tensors):
         raise ValueError("optimizer contains a parameter group with duplicate parameters")
+
+
+def average(group: dict[str, Any], capturable: bool) -> None:
+    """Raise for what is no policy, or one that a captured step cannot follow. False is None."""
+    if group["average"] is False:
+        group["average"] = None
+    policy = group["average"]
+    if policy is not None and not isinstance(policy, Average):
+        raise TypeError(
+            f"Invalid average: {policy!r} (expected an rbwa_fused policy, None or False)"
+        )
+    if policy is not None and policy.custom and capturable:
+        raise ValueError(
+            f"Invalid average: {policy!r} with capturable=True (a custom weight runs on the host; "
+            "a captured step cannot call it)"
+        )
+
+
+def params(group: dict[str, Any]) -> None:
+    """Raise for parameters that no kernel can step or average, naming the first."""
     for i, p in enumerate(group["params"]):
         name = f"parameter {_name(group, i)}"
         if p.is_meta:
@@ -28,6 +53,8 @@ def params(group: dict[str, Any]) -> None:
         spread = zip(p.shape, p.stride(), strict=True)
         if p.numel() and any(stride == 0 and size > 1 for size, stride in spread):
             raise ValueError(f"{name} is expanded: several elements share one memory location")
+        if group["average"] is not None:
+            group["average"].dtype_for(p.dtype)
 
 
 def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any]]) -> bool:

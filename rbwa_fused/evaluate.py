@@ -14,7 +14,7 @@ from rbwa_fused.flat import same_layout
 from rbwa_fused.ops import exchange_
 
 if TYPE_CHECKING:
-    from rbwa_fused.optimizer import FusedOptimizer
+    from rbwa_fused.fused import FusedOptimizer
 
 
 class Exchange:
@@ -43,7 +43,7 @@ class Exchange:
         return {p: p.detach().clone() for p, _ in self.pairs}
 
     def _swap(self) -> None:
-        alike = [pair for pair in self.pairs if pair[0].dtype == pair[1].dtype and same_layout(*pair)]
+        alike = [(p, a) for p, a in self.pairs if p.dtype == a.dtype and same_layout(p, a)]
         exchange_([p for p, _ in alike], [average for _, average in alike])
         done = {id(p) for p, _ in alike}
         for p, average in self.pairs:
@@ -57,10 +57,10 @@ class Exchange:
 
 def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has an average beside it, with that average."""
-    for state in opt._groups:
-        if state.n_averaged > 0:
-            for p in state.group["params"]:
-                if state.buffered(p):
+    for plan in opt._plan.groups if opt._plan is not None else ():
+        if plan.n_averaged > 0:
+            for p in plan.group["params"]:
+                if plan.buffered(p):
                     yield p, opt.state[p]["average"]
 
 
@@ -81,7 +81,7 @@ def averaged(opt: FusedOptimizer) -> Iterator[None]:
             exchange.undo()
 
 
-def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Tensor]:
+def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]:
     """See FusedOptimizer.averaged_state_dict."""
     average = dict(averages(opt)) if opt._evaluating is None else {}
     result = {}
@@ -98,7 +98,7 @@ def averaged_model(
     opt: FusedOptimizer,
     model: nn.Module,
     loader: Iterable[Any],
-    device: torch.device | str | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[nn.Module]:
     """`opt.averaged()` with BatchNorm statistics estimated anew for the averaged weights.
 

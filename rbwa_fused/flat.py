@@ -42,7 +42,9 @@ def is_dense(tensor: Tensor) -> bool:
 
 def strides_like(tensor: Tensor) -> tuple[int, ...]:
     """The parameter's strides, or contiguous ones where it does not fill its memory."""
-    return tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
+    return (
+        tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
+    )
 
 
 def same_layout(tensor: Tensor, like: Tensor) -> bool:
@@ -134,10 +136,11 @@ def may_move(param: Tensor) -> bool:
 
 
 def move(params: Sequence[Tensor]) -> None:
-    """Moves parameters into flat buffers, one per device and dtype.
+    """Moves parameters into flat buffers, one per device and dtype, where their memory is theirs.
 
     Buffers are filled one by one, so memory peaks one buffer above the model.
     """
+    params = [p for p in params if may_move(p)]
     kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for i, p in enumerate(params):
         kinds.setdefault((p.device, p.dtype), []).append((i, p))

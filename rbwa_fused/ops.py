@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rbwa_fused import reference
 
+_C: Any = None
+_missing = ""
 try:
-    from rbwa_fused import _C
+    _C = importlib.import_module("rbwa_fused._C")
 except ImportError as error:
-    _C = None
     _missing = str(error)
 
 BACKENDS = ("cpu", "reference")

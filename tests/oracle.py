@@ -91,9 +91,7 @@ class Oracle:
         new: dict[str, Tensor] = {}
         if self.rule == "sgd":
             old = state.get("momentum_buffer")
-            m = g if old is None else beta * old + (
-                1 - self.dampening
-            ) * g
+            m = g if old is None else beta * old + (1 - self.dampening) * g
             direction = g + beta * m if self.nesterov else m
             new["momentum_buffer"] = m
         elif self.rule == "sgdm":
@@ -119,7 +117,7 @@ class Oracle:
 
 
 def ulps(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference in units of the last place of max(1, |expected|), in actual's dtype."""
+    """The largest difference in units of the last place of max(1, |expected|) in actual's dtype."""
     if actual.numel() == 0:
         return 0.0
     scale = expected.double().abs().clamp(min=1.0) * torch.finfo(actual.dtype).eps

@@ -38,7 +38,9 @@ def train(opt: Any, p: Tensor, steps: int = STEPS) -> list[Tensor]:
     return path
 
 
-def fused(average: rf.Average | None, **options: Any) -> tuple[rf.FusedSGD, list[Tensor], nn.Parameter]:
+def fused(
+    average: rf.Average | None, **options: Any
+) -> tuple[rf.FusedSGD, list[Tensor], nn.Parameter]:
     p = nn.Parameter(initial())
     opt = rf.FusedSGD([p], lr=LR, average=average, **options)
     return opt, train(opt, p), p

@@ -72,7 +72,7 @@ def test_a_misfit_is_named_and_nothing_is_written(misfit: str, door: Any) -> Non
     args = arguments()
     MISFITS[misfit](args)
     before = [t.detach().clone() for t in args[0] + args[2]]
-    with pytest.raises(RuntimeError, match="step_: .* 1 "):
+    with pytest.raises(RuntimeError, match=r"step_: .* 1 "):
         door(*args)
     assert all(torch.equal(a, b) for a, b in zip(args[0] + args[2], before, strict=True))
 
@@ -165,8 +165,8 @@ def test_sixteen_bits_are_rounded_to_nearest_even_everywhere(dtype: torch.dtype)
 def test_a_backend_that_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_C", None)
     monkeypatch.setattr(ops, "_missing", "No module named 'rbwa_fused._C'", raising=False)
-    with pytest.raises(RuntimeError, match="C.. compiler"):
+    with pytest.raises(RuntimeError, match=r"C.. compiler"):
         rf.FusedSGD([nn.Parameter(torch.ones(2))], backend="cpu")
-    with pytest.warns(UserWarning, match="C.. compiler") as caught:
+    with pytest.warns(UserWarning, match=r"C.. compiler") as caught:
         opt = rf.FusedSGD([nn.Parameter(torch.ones(2))])
     assert len(caught) == 1 and opt.backend == "reference"

@@ -1,0 +1,73 @@
+"""Milliseconds of `opt.step()`, every method in turns on its own copy of the network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from statistics import median
+from time import perf_counter
+from typing import TypedDict
+
+import torch
+from torch.nn import Parameter
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from examples import data, models
+from examples.data import Digits
+from examples.methods import METHODS, Method
+from examples.options import Settings
+
+BASELINE = "torch.optim.SGD(fused=True, momentum=0.9)"
+WARM_UP = 10
+ROUNDS = 150
+
+
+class Time(TypedDict):
+    """Median over the rounds, and the ratio to the baseline's median."""
+
+    ms: float
+    ratio: float
+
+
+def baseline(params: Iterable[Parameter], s: Settings) -> Optimizer:
+    return torch.optim.SGD(params, s.lr, momentum=0.9, weight_decay=s.weight_decay, fused=True)
+
+
+def measure(settings: Settings, digits: Digits, on_round: Callable[[], object]) -> dict[str, Time]:
+    """The baseline's and every method's time for one step, averaging from the first step on.
+
+    In each of the ROUNDS every optimizer steps once with gradients of the same batch, and the turn
+    begins with another one, so that all meet the machine in the same state. A median ignores the
+    steps that sample once an epoch, or every fifth step. Setting a control's learning rate is not
+    counted.
+    """
+    settings = replace(settings, start_epoch=0)
+    network = models.build(settings.model, 0, digits.train_images.dtype)
+    contestants: dict[str, tuple[Method, torch.nn.Module, Optimizer]] = {}
+    for name in (BASELINE, *settings.methods):
+        method = METHODS.get(name, Method(BASELINE, baseline))
+        model = copy.deepcopy(network)
+        contestants[name] = method, model, method.optimizer(model.parameters(), settings)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    order = torch.Generator().manual_seed(0)
+    turn = list(contestants)
+    step = 0
+    while step < WARM_UP + ROUNDS:
+        for images, labels in data.batches(digits, settings.batch_size, order):
+            step += 1
+            turn.append(turn.pop(0))
+            for name in turn:
+                method, model, opt = contestants[name]
+                opt.zero_grad()
+                cross_entropy(model(images), labels).backward()
+                method.before_step(opt, settings, step)
+                before = perf_counter()
+                opt.step()
+                times[name].append(1000.0 * (perf_counter() - before))
+            on_round()
+            if step == WARM_UP + ROUNDS:
+                break
+    medians = {name: median(taken[WARM_UP:]) for name, taken in times.items()}
+    return {name: Time(ms=ms, ratio=ms / medians[BASELINE]) for name, ms in medians.items()}

@@ -1,0 +1,367 @@
+"""FusedOptimizer: param groups, state, and the step that hands both to a kernel.
+
+`_update` is the data path: gradients are gathered, the rows of the coefficient table brought up
+to date (plan.py), and one call of the backend (ops.py) steps every parameter of a device. Flat
+buffers and segment tables are flat.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import ParamsT
+
+from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
+from rbwa_fused.plan import GroupPlan, Plan
+
+Group = dict[str, Any]
+Grads = list[Tensor | None]
+NONE = type(None)
+
+
+class FusedOptimizer(Optimizer):
+    """Base of FusedSGD and RSGDM: everything but the rule and its hyperparameters.
+
+    A subclass gives a ``rule`` (rules.py), the name under which checkpoints remember it, the
+    ``streams`` of state that it keeps, and the ``hyperparameters`` of a group that it reads.
+    """
+
+    rule: rules.Rule
+    rule_name: str
+    streams: tuple[str, ...] = ("momentum_buffer",)
+    hyperparameters: Callable[[Group], tuple[Any, ...]]
+    # GradScaler sets these on the instance for the time of a step.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True
+    _plan: Plan | None = None
+    _evaluating: evaluate.Exchange | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: Group,
+        *,
+        backend: str,
+        flatten: bool,
+        capturable: bool,
+    ) -> None:
+        self._backend_name = backend
+        self._flatten = flatten
+        self._capturable = capturable
+        self._steps = 0
+        self._check_hyperparameters(defaults)
+        checks.average(defaults, capturable)
+        super().__init__(params, defaults)
+        self._build(self.param_groups, move=flatten)
+
+    # ---- param groups, tables, state -----------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group; its average starts with its own first sample. See torch.optim.Optimizer."""
+        self._refuse_inside_averaged("add_param_group")
+        checks.duplicates(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_hyperparameters(group)
+            checks.average(group, self._capturable)
+            checks.params(group)
+            for device in {p.device for p in group["params"]}:
+                ops.choose(self._backend_name, device)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        if self._plan is not None:
+            self._add(self._plan, [group], move=self._flatten)
+
+    def _check_hyperparameters(self, group: Group) -> None:
+        rules.check(group)
+
+    def _build(self, groups: list[Group], move: bool) -> Plan:
+        """Makes tables and rows anew and takes over the state there is."""
+        self._plan = plan = Plan(self.rule, self._check_hyperparameters, self.hyperparameters)
+        self._tables: dict[tuple[torch.device, int], flat.Table] = {}
+        self._add(plan, groups, move)
+        return plan
+
+    def _add(self, plan: Plan, groups: list[Group], move: bool) -> None:
+        known = [p for table in self._tables.values() for p in table.params]
+        new = [p for group in groups for p in group["params"]]
+        turns, alone = flat.turns(known + new)
+        turn_of = dict(zip(known + new, turns, strict=True))
+        if move:
+            flat.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
+        for group in groups:
+            group_plan = plan.add(group)
+            for index, p in enumerate(group["params"]):
+                table = self._tables.setdefault((p.device, turn_of[p]), flat.Table())
+                table.add(p, group_plan.index, index)
+                table.set_row(len(table.params) - 1, group_plan.row(p, first=False))
+        self.backend = self._backend_name
+        self._launches = []
+        for (device, _), table in sorted(self._tables.items(), key=lambda item: item[0][1]):
+            self.backend, step = ops.choose(self._backend_name, device)
+            self._launches.append((table, step))
+            self._take_over_state(plan, table, set(new))
+        self._starting = True
+        self._known_state, self._known_size = self.state, len(self.state)
+
+    def _take_over_state(self, plan: Plan, table: flat.Table, new: set[Tensor]) -> None:
+        for stream in flat.STREAMS:
+            values: dict[int, Tensor | None] = {}
+            for i, p in enumerate(table.params):
+                held = self.state.get(p, {}) if p in new else {}
+                if stream == "average" and not plan.groups[table.groups[i]].buffered(p):
+                    held.pop(stream, None)  # the parameter itself has become its average
+                if held.get(stream) is not None:
+                    values[i] = held[stream]
+            self._attach(plan, table, stream, values)
+
+    def _attach(
+        self, plan: Plan, table: flat.Table, stream: str, values: dict[int, Tensor | None]
+    ) -> None:
+        dtypes = {}
+        for i in values if stream == "average" else ():
+            policy = plan.groups[table.groups[i]].policy
+            if policy is not None:
+                dtypes[i] = policy.dtype_for(table.params[i].dtype)
+        for i, view in table.attach(stream, values, dtypes).items():
+            self.state[table.params[i]][stream] = view
+        self._known_size = len(self.state)
+
+    def _rebuild(self) -> None:
+        """Follows parameters that were converted, and state that was replaced."""
+        counters = self._counters()
+        self._build(self.param_groups, move=False)
+        self._set_counters(counters)
+
+    def _counters(self) -> list[tuple[int, float | None]]:
+        groups = self._plan.groups if self._plan is not None else []
+        return [(plan.n_averaged, plan.beta) for plan in groups]
+
+    def _set_counters(self, counters: list[tuple[int, float | None]]) -> None:
+        assert self._plan is not None
+        for plan, (n_averaged, beta) in zip(self._plan.groups, counters, strict=True):
+            plan.n_averaged, plan.beta = n_averaged, beta
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step: the update and the average in one pass.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is returned.
+        """
+        if torch.compiler.is_compiling() or (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        ):
+            return self._observed_step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch then leaves `step` unwrapped
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self._refuse_inside_averaged("step")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            while not self._update():
+                self._rebuild()
+        finally:
+            torch._C._set_grad_enabled(grad_enabled)
+        return loss
+
+    # torch's wrapper runs the hooks and tells the profiler. It costs more than half of what a step
+    # of ours does, so it is taken only when somebody watches.
+    _observed_step = torch._disable_dynamo(Optimizer.profile_hook_step(_step))
+
+    def _update(self) -> bool:
+        """Gather, plan, launch, count. False, with nothing changed, where tables are outdated."""
+        plan = self._plan
+        assert plan is not None
+        if self.state is not self._known_state or len(self.state) != self._known_size:
+            return self._follow_state(plan)
+        gathered = []
+        absent = present = False
+        starting = self._starting or len(self._tables) > 1
+        for table, run in self._launches:
+            grads: Grads = [p.grad for p in table.params]
+            kinds = set(map(type, grads))
+            absent = absent or NONE in kinds
+            present = present or (bool(kinds) and kinds != {NONE})
+            if table.lacking and any(grads[i] is not None for i in table.lacking):
+                starting = True
+            gathered.append((table, run, grads))
+        if not present or (self.found_inf is not None and self.found_inf.item() != 0):
+            return True
+        scale = 1.0 if self.grad_scale is None else float(self.grad_scale.item())
+        starting = plan.update(self._steps + 1, scale, starting)
+        if starting or self.backend == "reference":
+            if not all(checks.fit(table, grads, self.param_groups) for table, _, grads in gathered):
+                return False
+            for table, _, grads in gathered:
+                self._start(plan, table, grads)
+        for group in plan.groups:
+            if group.takes_current:
+                self._sample_current(group)
+        for table, run, grads in gathered:
+            if not self._launch(plan, table, run, grads):
+                return False
+        self._steps += 1
+        plan.commit()
+        for table, _, grads in gathered:
+            self._finish(plan, table, grads, absent, scale)
+        return True
+
+    def _start(self, plan: Plan, table: flat.Table, grads: Grads) -> None:
+        """Gives parameters the state they come to need; momentum's absence marks its first step."""
+        self._starting = False
+        averages: dict[int, Tensor | None] = {}
+        momentum: dict[int, Tensor | None] = {}
+        table.lacking = []
+        for i, p in enumerate(table.params):
+            group = plan.groups[table.groups[i]]
+            held = self.state.get(p, {})
+            if group.buffered(p) and "average" not in held:
+                averages[i] = p.detach() if group.n_averaged > 0 else None
+            if group.has_momentum and "momentum_buffer" not in held:
+                if grads[i] is None:
+                    table.lacking.append(i)
+                else:
+                    momentum[i] = None
+                    table.set_row(i, group.row(p, first=True))
+                    table.first.append(i)
+        self._attach(plan, table, "average", averages)
+        for stream in self.streams:
+            self._attach(plan, table, stream, momentum)
+
+    def _sample_current(self, group: GroupPlan) -> None:
+        for p in group.group["params"]:
+            if group.buffered(p):
+                self.state[p]["average"].copy_(p)
+
+    def _launch(self, plan: Plan, table: flat.Table, run: ops.Step, grads: Grads) -> bool:
+        """Steps one table. False, with nothing changed, where a parameter was converted."""
+        for param, memory in table.copies:
+            memory.copy_(param)
+        segments, shapes = table.tensors()
+        try:
+            run(table.memory, grads, table.state, segments, shapes, plan.rows)
+        except RuntimeError:
+            if not checks.fit(table, grads, self.param_groups):  # or it says what is wrong
+                return False
+            run(table.memory, grads, table.state, segments, shapes, plan.rows)
+        return True
+
+    def _finish(
+        self, plan: Plan, table: flat.Table, grads: Grads, absent: bool, scale: float
+    ) -> None:
+        """After the kernel: first-step marks, copies, versions, unscaled gradients."""
+        for i in table.first:
+            group = plan.groups[table.groups[i]]
+            table.set_row(i, group.row(table.params[i], first=False))
+            if self.rule is rules.rsgdm_implicit:
+                group.beta = float(group.group["momentum"])
+        table.first = []
+        for param, memory in table.copies:
+            param.copy_(memory)
+        stepped = table.params
+        if absent:
+            stepped = [p for p, g in zip(stepped, grads, strict=True) if g is not None]
+        increment_version(stepped)
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in stepped if p.grad is not None], 1.0 / scale)
+
+    def _follow_state(self, plan: Plan) -> bool:
+        if not self.state:  # cleared: averages start again too
+            for group in plan.groups:
+                if any(group.buffered(p) for p in group.group["params"]):
+                    group.n_averaged = 0
+        return False
+
+    # ---- averaged weights ----------------------------------------------------------------------
+
+    @property
+    def n_averaged(self) -> int:
+        """Samples in the average, of the group that has most."""
+        return max((n_averaged for n_averaged, _ in self._counters()), default=0)
+
+    def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+        """The averaged weights are live inside the context, the training weights again after it.
+
+        Contents are exchanged, not addresses, and come back exactly, also after an exception.
+        Inside, ``step``, ``load_state_dict`` and ``add_param_group`` raise and ``state_dict()``
+        returns the training state. Parameters without an average so far stay as they are, as do
+        those whose average is the parameter itself. Of nested contexts the outermost acts.
+
+        Args:
+            model: not needed for plain parameters.
+
+        Example:
+            >>> with opt.averaged():
+            ...     evaluate(model)
+        """
+        return evaluate.averaged(self)
+
+    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """A plain state dict of the model holding the averaged weights, in the weights' dtypes.
+
+        Buffers are the model's own; every tensor is a copy.
+        """
+        return evaluate.averaged_state_dict(self, model)
+
+    def _refuse_inside_averaged(self, what: str) -> None:
+        if self._evaluating is not None:
+            raise RuntimeError(f"{what}() inside averaged(), where the averaged weights are live")
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's: tensors and primitives under ``state`` and
+        ``param_groups``; each group also holds its counters, rule and the policy's repr."""
+        with checkpoint.exported(self):
+            return super().state_dict()
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class or of torch.optim.SGD; tensors are copied.
+
+        Raises:
+            ValueError: for another rule, another kind of policy, write-back, ``initial`` or dtype,
+                other shapes or groups. The optimizer is as it was then.
+        """
+        self._refuse_inside_averaged("load_state_dict")
+        checkpoint.load(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_averaged("pickle or deepcopy")
+        return {
+            **super().__getstate__(),
+            "_backend_name": self._backend_name,
+            "_flatten": self._flatten,
+            "_capturable": self._capturable,
+            "_steps": self._steps,
+            "counters": self._counters(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        counters = state.pop("counters")
+        super().__setstate__(state)
+        self._build(self.param_groups, move=self._flatten)
+        self._set_counters(counters)
