@@ -32,7 +32,7 @@ bench: .venv/dev
 abi: .venv/dev
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/abi .
 	$(PYTHON) -m venv .venv-abi
-	.venv-abi/bin/pip install -q torch==2.13.0 numpy pytest pytest-xdist
+	.venv-abi/bin/pip install -q torch==2.13.0 numpy pytest
 	.venv-abi/bin/pip install -q --no-deps --force-reinstall build/abi/rbwa_fused-*.whl
 	cd tests && ../.venv-abi/bin/python -P -m pytest -q test_update.py test_methods.py test_ops.py
 

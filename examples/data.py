@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -41,17 +43,17 @@ def load(dtype: torch.dtype = torch.float32) -> Digits:
     )
     mean, deviation = train.mean(), train.std()
 
-    def images(pixels: object) -> Tensor:
-        return ((torch.as_tensor(pixels) - mean) / deviation).to(dtype).unsqueeze(1)
+    def images(pixels: npt.NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy((pixels - mean) / deviation).to(dtype).unsqueeze(1)
 
     return Digits(
-        images(train), torch.as_tensor(train_labels), images(test), torch.as_tensor(test_labels)
+        images(train), torch.from_numpy(train_labels), images(test), torch.from_numpy(test_labels)
     )
 
 
 def batches(digits: Digits, batch_size: int, order: torch.Generator) -> Iterator[list[Tensor]]:
     """One epoch of full batches (images, labels) in an order drawn from the generator."""
     shuffled = torch.randperm(TRAIN_IMAGES, generator=order)
-    for chosen in shuffled.split(batch_size):
-        if len(chosen) == batch_size:
-            yield [digits.train_images[chosen], digits.train_labels[chosen]]
+    for first in range(0, TRAIN_IMAGES - batch_size + 1, batch_size):
+        chosen = shuffled[first : first + batch_size]
+        yield [digits.train_images[chosen], digits.train_labels[chosen]]

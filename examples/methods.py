@@ -78,9 +78,7 @@ def averaging(
     """SGD with momentum and that average."""
 
     def build(params: Iterable[Parameter], s: Settings) -> Optimizer:
-        return rf.FusedSGD(
-            params, s.lr, s.momentum, weight_decay=s.weight_decay, average=policy(s)
-        )
+        return rf.FusedSGD(params, s.lr, s.momentum, weight_decay=s.weight_decay, average=policy(s))
 
     return build
 
@@ -92,10 +90,6 @@ def rbwa_lr(s: Settings, step: int) -> float:
 
 def rbwa_e_lr(s: Settings, step: int) -> float:
     return s.lr if step <= s.start + 1 else (1.0 - RBWA_E_BETA) * s.lr
-
-
-def epochs(s: Settings) -> dict[str, int]:
-    return {"steps_per_epoch": s.steps_per_epoch, "start_epoch": s.start_epoch}
 
 
 PLAIN = "no average"
@@ -115,7 +109,7 @@ METHODS: dict[str, Method] = {
     "rswa": Method(
         "RSWA, SWA written back",
         KEPT,
-        averaging(lambda s: rf.rswa(**epochs(s))),
+        averaging(lambda s: rf.rswa(s.steps_per_epoch, s.start_epoch)),
         averaged=True,
     ),
     "ema": Method(
@@ -130,17 +124,23 @@ METHODS: dict[str, Method] = {
         averaging(lambda s: rf.lookahead(LOOKAHEAD_STEPS, LOOKAHEAD_ALPHA)),
         averaged=True,
     ),
-    "rbwa": Method("RBWA, running count", LIVE, averaging(lambda s: rf.rbwa(**epochs(s)))),
+    "rbwa": Method(
+        "RBWA, running count", LIVE, averaging(lambda s: rf.rbwa(s.steps_per_epoch, s.start_epoch))
+    ),
     "rbwa-control": Method("its control: SGD, lr η/(n+1)", LIVE, torch_sgd, lr=rbwa_lr),
     "rbwa-algorithm2": Method(
         "RBWA, count of Algorithm 2",
         LIVE,
-        averaging(lambda s: rf.rbwa(**epochs(s), count="algorithm2")),
+        averaging(lambda s: rf.rbwa(s.steps_per_epoch, s.start_epoch, "algorithm2")),
     ),
     "rbwa-e": Method(
         f"RBWA-E, β = {RBWA_E_BETA}",
         LIVE,
-        averaging(lambda s: rf.rbwa_e(RBWA_E_BETA, **epochs(s))),
+        averaging(
+            lambda s: rf.rbwa_e(
+                RBWA_E_BETA, steps_per_epoch=s.steps_per_epoch, start_epoch=s.start_epoch
+            )
+        ),
     ),
     "rbwa-e-control": Method("its control: SGD, lr (1-β)η", LIVE, torch_sgd, lr=rbwa_e_lr),
 }

@@ -60,7 +60,9 @@ def parse(
     for name in wanted:
         if name not in known:
             parser.error(f"argument --method: unknown method {name!r} ({', '.join(known)})")
-    start_epoch = given.epochs // 5 if given.start_epoch is None else given.start_epoch
+    start_epoch = given.start_epoch
+    if start_epoch is None:
+        start_epoch = min(math.ceil(given.epochs / 5), given.epochs - 1)
     if start_epoch >= given.epochs:
         parser.error(
             f"argument --start-epoch: invalid value {start_epoch} (expected less than "
@@ -146,7 +148,8 @@ def build_parser(methods: list[str], models: list[str]) -> Parser:
         "--start-epoch",
         type=integer(0),
         metavar="N",
-        help="epochs before averaging starts, 0 to EPOCHS - 1 (default: a fifth of --epochs)",
+        help="epochs before averaging starts, 0 to EPOCHS - 1 (default: a fifth of --epochs, "
+        "rounded up)",
     )
     add(
         "--seeds",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import sys
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from examples.methods import CONTROLS, KEPT, METHODS
 from examples.options import Settings
 from examples.timing import BASELINE, ROUNDS, Time
 from examples.training import Run
+
 
 def save(results: dict[str, Any], path: Path) -> None:
     """Replaces the file in one piece: whoever reads it, or stops us, finds a whole one."""
@@ -51,6 +53,7 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
 
 HEADER = ("method", "test accuracy %", "test loss", "training loss", "step ms", "ratio")
 
@@ -88,7 +91,8 @@ def caption(settings: Settings, runs: Sequence[Run], times: dict[str, Time], siz
     text = f"""\
 {settings.epochs} epochs of {settings.steps_per_epoch} steps, {seeds} seed{"s" * (seeds > 1)}: \
 mean ± standard deviation, losses in nats an image. One of the {TEST_IMAGES} test images is \
-{100 / TEST_IMAGES:.2f} points. Averages start after epoch {settings.start_epoch} and are tested \
+{100 / TEST_IMAGES:.2f} points. Learning rate {settings.lr:g}, momentum {settings.momentum:g}; sgd \
+and rsgdm learn at {settings.lr / (1 - settings.momentum):g}, which gives them the same pace. Averages start after epoch {settings.start_epoch} and are tested \
 with BatchNorm re-estimated where they are kept in a buffer ({names(settings, KEPT)}); elsewhere \
 the live weights are tested. Step: median of {ROUNDS} `opt.step()` taken in turns; ratio to \
 {BASELINE}, {times[BASELINE]["ms"]:.4f} ms in the same run. The network is small ({size:,} \
@@ -96,11 +100,20 @@ parameters), so this is mostly host time, and a median sees no step that samples
 while."""
     for method, control in CONTROLS.items():
         if method in settings.methods and control in settings.methods:
+            percent = 100 * gap(runs, method, control)
             text += (
-                f" {method} and {control}: test losses within {100 * gap(runs, method, control):.2g}"
-                f" % of each other for the same seed, in {settings.dtype}."
+                f" {method} and {control}: test losses of a seed within {percent:.2g} % of each "
+                f"other, in {settings.dtype}."
             )
     return textwrap.fill(text, 100)
+
+
+def progress(run: Run, finished: int, wanted: int) -> str:
+    """One line about a finished run."""
+    return (
+        f"{finished}/{wanted} {run['method']}, seed {run['seed']}: "
+        f"{run['test_accuracy'][-1]:.2f} %, test loss {run['test_loss'][-1]:.4f}"
+    )
 
 
 def names(settings: Settings, family: str) -> str:
@@ -112,7 +125,7 @@ def gap(runs: Sequence[Run], method: str, control: str) -> float:
     """Largest relative difference of the final test losses of the same seed."""
     final = {(run["method"], run["seed"]): run["test_loss"][-1] for run in runs}
     return max(
-        abs(loss - final[control, seed]) / loss
+        abs(loss - final[control, seed]) / max(loss, sys.float_info.min)
         for (name, seed), loss in final.items()
         if name == method
     )

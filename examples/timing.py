@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from statistics import median
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 
 from examples import data, models
 from examples.data import Digits
-from examples.methods import METHODS, Method
+from examples.methods import METHODS, PLAIN, Method
 from examples.options import Settings
 
 BASELINE = "torch.optim.SGD(fused=True, momentum=0.9)"
@@ -44,12 +43,12 @@ def measure(settings: Settings, digits: Digits, on_round: Callable[[], object]) 
     counted.
     """
     settings = replace(settings, start_epoch=0)
-    network = models.build(settings.model, 0, digits.train_images.dtype)
-    contestants: dict[str, tuple[Method, torch.nn.Module, Optimizer]] = {}
-    for name in (BASELINE, *settings.methods):
-        method = METHODS.get(name, Method(BASELINE, baseline))
-        model = copy.deepcopy(network)
-        contestants[name] = method, model, method.optimizer(model.parameters(), settings)
+    methods = {BASELINE: Method(BASELINE, PLAIN, baseline)}
+    methods |= {name: METHODS[name] for name in settings.methods}
+    contestants = {}
+    for name, method in methods.items():
+        network = models.build(settings.model, 0, digits.train_images.dtype)
+        contestants[name] = method, network, method.optimizer(network.parameters(), settings)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     order = torch.Generator().manual_seed(0)
     turn = list(contestants)
@@ -59,9 +58,9 @@ def measure(settings: Settings, digits: Digits, on_round: Callable[[], object]) 
             step += 1
             turn.append(turn.pop(0))
             for name in turn:
-                method, model, opt = contestants[name]
+                method, network, opt = contestants[name]
                 opt.zero_grad()
-                cross_entropy(model(images), labels).backward()
+                cross_entropy(network(images), labels).backward()
                 method.before_step(opt, settings, step)
                 before = perf_counter()
                 opt.step()

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import (
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.plan import GroupPlan, Plan
@@ -42,6 +45,7 @@ class FusedOptimizer(Optimizer):
     found_inf: Tensor | None = None
     _step_supports_amp_scaling = True
     _plan: Plan | None = None
+    _warned = False  # that the reference runs
     _evaluating: evaluate.Exchange | None = None
 
     def __init__(
@@ -110,6 +114,9 @@ class FusedOptimizer(Optimizer):
         for (device, _), table in sorted(self._tables.items(), key=lambda item: item[0][1]):
             self.backend, step = ops.choose(self._backend_name, device)
             self._launches.append((table, step))
+            if self.backend == "reference" and self._backend_name == "auto" and not self._warned:
+                self._warned = True
+                ops.warn_of_reference(device)
             self._take_over_state(plan, table, set(new))
         self._starting = True
         self._known_state, self._known_size = self.state, len(self.state)
@@ -163,8 +170,8 @@ class FusedOptimizer(Optimizer):
         if torch.compiler.is_compiling() or (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()
         ):
             return self._observed_step(closure)

@@ -98,9 +98,13 @@ def choose(backend: str, device: torch.device) -> tuple[str, Step]:
         return "cpu", step_cpu
     if backend == "cpu":
         raise RuntimeError(f"backend 'cpu': {BUILD_HINT} ({_missing})")
-    why = BUILD_HINT if device.type == "cpu" else f"there are no kernels for {device.type} yet"
-    warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=4)
     return "reference", step_reference
+
+
+def warn_of_reference(device: torch.device) -> None:
+    """Says why ``"auto"`` came down to the reference."""
+    why = BUILD_HINT if device.type == "cpu" else f"there are no kernels for {device.type} yet"
+    warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=5)
 
 
 _direct: Step | None = getattr(_C, "step", None)

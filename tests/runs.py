@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -111,17 +112,17 @@ def train(model: nn.Module, opt: Any, first: int, last: int) -> None:
         opt.step()
 
 
-def bits(tensor: Tensor | None) -> bytes | None:
-    """The elements in logical order, byte for byte."""
+def bits(tensor: Tensor | None) -> str | None:
+    """A digest of the elements' bytes in logical order: equal for equal bits, short in a report."""
     if tensor is None:
         return None
     if tensor.layout != torch.strided:
         return bits(tensor.detach().to_dense())
     if tensor.is_meta:
-        return b"meta"
+        return "meta"
     flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    return bytes(flat.view(torch.uint8).tolist())
+    return hashlib.sha1(bytes(flat.view(torch.uint8).tolist())).hexdigest()[:12]
 
 
 def _held(value: Any) -> Any:

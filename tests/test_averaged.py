@@ -36,11 +36,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def weights(model: nn.Module) -> dict[str, bytes | None]:
+def weights(model: nn.Module) -> dict[str, str | None]:
     return {name: bits(p) for name, p in model.named_parameters()}
 
 
-def expected_inside(model: nn.Module, opt: Any) -> dict[str, bytes | None]:
+def expected_inside(model: nn.Module, opt: Any) -> dict[str, str | None]:
     """The averages out of the state, and the live weights where there is none."""
     return {
         name: bits(opt.state[p]["average"].to(p.dtype) if "average" in opt.state[p] else p)
@@ -568,7 +568,7 @@ def test_a_loader_of_pairs_a_model_without_batchnorm_and_an_outer_context() -> N
         assert weights(plain) == expected_outside(plain, opt2)
 
 
-def expected_outside(model: nn.Module, opt: Any) -> dict[str, bytes | None]:
+def expected_outside(model: nn.Module, opt: Any) -> dict[str, str | None]:
     """What is live inside, read from `averaged_state_dict`."""
     return {k: bits(v) for k, v in opt.averaged_state_dict(model).items()}
 

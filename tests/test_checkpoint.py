@@ -154,7 +154,9 @@ def test_a_state_dict_holds_tensors_and_primitives_and_nothing_else(
 def test_a_parameter_that_never_stepped_has_no_momentum_in_a_checkpoint() -> None:
     model, opt = build("momentum")
     train(model, opt, 1, 3)
-    with_momentum = {i for i, held in opt.state_dict()["state"].items() if "momentum_buffer" in held}
+    with_momentum = {
+        i for i, held in opt.state_dict()["state"].items() if "momentum_buffer" in held
+    }
     names = [name for name, _ in model.named_parameters() if name != "scalar"]
     assert with_momentum == {i for i, name in enumerate([*names, "scalar"]) if name != "late"}
 
@@ -197,7 +199,9 @@ def test_torch_goes_on_with_our_checkpoint(rule: str, average: rf.Average | None
     assert_same_run(ours, theirs, rule)
 
 
-@pytest.mark.parametrize("average", [None, rf.ema(0.5), rf.rswa(4, 1)], ids=["plain", "ema", "rswa"])
+@pytest.mark.parametrize(
+    "average", [None, rf.ema(0.5), rf.rswa(4, 1)], ids=["plain", "ema", "rswa"]
+)
 @pytest.mark.parametrize("rule", TORCH)
 def test_we_go_on_with_a_checkpoint_of_torch(rule: str, average: rf.Average | None) -> None:
     theirs, sgd = one(torch.optim.SGD, {**TORCH[rule], "foreach": False})
@@ -437,7 +441,9 @@ def test_implicit_rsgdm_still_refuses_another_momentum_after_resume() -> None:
 
 
 @pytest.mark.parametrize("method", [*IN_PLACE, "ema", "lookahead"])
-@pytest.mark.parametrize("dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
 def test_a_converted_run_can_still_be_saved_and_loaded(
     method: str, dtype: tuple[torch.dtype, torch.dtype]
 ) -> None:
@@ -524,9 +530,7 @@ def test_saving_one_parameter_writes_its_bytes_and_not_the_buffer(tmp_path: Path
 def test_safetensors_saves_models_and_averages(tmp_path: Path, flatten: bool) -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 5))
     model[2].weight = model[0].weight  # tied
-    opt = rf.FusedSGD(
-        model.parameters(), lr=0.1, momentum=0.9, average=rf.ema(), flatten=flatten
-    )
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, average=rf.ema(), flatten=flatten)
     train(model, opt, 1, 2)
     save_model(model, str(tmp_path / "model"))
     assert bits(load_file(tmp_path / "model")["0.weight"]) == bits(model[0].weight)
@@ -536,7 +540,9 @@ def test_safetensors_saves_models_and_averages(tmp_path: Path, flatten: bool) ->
     untied = {k: v for k, v in model.state_dict().items() if k != "2.weight"}
     save_file(untied, tmp_path / "plain")
     assert bits(load_file(tmp_path / "plain")["2.bias"]) == bits(model[2].bias)
-    state = {f"{i}.{k}": v for i, held in opt.state_dict()["state"].items() for k, v in held.items()}
+    state = {
+        f"{i}.{k}": v for i, held in opt.state_dict()["state"].items() for k, v in held.items()
+    }
     save_file(state, tmp_path / "state")
     for key, value in load_file(tmp_path / "state").items():
         assert bits(value) == bits(state[key])
