@@ -71,9 +71,7 @@ def sample(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)[index].clone()
 
 
-def mismatch(what: str, got: Tensor, want: Tensor, scale: float, steps: int) -> str | None:
-    """None, or a line that says how far off. A step rounds what it stores a few times, by half a
-    unit in the last place each: two units a step, of the largest value there is, are allowed."""
-    allowed = 2 * steps * torch.finfo(got.dtype).eps * scale
+def mismatch(what: str, got: Tensor, want: Tensor, allowed: float) -> str | None:
+    """None, or a line that says how far off."""
     error = (got.double() - want).abs().max().item()
     return None if error <= allowed else f"{what} is off by {error:.3g}, more than {allowed:.3g}"

@@ -17,7 +17,7 @@ GROUPS = {
     "today": "what users write today",
     "ceiling": "ceiling",
 }
-NONE = "–"
+NONE = "-"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -47,7 +47,7 @@ def ratios(results: Sequence[Result], section: str, name: str) -> list[float]:
 
 
 def spread(values: Sequence[float]) -> str:
-    return f"{min(values):.2f}–{max(values):.2f}"
+    return f"{min(values):.2f}-{max(values):.2f}"
 
 
 def shares(results: Sequence[Result], name: str) -> list[float]:

@@ -18,7 +18,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Arguments(argparse.ArgumentParser):
@@ -88,6 +88,17 @@ def check_memory(model: str, dtype: str, rows: int) -> None:
         )
 
 
+def writable(out: Path) -> Path:
+    """The file's path, its folder made; ends the program where nothing can be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"cannot write {out} ({error.strerror})")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        stop(f"cannot write {out}")
+    return out
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the tables and writes the results."""
     args = arguments(argv)
@@ -98,17 +109,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from benchmarks import machine, problem, report
     from benchmarks.process import HOST_TICKS, Settings, in_fresh_process
 
-    description = machine.description(args.threads)
-    name = f"{machine.slug()}-{description['date']}.json"
-    out = (args.out or ROOT / "benchmarks" / "results" / name).resolve()
-    if out.is_dir() or not os.access(next(p for p in out.parents if p.exists()), os.W_OK):
-        stop(f"cannot write {out}")
     try:
         problem.known_model(args.model)
         rows, library = available_rows(args.only)
     except ValueError as error:
         stop(str(error))
     check_memory(args.model, args.dtype, len(rows))
+    description = machine.description(args.threads)
+    out = writable(args.out or RESULTS / f"{machine.slug()}-{description['date']}.json")
 
     results = []
     ticks = args.repeats + (HOST_TICKS if args.host else 0)
@@ -135,7 +143,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings": {"model": args.model, "dtype": args.dtype, "repeats": args.repeats},
         "processes": results,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(measured, indent=1) + "\n")
     print(f"\nwritten: {out}")
 

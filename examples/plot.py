@@ -118,7 +118,7 @@ def set_scale(axis: Axes, curve: Curve, runs: Sequence[Run]) -> None:
     elif min(values) > 0.0:
         axis.set_yscale("log")
         axis.set_ylim(0.8 * min(values), 1.25 * max(values))
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.yaxis.set_minor_formatter(NullFormatter())
 

@@ -88,16 +88,17 @@ def spread(values: Sequence[float], digits: int) -> str:
 def caption(settings: Settings, runs: Sequence[Run], times: dict[str, Time], size: int) -> str:
     """How to read the table."""
     seeds = len(settings.seeds)
+    faster = settings.lr / (1 - settings.momentum)
     text = f"""\
 {settings.epochs} epochs of {settings.steps_per_epoch} steps, {seeds} seed{"s" * (seeds > 1)}: \
 mean ± standard deviation, losses in nats an image. One of the {TEST_IMAGES} test images is \
-{100 / TEST_IMAGES:.2f} points. Learning rate {settings.lr:g}, momentum {settings.momentum:g}; sgd \
-and rsgdm learn at {settings.lr / (1 - settings.momentum):g}, which gives them the same pace. Averages start after epoch {settings.start_epoch} and are tested \
-with BatchNorm re-estimated where they are kept in a buffer ({names(settings, KEPT)}); elsewhere \
-the live weights are tested. Step: median of {ROUNDS} `opt.step()` taken in turns; ratio to \
-{BASELINE}, {times[BASELINE]["ms"]:.4f} ms in the same run. The network is small ({size:,} \
-parameters), so this is mostly host time, and a median sees no step that samples only once in a \
-while."""
+{100 / TEST_IMAGES:.2f} points. Learning rate {settings.lr:g}, momentum {settings.momentum:g}; \
+sgd and rsgdm take {faster:g}, which is the same pace. Averages start after epoch \
+{settings.start_epoch} (lookahead's at once) and are tested with BatchNorm re-estimated where they \
+are kept in a buffer ({names(settings, KEPT)}); elsewhere the live weights are tested. \
+Step: median of {ROUNDS} `opt.step()` taken in turns; ratio to {BASELINE}, \
+{times[BASELINE]["ms"]:.4f} ms in the same run. The network is small ({size:,} parameters), so \
+this is mostly host time, and a median sees no step that samples only once in a while."""
     for method, control in CONTROLS.items():
         if method in settings.methods and control in settings.methods:
             percent = 100 * gap(runs, method, control)

@@ -40,9 +40,6 @@ class FusedOptimizer(Optimizer):
     rule_name: str
     streams: tuple[str, ...] = ("momentum_buffer",)
     hyperparameters: Callable[[Group], tuple[Any, ...]]
-    # GradScaler sets these on the instance for the time of a step.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
     _step_supports_amp_scaling = True
     _plan: Plan | None = None
     _warned = False  # that the reference runs
@@ -215,9 +212,11 @@ class FusedOptimizer(Optimizer):
             if table.lacking and any(grads[i] is not None for i in table.lacking):
                 starting = True
             gathered.append((table, run, grads))
-        if not present or (self.found_inf is not None and self.found_inf.item() != 0):
+        found_inf = self.__dict__.get("found_inf")  # GradScaler sets it for the time of a step
+        if not present or (found_inf is not None and found_inf.item() != 0):
             return True
-        scale = 1.0 if self.grad_scale is None else float(self.grad_scale.item())
+        grad_scale = self.__dict__.get("grad_scale")
+        scale = 1.0 if grad_scale is None else float(grad_scale.item())
         starting = plan.update(self._steps + 1, scale, starting)
         if starting or self.backend == "reference":
             if not all(checks.fit(table, grads, self.param_groups) for table, _, grads in gathered):

@@ -65,7 +65,7 @@ IN_PLACE = ["rbwa", "rbwa algorithm2", "rbwa_e"]  # the average is the parameter
 
 
 class Model(nn.Module):
-    """A matrix, a channels_last weight, a vector, a scalar: one of each that a layout could break."""
+    """A matrix, a channels_last weight, vectors, a scalar: what a layout could break."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def build(method: str, dtype: torch.dtype = torch.float32, **options: Any) -> tu
 
 
 def feed(model: nn.Module, step: int) -> None:
-    """Gradients for a step counted from 1; they depend on the weights, so every slip is carried on."""
+    """Gradients for a step counted from 1; weights enter, so every slip is carried on."""
     generator = torch.Generator().manual_seed(step)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)

@@ -242,15 +242,12 @@ def test_nothing_moves_before_the_first_sample(method: str, dtype: torch.dtype) 
 
 def test_groups_keep_or_drop_the_average_each_for_itself() -> None:
     live, own, usual = (nn.Parameter(torch.randn(6)) for _ in range(3))
-    opt = rf.FusedSGD(
-        [
-            {"params": [live], "average": False},
-            {"params": [own], "average": rf.mean(start=1)},
-            {"params": [usual]},
-        ],
-        lr=0.1,
-        average=rf.ema(0.5, start=100),
-    )
+    members: list[dict[str, Any]] = [
+        {"params": [live], "average": False},
+        {"params": [own], "average": rf.mean(start=1)},
+        {"params": [usual]},
+    ]
+    opt = rf.FusedSGD(members, lr=0.1, average=rf.ema(0.5, start=100))
     for _ in range(4):
         for p in (live, own, usual):
             p.grad = torch.randn(6)
@@ -439,7 +436,7 @@ def test_an_averaged_state_dict_loads_into_a_fresh_model_and_is_what_is_evaluate
             assert saved[name].data_ptr() != tensor.data_ptr()
     for name, buffer in model.named_buffers():
         assert bits(saved[name]) == bits(buffer)
-    fresh = Net().to(dtype)
+    fresh: Any = Net().to(dtype)
     with torch.no_grad():
         fresh.unused.fill_(7)
     fresh.load_state_dict(saved, strict=True)
@@ -469,20 +466,18 @@ def test_an_averaged_state_dict_keeps_what_old_modules_need_to_be_loaded() -> No
 
 def test_statistics_are_estimated_for_the_averaged_weights_and_taken_back() -> None:
     model, opt = trained()
-    fresh = Net()
+    fresh: Any = Net()
     fresh.load_state_dict(opt.averaged_state_dict(model))
     update_bn(batches(seed=3), fresh)
     before, state = held(model), result(opt)
     addresses = [b.data_ptr() for b in model.norm.buffers()]
     with rf.averaged_model(opt, model, batches(seed=3)) as same:
-        assert same is model
-        for (name, a), b in zip(model.named_parameters(), fresh.parameters(), strict=True):
-            assert bits(a) == bits(b), name
+        assert id(same) == id(model)
+        assert weights(model) == weights(fresh)
         for (name, a), b in zip(model.norm.named_buffers(), fresh.norm.buffers(), strict=True):
             assert bits(a) == bits(b), name
             if name != "num_batches_tracked":
                 assert bits(a) != before[f"norm.{name}"]
-        assert opt.state_dict()["param_groups"] == copy.deepcopy(opt.state_dict())["param_groups"]
         with pytest.raises(RuntimeError, match=r"step.*averaged\(\)"):
             opt.step()
     assert [b.data_ptr() for b in model.norm.buffers()] == addresses
@@ -611,7 +606,7 @@ def test_a_backward_through_exchanged_weights_is_an_error_and_not_a_wrong_gradie
         inside.backward()
     model.matrix.grad = None
     graph(model.matrix).backward()
-    assert torch.equal(model.matrix.grad, 2 * model.matrix)
+    assert bits(model.matrix.grad) == bits(2 * model.matrix)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -652,8 +647,8 @@ def test_a_group_without_an_average_is_left_alone_by_evaluation() -> None:
     with opt.averaged():
         pass
     loss.backward()
+    loss = graph(model.matrix)
+    with opt.averaged():
+        pass
     with pytest.raises(RuntimeError, match=CHANGED):
-        loss = graph(model.matrix)
-        with opt.averaged():
-            pass
         loss.backward()

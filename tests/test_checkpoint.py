@@ -358,7 +358,7 @@ def test_a_changed_number_warns_once_and_takes_the_codes_value(
     model, opt = one(rf.FusedSGD, {"lr": 0.1, "average": old})
     train(model, opt, 1, 6)
     saved = through_bytes(opt.state_dict())
-    model2, opt2 = one(rf.FusedSGD, {"lr": 0.1, "average": new})
+    _, opt2 = one(rf.FusedSGD, {"lr": 0.1, "average": new})
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         opt2.load_state_dict(saved)
@@ -416,7 +416,7 @@ def test_a_checkpoint_never_changes_its_rule(source: str, into: str) -> None:
         opt2.load_state_dict(saved)
         return
     before = snapshot(opt2)
-    with pytest.raises(ValueError, match="rule is '(sgd|rsgdm_implicit|rsgdm_explicit|sgdm)'"):
+    with pytest.raises(ValueError, match=r"rule is '(sgd|rsgdm_implicit|rsgdm_explicit|sgdm)'"):
         opt2.load_state_dict(saved)
     assert snapshot(opt2) == before
 
@@ -509,7 +509,7 @@ def test_a_deepcopied_scheduler_drives_its_own_optimizer() -> None:
 
 
 def test_saving_one_parameter_writes_its_bytes_and_not_the_buffer(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 2))
+    model: Any = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 2))
     opt = rf.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, average=rf.ema())
     train(model, opt, 1, 2)
     small = model[1].bias
@@ -528,7 +528,7 @@ def test_saving_one_parameter_writes_its_bytes_and_not_the_buffer(tmp_path: Path
 
 @pytest.mark.parametrize("flatten", [True, False])
 def test_safetensors_saves_models_and_averages(tmp_path: Path, flatten: bool) -> None:
-    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 5))
+    model: Any = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 5))
     model[2].weight = model[0].weight  # tied
     opt = rf.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, average=rf.ema(), flatten=flatten)
     train(model, opt, 1, 2)
@@ -550,7 +550,7 @@ def test_safetensors_saves_models_and_averages(tmp_path: Path, flatten: bool) ->
 
 @pytest.mark.parametrize("method", ["momentum", "ema", "lookahead"])
 def test_the_step_follows_a_submodule_that_was_shared(method: str) -> None:
-    def make() -> tuple[nn.Sequential, Any]:
+    def make() -> tuple[Any, Any]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         return model, METHODS[method](model.parameters())

@@ -1,4 +1,4 @@
-"""What a user of torch.optim expects of an optimizer: schedulers, AMP, hooks, frozen layers, moves."""
+"""What a user expects of any torch optimizer: schedulers, AMP, hooks, frozen layers, moves."""
 
 from __future__ import annotations
 
