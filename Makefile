@@ -3,8 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 TREES := rbwa_fused tests benchmarks examples setup.py
-# Without a GPU at hand torch cannot guess an architecture to build for.
-export TORCH_CUDA_ARCH_LIST ?= 9.0
 
 .PHONY: demo test check format abi bench clean
 
@@ -34,6 +32,7 @@ abi: .venv/dev
 	$(PYTHON) -m venv .venv-abi
 	.venv-abi/bin/pip install -q torch==2.13.0 numpy pytest
 	.venv-abi/bin/pip install -q --no-deps --force-reinstall build/abi/rbwa_fused-*.whl
+	cd tests && ../.venv-abi/bin/python -P -m rbwa_fused
 	cd tests && ../.venv-abi/bin/python -P -m pytest -q test_update.py test_methods.py test_ops.py
 
 clean:

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.provider import over_period
 from benchmarks.providers import BASELINE, HOST_GROUP_ROWS, HOST_ROWS, ROWS
+from benchmarks.timing import LEAST_KEPT
 
 Result = dict[str, Any]
 
@@ -18,6 +19,7 @@ GROUPS = {
     "ceiling": "ceiling",
 }
 NONE = "-"
+BUSY = 0.2  # share of disturbed samples
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -122,14 +124,18 @@ def memory_table(results: Sequence[Result]) -> str:
 
 
 def disturbed(results: Sequence[Result]) -> str:
-    """How many samples were dropped, or would have been."""
+    """How many samples were dropped. Long steps are disturbed more often than short ones, so on a
+    busy machine what is left of them does not compare."""
     rows = [row for result in results for row in result["step"].values()]
     total = sum(row["samples"] for row in rows)
     bad = sum(row["disturbed"] for row in rows)
-    return (
+    text = (
         f"{bad} of {total} samples had an involuntary context switch and were dropped "
-        "(kept where a row of a process would have had fewer than 5 others)."
+        f"(kept where a row of a process would have had fewer than {LEAST_KEPT} others)."
     )
+    if bad > BUSY * total:
+        text += " **This machine is busy: measure again before quoting anything.**"
+    return text
 
 
 def tables(description: Result, model: str, dtype: str, results: Sequence[Result]) -> str:

@@ -168,7 +168,7 @@ def build_parser(methods: list[str], models: list[str]) -> Parser:
     )
     add(
         "--out",
-        type=Path,
+        type=folder,
         default=Path("demo"),
         metavar="FOLDER",
         help="where results.json and curves.png are written, made if missing and overwritten "
@@ -220,6 +220,13 @@ def number(
         return value
 
     return parse_number
+
+
+def folder(text: str) -> Path:
+    """An empty path, such as an unset variable gives, would be the current folder."""
+    if not text:
+        raise invalid(text, "a folder")
+    return Path(text)
 
 
 def seeds(text: str) -> tuple[int, ...]:

@@ -10,72 +10,52 @@ run, then a table and curves.png. Ctrl-C keeps what is finished.
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 if __package__ is None:  # run as a file: the folder above holds the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import sklearn
 import torch
 from tqdm import tqdm
 
-import rbwa_fused
-from examples import data, models, options, plot, report, timing, training
+from examples import data, models, options, plot, table, timing, training
 from examples.methods import METHODS
 from examples.options import Settings
+from examples.results import description, save
+from examples.training import Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the comparison; the exit code is 0, or 130 after Ctrl-C."""
+    """Runs the comparison; the exit code is 0, 1 if a result cannot be written, 130 after Ctrl-C."""
     settings, out = options.parse(argv, METHODS, models.MODELS)
     torch.set_num_threads(settings.threads)
     results = description(settings)
-    path = out / "results.json"
+    path, picture = out / "results.json", out / "curves.png"
     try:
         compare(settings, results, path)
-        plot.draw(results["runs"], settings, out / "curves.png")
+        plot.draw(results["runs"], settings, picture)
     except KeyboardInterrupt:
-        runs = results["runs"]
-        kept = "nothing written"
-        if runs:
-            report.save(results, path)
-            kept = f"kept in {path}"
-        wanted = len(settings.methods) * len(settings.seeds)
+        finished = len(results["runs"])
+        if finished > 0:
+            save(results, path)
+        kept = f"kept in {path}" if finished > 0 else "nothing written"
+        wanted = len(settings.seeds) * len(settings.methods)
         print(
-            f"train.py: interrupted: {len(runs)} of {wanted} runs finished, {kept}", file=sys.stderr
+            f"train.py: interrupted: {finished} of {wanted} runs finished, {kept}", file=sys.stderr
         )
         return 130
-    print(report.table(results["runs"], results["times"]))
+    except OSError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    print(table.table(results["runs"], results["times"]))
     print()
-    print(report.caption(settings, results["runs"], results["times"], results["parameters"]))
+    print(table.caption(settings, results["runs"], results["times"], results["parameters"]))
     taken = results["seconds"]
-    print(f"{taken['wall']:.0f} s, {taken['cpu']:.0f} s of CPU time; {path}, {out / 'curves.png'}")
+    print(f"{taken['wall']:.0f} s, {taken['cpu']:.0f} s of CPU time. Written: {path}, {picture}")
     return 0
-
-
-def description(settings: Settings) -> dict[str, Any]:
-    """results.json before the first run: what is compared, with what, on what."""
-    network = models.build(settings.model, 0)
-    return {
-        "complete": False,
-        "settings": asdict(settings),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "rbwa_fused": rbwa_fused.__version__,
-            "scikit_learn": sklearn.__version__,
-        },
-        "cpu": report.cpu_name(),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "seconds": {},
-        "times": {},
-        "runs": [],
-    }
 
 
 def compare(settings: Settings, results: dict[str, Any], path: Path) -> None:
@@ -96,9 +76,17 @@ def compare(settings: Settings, results: dict[str, Any], path: Path) -> None:
                 "wall": round(time.perf_counter() - wall, 1),
                 "cpu": round(time.process_time() - cpu, 1),
             }
-            report.save(results, path)
-            if bar.disable:  # not a terminal: a line for each run, no bar
-                print(report.progress(run, len(results["runs"]), len(runs)), file=sys.stderr)
+            save(results, path)
+            if bar.disable:  # not a terminal: a line for each run in place of the bar
+                print(progress(run, len(results["runs"]), len(runs)), file=sys.stderr)
+
+
+def progress(run: Run, finished: int, wanted: int) -> str:
+    """One line about a finished run."""
+    return (
+        f"{finished}/{wanted} {run['method']}, seed {run['seed']}: "
+        f"{run['test_accuracy'][-1]:.2f} %, test loss {run['test_loss'][-1]:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import EPOCH, METHODS, STEPS, Model, bits, build, groups, result, snapshot, train
+from runs import EPOCH, METHODS, STEPS, Model, bits, build, feed, groups, result, snapshot, train
 from torch import Tensor, nn
 
 import rbwa_fused as rf
@@ -104,14 +104,17 @@ OPTIONS: list[tuple[Any, dict[str, Any], Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "options", "error", "words"), OPTIONS)
-@pytest.mark.parametrize("where", ["default", "group"])
+OF_THE_OPTIMIZER = {"capturable", "backend", "difference"}
+OF_GROUPS = [row for row in OPTIONS if OF_THE_OPTIMIZER.isdisjoint(row[1])]
+
+
+@pytest.mark.parametrize(
+    ("where", "cls", "options", "error", "words"),
+    [("default", *row) for row in OPTIONS] + [("group", *row) for row in OF_GROUPS],
+)
 def test_a_bad_hyperparameter_names_itself(
-    cls: Any, options: dict[str, Any], error: type[Exception], words: str, where: str
+    where: str, cls: Any, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    of_group = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "average"}
-    if where == "group" and not options.keys() <= of_group:
-        pytest.skip("not an option of a group")
     p = parameter(3)
     address = p.data_ptr()
     params: Any = [p] if where == "default" else [{"params": [p], **options}]
@@ -331,7 +334,8 @@ def test_a_bad_parameter_is_refused_before_anything_moves(kind: str) -> None:
 
 
 # Those that `add_param_group` can meet too; an empty group is fine, as in torch.
-OF_A_GROUP = [k for k in PARAMETERS if k not in ("none at all", "a lone tensor", "in two groups")]
+OF_ALL = ("none at all", "a lone tensor", "in two groups", "named and complex")
+OF_A_GROUP = [kind for kind in PARAMETERS if kind not in OF_ALL]
 
 
 @pytest.mark.parametrize("kind", [*OF_A_GROUP, "known already"])
@@ -504,8 +508,7 @@ def refused(
     for when in whens:
         model, opt = build(method, **options)
         train(model, opt, 1, when - 1)
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
+        feed(model, when)
         kept = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
         mend = spoil(Spoiled(model, opt))
         before = snapshot(opt)
@@ -685,6 +688,34 @@ def test_a_custom_weight_gone_bad_costs_no_sample(kind: str, write_back: int) ->
         ends.append(result(opt))
     assert ends[0] == ends[1]
     assert ends[0]["n_averaged"] == 8
+
+
+@pytest.mark.parametrize("method", ["sgd", "rsgdm explicit", "lookahead"])
+@pytest.mark.parametrize("bad", ["gradient", "second group"])
+def test_a_momentum_switched_on_in_a_refused_step_is_on_in_the_next(method: str, bad: str) -> None:
+    ends = []
+    for meets_it in (True, False):
+        model, opt = build(method)
+        first, second = opt.param_groups
+        first["momentum"] = second["momentum"] = 0.0
+        train(model, opt, 1, 3)
+        first["momentum"] = 0.5
+        if meets_it:
+            feed(model, 4)
+            if bad == "gradient":
+                sparse(Spoiled(model, opt))
+            else:
+                second["lr"] = -1
+            before = snapshot(opt)
+            for _ in range(2):
+                with pytest.raises((RuntimeError, ValueError), match=r"sparse|learning rate"):
+                    opt.step()
+                assert snapshot(opt) == before
+            second["lr"] = first["lr"]
+            model.zero_grad()
+        train(model, opt, 4, STEPS)
+        ends.append(result(opt))
+    assert ends[0] == ends[1]
 
 
 def test_a_closure_that_raises_costs_no_step() -> None:

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -440,26 +441,54 @@ def test_implicit_rsgdm_still_refuses_another_momentum_after_resume() -> None:
         train(model2, opt2, 4, 4)
 
 
+@pytest.mark.parametrize("saved_after", [6, 9])
 @pytest.mark.parametrize("method", [*IN_PLACE, "ema", "lookahead"])
 @pytest.mark.parametrize(
-    "dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+    "dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
 )
 def test_a_converted_run_can_still_be_saved_and_loaded(
-    method: str, dtype: tuple[torch.dtype, torch.dtype]
+    method: str, dtype: tuple[torch.dtype, torch.dtype], saved_after: int
 ) -> None:
     before, after = dtype
     model, opt = build(method, before)
     train(model, opt, 1, 6)
     model.to(after)
     opt.zero_grad()
-    train(model, opt, 7, 9)
+    train(model, opt, 7, saved_after)
     model2, opt2 = build(method, after)
     model2.load_state_dict(model.state_dict())
     opt2.load_state_dict(through_bytes(opt.state_dict()))
-    train(model, opt, 10, STEPS)
-    train(model2, opt2, 10, STEPS)
+    train(model, opt, saved_after + 1, STEPS)
+    train(model2, opt2, saved_after + 1, STEPS)
     assert result(opt2)["weights"] == result(opt)["weights"]
     assert opt2.n_averaged == opt.n_averaged
+
+
+def forget_all(opt: Any) -> None:
+    opt.state.clear()
+
+
+def replace_all(opt: Any) -> None:
+    opt.state = defaultdict(dict)
+
+
+def forget_one(opt: Any) -> None:
+    del opt.state[opt.param_groups[0]["params"][0]]
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("forget", [forget_all, replace_all, forget_one])
+def test_momentum_that_somebody_takes_away_is_gone_as_in_torch(
+    forget: Callable[[Any], None], flatten: bool
+) -> None:
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}
+    ours, opt = one(rf.FusedSGD, {**options, "flatten": flatten})
+    theirs, sgd = one(torch.optim.SGD, options)
+    for model, either in ((ours, opt), (theirs, sgd)):
+        train(model, either, 1, 4)
+        forget(either)
+        train(model, either, 5, 8)
+    assert_same_run(ours, theirs, forget.__name__)
 
 
 # ---- copies and files --------------------------------------------------------------------------

@@ -1,59 +1,18 @@
-"""What is left of a comparison: results.json while it runs, and the table at its end."""
+"""The table that ends a comparison, and how to read it."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from examples.data import TEST_IMAGES
 from examples.methods import CONTROLS, KEPT, METHODS
 from examples.options import Settings
 from examples.timing import BASELINE, ROUNDS, Time
 from examples.training import Run
-
-
-def save(results: dict[str, Any], path: Path) -> None:
-    """Replaces the file in one piece: whoever reads it, or stops us, finds a whole one."""
-    text = json.dumps(finite(results), indent=1, allow_nan=False)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def finite(value: Any) -> Any:
-    """The same with null for what JSON cannot say: a diverged run's nan and infinity."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
 
 HEADER = ("method", "test accuracy %", "test loss", "training loss", "step ms", "ratio")
 
@@ -99,22 +58,17 @@ are kept in a buffer ({names(settings, KEPT)}); elsewhere the live weights are t
 Step: median of {ROUNDS} `opt.step()` taken in turns; ratio to {BASELINE}, \
 {times[BASELINE]["ms"]:.4f} ms in the same run. The network is small ({size:,} parameters), so \
 this is mostly host time, and a median sees no step that samples only once in a while."""
-    for method, control in CONTROLS.items():
-        if method in settings.methods and control in settings.methods:
-            percent = 100 * gap(runs, method, control)
-            text += (
-                f" {method} and {control}: test losses of a seed within {percent:.2g} % of each "
-                f"other, in {settings.dtype}."
-            )
-    return textwrap.fill(text, 100)
-
-
-def progress(run: Run, finished: int, wanted: int) -> str:
-    """One line about a finished run."""
-    return (
-        f"{finished}/{wanted} {run['method']}, seed {run['seed']}: "
-        f"{run['test_accuracy'][-1]:.2f} %, test loss {run['test_loss'][-1]:.4f}"
-    )
+    gaps = [
+        f"{method} and {control} at most {100 * gap(runs, method, control):.2g} %"
+        for method, control in CONTROLS.items()
+        if method in settings.methods and control in settings.methods
+    ]
+    if gaps:
+        text += (
+            f" Test losses of a seed differ for {' and '.join(gaps)}: {settings.dtype} rounding, "
+            f"which grows in training while the learning rate is full."
+        )
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def names(settings: Settings, family: str) -> str:
