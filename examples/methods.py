@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
         averaged=True,
     ),
     "lookahead": Method(
-        f"Lookahead, k = {LOOKAHEAD_STEPS}, α = {LOOKAHEAD_ALPHA}",
+        f"Lookahead, k = {LOOKAHEAD_STEPS}, alpha = {LOOKAHEAD_ALPHA}",
         KEPT,
         averaging(lambda s: rf.lookahead(LOOKAHEAD_STEPS, LOOKAHEAD_ALPHA)),
         averaged=True,
@@ -134,7 +134,7 @@ METHODS: dict[str, Method] = {
         averaging(lambda s: rf.rbwa(s.steps_per_epoch, s.start_epoch, "algorithm2")),
     ),
     "rbwa-e": Method(
-        f"RBWA-E, β = {RBWA_E_BETA}",
+        f"RBWA-E, beta = {RBWA_E_BETA}",
         LIVE,
         averaging(
             lambda s: rf.rbwa_e(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(
-    argv: list[str] | None, methods: Iterable[str], models: Iterable[str]
+    argv: Sequence[str] | None, methods: Iterable[str], models: Iterable[str]
 ) -> tuple[Settings, Path]:
     """The settings and the output folder, which exists then and can be written to."""
     known, models = list(methods), list(models)

@@ -32,6 +32,9 @@ class Ema:
 
     decay: float
 
+    def __post_init__(self) -> None:
+        _fraction("decay", self.decay)
+
 
 @dataclass(frozen=True)
 class Algorithm2:
@@ -43,6 +46,10 @@ class Algorithm2:
 
     steps_per_epoch: int
     start_epoch: int
+
+    def __post_init__(self) -> None:
+        _integer("steps_per_epoch", self.steps_per_epoch, least=1)
+        _integer("start_epoch", self.start_epoch, least=0)
 
 
 Weight = Mean | Ema | Algorithm2 | Callable[[int, int], float]
@@ -62,7 +69,7 @@ def weight_of(weight: Weight, n: int, step: int) -> float:
     if isinstance(weight, Algorithm2):
         epochs, batch = divmod(step - 1, weight.steps_per_epoch)
         return 1.0 / ((epochs + 1 - weight.start_epoch) * batch + 1)
-    value = float(weight(n, step))
+    value = _number(f"weight(n={n}, step={step})", weight(n, step))
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"Invalid weight(n={n}, step={step}): {value} (expected 0 <= weight <= 1)")
     return value
@@ -110,7 +117,8 @@ class Average:
         initial: Literal["first_sample", "current"] = "first_sample",
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not callable(weight) and not isinstance(weight, Mean | Ema | Algorithm2):
+        named = isinstance(weight, Mean | Ema | Algorithm2)
+        if isinstance(weight, type) or not (named or callable(weight)):
             raise TypeError(
                 f"Invalid weight: {weight!r} (expected a policy's weight or a function)"
             )
@@ -127,9 +135,12 @@ class Average:
             raise TypeError(f"Invalid dtype: {dtype!r} (expected a torch.dtype or None)")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"Invalid dtype: {dtype} (expected one of {DTYPES})")
+        start = _integer("start", start, least=0)
+        if isinstance(weight, Algorithm2) and start < weight.steps_per_epoch * weight.start_epoch:
+            raise ValueError(f"Invalid start: {start} (expected no sample before {weight} starts)")
         values: dict[str, Any] = {
             "weight": weight,
-            "start": _integer("start", start, least=0),
+            "start": start,
             "every": every,
             "write_back_every": write_back_every,
             "initial": initial,
@@ -213,7 +224,7 @@ def ema(decay: float = 0.999, start: int = 0, every: int = 1) -> Average:
 
     For a scheduled decay use ``Average(lambda n, step: 1 - decay(step))``.
     """
-    return Average(Ema(_fraction("decay", decay)), start=start, every=every)
+    return Average(Ema(decay), start=start, every=every)
 
 
 def swa(
@@ -275,7 +286,7 @@ def lookahead(k: int = 5, alpha: float = 0.5) -> Average:
 def switch_ema(decay: float = 0.999, *, steps_per_epoch: int) -> Average:
     """Switch-EMA: an EMA of every step, written back once an epoch, 0 <= decay < 1."""
     epoch = _integer("steps_per_epoch", steps_per_epoch, least=1)
-    return Average(Ema(_fraction("decay", decay)), write_back_every=epoch)
+    return Average(Ema(decay), write_back_every=epoch)
 
 
 def _integer(name: str, value: int, *, least: int) -> int:
@@ -292,9 +303,11 @@ def _integer(name: str, value: int, *, least: int) -> int:
 
 def _number(name: str, value: float) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"Invalid {name}: {value!r} (expected a number)") from None
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"Invalid {name}: {value!r} (expected a number)")
 
 
 def _fraction(name: str, value: float) -> float:

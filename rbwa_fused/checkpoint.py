@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -13,37 +11,31 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rbwa_fused.average import Average, structure
-from rbwa_fused.flat import STREAMS
+from rbwa_fused.flat import DTYPES, STREAMS
 
 if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
     from rbwa_fused.plan import GroupPlan
 
-# What `exported` adds to a group. A checkpoint of torch.optim.SGD has none of them.
+# What `export` adds to a group. A checkpoint of torch.optim.SGD has none of them.
 OURS = ("rule", "step", "n_averaged", "implicit_momentum")
 
 
-@contextmanager
-def exported(opt: FusedOptimizer) -> Iterator[None]:
-    """Makes groups and state what a checkpoint holds: primitives, and the training state."""
-    policies = [group["average"] for group in opt.param_groups]
+def export(opt: Any, state_dict: dict[str, Any]) -> None:
+    """The first hook behind ``state_dict()``: adds counters, rule and the policy's repr to the
+    groups, and puts the averages that are live now back where training has them."""
+    groups = state_dict["param_groups"]
+    for group, (n_averaged, beta) in zip(groups, opt._counters(), strict=True):
+        policy = group["average"]
+        group["average"] = None if policy is None else repr(policy)
+        group.update(zip(OURS, (opt.rule_name, opt._steps, n_averaged, beta), strict=True))
     live = opt._evaluating.averages() if opt._evaluating is not None else {}
-    buffers = {p: opt.state[p]["average"] for p in live}
-    try:
-        for group, (n_averaged, beta) in zip(opt.param_groups, opt._counters(), strict=True):
-            policy = group["average"]
-            group["average"] = None if policy is None else repr(policy)
-            group.update(zip(OURS, (opt.rule_name, opt._steps, n_averaged, beta), strict=True))
-        for p, average in live.items():
-            opt.state[p]["average"] = average
-        yield
-    finally:
-        for group, policy in zip(opt.param_groups, policies, strict=True):
-            group["average"] = policy
-            for key in OURS:
-                group.pop(key, None)
-        for p, buffer in buffers.items():
-            opt.state[p]["average"] = buffer
+    params = chain.from_iterable(group["params"] for group in opt.param_groups)
+    for key, p in zip(
+        chain.from_iterable(group["params"] for group in groups), params, strict=True
+    ):
+        if p in live:
+            state_dict["state"][key] = {**state_dict["state"][key], "average": live[p]}
 
 
 def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
@@ -64,9 +56,10 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             "that doesn't match the size of optimizer's group"
         )
     merged = []
+    changed: dict[str, None] = {}
     for group, saved in zip(groups, saved_groups, strict=True):
-        _check_rule(opt, saved)
-        _check_policy(group["average"], saved)
+        _check_counters(opt, saved)
+        _check_policy(group["average"], saved, changed)
         new = {k: v for k, v in saved.items() if k not in (*OURS, "params", "average")}
         new = {**group, **new}
         opt._check_hyperparameters(new)
@@ -92,6 +85,8 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             n_averaged = saved.get("n_averaged") or 0
             _check_state(name, p, state.get(p, {}), opt.streams, plan, n_averaged)
 
+    if changed:
+        warnings.warn("; ".join(changed), stacklevel=4)
     for group, new in zip(groups, merged, strict=True):
         group.update(new)
     opt.state = state
@@ -104,25 +99,26 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         post_hook(opt)
 
 
-def _check_rule(opt: FusedOptimizer, saved: dict[str, Any]) -> None:
+def _check_counters(opt: FusedOptimizer, saved: dict[str, Any]) -> None:
     rule = saved.get("rule", "sgd")
     if rule != opt.rule_name:
         raise ValueError(f"the checkpoint's rule is {rule!r}, the optimizer's {opt.rule_name!r}")
+    for key in ("step", "n_averaged"):
+        count = saved.get(key, 0)
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"Invalid {key} in the checkpoint: {count!r} (expected a count)")
 
 
-def _check_policy(policy: Average | None, saved: dict[str, Any]) -> None:
+def _check_policy(policy: Average | None, saved: dict[str, Any], changed: dict[str, None]) -> None:
     theirs = saved.get("average")
-    if theirs is None:
-        return
     ours = None if policy is None else repr(policy)
-    if theirs == ours:
+    if theirs is None or theirs == ours:
         return
+    if not isinstance(theirs, str):
+        raise TypeError(f"Invalid average in the checkpoint: {theirs!r} (expected a repr)")
     if structure(theirs) != structure(ours):
         raise ValueError(f"the checkpoint's average is {theirs}, the optimizer's {ours}")
-    warnings.warn(
-        f"the checkpoint's average was {theirs}; going on with the optimizer's {ours}",
-        stacklevel=4,
-    )
+    changed[f"the checkpoint's average was {theirs}; going on with the optimizer's {ours}"] = None
 
 
 def _check_state(
@@ -135,24 +131,33 @@ def _check_state(
 ) -> None:
     for stream in STREAMS.keys() & held.keys():
         value = held[stream]
-        if not isinstance(value, Tensor) or value.shape != param.shape:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.is_meta:
+            raise TypeError(
+                f"the checkpoint's {stream} of {name} is no tensor to go on with: {value}"
+            )
+        if value.layout != torch.strided:
+            raise TypeError(f"the checkpoint's {stream} of {name} has layout {value.layout}")
+        if value.shape != param.shape:
             raise ValueError(
-                f"the checkpoint's {stream} of {name} has shape {shape} "
+                f"the checkpoint's {stream} of {name} has shape {tuple(value.shape)} "
                 f"(expected {tuple(param.shape)})"
             )
     kept = tuple(stream for stream in streams if stream in held)
     if kept not in ((), streams):
         raise ValueError(f"the checkpoint's state of {name} has {kept}, not all of {streams}")
-    if "average" not in held:
-        if plan.buffered(param) and n_averaged > 0:
+    policy = plan.policy
+    # A model converted between the steps of RBWA may bring a buffer that it needs no more, or none
+    # where it needs one now: its average is the parameter in either case.
+    if policy is None or not policy.write_back_every == policy.every == 1:
+        if "average" in held and policy is None:
+            raise ValueError(f"the checkpoint has an average for {name}, which keeps none")
+        if "average" not in held and policy is not None and n_averaged > 0:
             raise ValueError(
                 f"the checkpoint counts {n_averaged} samples, but {name} has no average"
             )
-    elif plan.policy is None or not plan.buffered(param):
-        raise ValueError(f"the checkpoint has an average for {name}, which keeps none")
-    elif held["average"].dtype != plan.policy.dtype_for(param.dtype):
-        raise ValueError(
-            f"the checkpoint's average of {name} has dtype {held['average'].dtype} "
-            f"(expected {plan.policy.dtype_for(param.dtype)})"
-        )
+    if policy is not None and plan.buffered(param) and "average" in held:
+        dtype, expected = held["average"].dtype, policy.dtype_for(param.dtype)
+        if dtype != expected:
+            raise ValueError(
+                f"the checkpoint's average of {name} has dtype {dtype} (expected {expected})"
+            )

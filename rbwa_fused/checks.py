@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from rbwa_fused.average import Average
-from rbwa_fused.flat import DTYPES, Table, same_layout
+from rbwa_fused.flat import DTYPES, STREAMS, Table, same_layout
 
 
 def duplicates(group: dict[str, Any]) -> None:
@@ -42,6 +43,8 @@ def params(group: dict[str, Any]) -> None:
     """Raise for parameters that no kernel can step or average, naming the first."""
     for i, p in enumerate(group["params"]):
         name = f"parameter {_name(group, i)}"
+        if is_lazy(p):
+            raise ValueError(f"{name} is uninitialized; run the model once before")
         if p.is_meta:
             raise ValueError(f"{name} is on the meta device; materialize it first")
         if p.layout != torch.strided:
@@ -55,6 +58,18 @@ def params(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} is expanded: several elements share one memory location")
         if group["average"] is not None:
             group["average"].dtype_for(p.dtype)
+
+
+def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Raise for a parameter whose state was made for another shape."""
+    for i, p in enumerate(group["params"]):
+        for stream in STREAMS.keys() & held.get(p, {}).keys():
+            value = held[p][stream]
+            if value is not None and value.shape != p.shape:
+                raise ValueError(
+                    f"parameter {_name(group, i)} has shape {tuple(p.shape)}, its {stream} "
+                    f"{tuple(value.shape)}"
+                )
 
 
 def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any]]) -> bool:

@@ -34,8 +34,9 @@ class Exchange:
 
     def undo(self) -> None:
         """Brings the training weights back, wherever the parameters are by now."""
+        self.pairs.reverse()  # parameters that share memory come back in the other order
         self._swap()
-        for p, weights in self.saved:
+        for p, weights in reversed(self.saved):
             p.copy_(weights)
 
     def averages(self) -> dict[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     for plan in opt._plan.groups if opt._plan is not None else ():
         if plan.n_averaged > 0:
             for p in plan.group["params"]:
-                if plan.buffered(p):
+                if plan.buffered(p) and "average" in opt.state.get(p, {}):
                     yield p, opt.state[p]["average"]
 
 
@@ -84,12 +85,11 @@ def averaged(opt: FusedOptimizer) -> Iterator[None]:
 def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]:
     """See FusedOptimizer.averaged_state_dict."""
     average = dict(averages(opt)) if opt._evaluating is None else {}
-    result = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    result = model.state_dict(keep_vars=True)  # with the metadata that loading asks for
+    for name, tensor in result.items():
         if isinstance(tensor, Tensor):
             source = average.get(tensor, tensor).detach()
-            tensor = source.to(tensor.dtype, copy=True)
-        result[name] = tensor
+            result[name] = source.to(tensor.dtype, copy=True)
     return result
 
 
@@ -117,11 +117,37 @@ def averaged_model(
         ...     evaluate(model)
     """
     with opt.averaged(model):
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        kept = [_Kept(module) for module in model.modules()]
         try:
             update_bn(loader, model, device=device)
+            for module in kept:
+                module.restore_modes()
             yield model
         finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            for module in kept:
+                module.restore_modes()
+                module.restore_buffers()
+
+
+class _Kept:
+    """What one module must have again after its statistics were estimated anew."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.training = module.training
+        self.momentum = getattr(module, "momentum", None)
+        self.buffers = {
+            name: (buffer, buffer.detach().clone())
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+
+    def restore_modes(self) -> None:
+        self.module.training = self.training
+        if isinstance(self.module, nn.modules.batchnorm._BatchNorm):
+            self.module.momentum = self.momentum
+
+    def restore_buffers(self) -> None:
+        with torch.no_grad():
+            for name, (buffer, value) in self.buffers.items():
+                self.module._buffers[name] = buffer.copy_(value)

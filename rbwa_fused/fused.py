@@ -61,6 +61,7 @@ class FusedOptimizer(Optimizer):
         self._check_hyperparameters(defaults)
         checks.average(defaults, capturable)
         super().__init__(params, defaults)
+        self.register_state_dict_post_hook(checkpoint.export)
         self._build(self.param_groups, move=flatten)
 
     # ---- param groups, tables, state -----------------------------------------------------------
@@ -106,7 +107,7 @@ class FusedOptimizer(Optimizer):
                 table = self._tables.setdefault((p.device, turn_of[p]), flat.Table())
                 table.add(p, group_plan.index, index)
                 table.set_row(len(table.params) - 1, group_plan.row(p, first=False))
-        self.backend = self._backend_name
+        self.backend = ops.choose(self._backend_name, torch.device("cpu"))[0] if not new else ""
         self._launches = []
         for (device, _), table in sorted(self._tables.items(), key=lambda item: item[0][1]):
             self.backend, step = ops.choose(self._backend_name, device)
@@ -143,6 +144,9 @@ class FusedOptimizer(Optimizer):
 
     def _rebuild(self) -> None:
         """Follows parameters that were converted, and state that was replaced."""
+        for group in self.param_groups:
+            checks.params(group)
+            checks.state(group, self.state)
         counters = self._counters()
         self._build(self.param_groups, move=False)
         self._set_counters(counters)
@@ -217,7 +221,8 @@ class FusedOptimizer(Optimizer):
             return True
         grad_scale = self.__dict__.get("grad_scale")
         scale = 1.0 if grad_scale is None else float(grad_scale.item())
-        starting = plan.update(self._steps + 1, scale, starting)
+        if plan.update(self._steps + 1, scale, starting):
+            starting = self._starting = True  # until `_start` is through, whatever comes between
         if starting or self.backend == "reference":
             if not all(checks.fit(table, grads, self.param_groups) for table, _, grads in gathered):
                 return False
@@ -287,12 +292,16 @@ class FusedOptimizer(Optimizer):
         table.first = []
         for param, memory in table.copies:
             param.copy_(memory)
-        stepped = table.params
+        written = table.params
         if absent:
-            stepped = [p for p, g in zip(stepped, grads, strict=True) if g is not None]
-        increment_version(stepped)
+            written = [
+                p
+                for p, g, group in zip(written, grads, table.groups, strict=True)
+                if g is not None or plan.groups[group].written_back
+            ]
+        increment_version(written)
         if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in stepped if p.grad is not None], 1.0 / scale)
+            torch._foreach_mul_([p.grad for p in written if p.grad is not None], 1.0 / scale)
 
     def _follow_state(self, plan: Plan) -> bool:
         if not self.state:  # cleared: averages start again too
@@ -338,12 +347,6 @@ class FusedOptimizer(Optimizer):
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.Optimizer's: tensors and primitives under ``state`` and
-        ``param_groups``; each group also holds its counters, rule and the policy's repr."""
-        with checkpoint.exported(self):
-            return super().state_dict()
-
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of torch.optim.SGD; tensors are copied.
@@ -369,5 +372,6 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         counters = state.pop("counters")
         super().__setstate__(state)
+        self.register_state_dict_post_hook(checkpoint.export)
         self._build(self.param_groups, move=self._flatten)
         self._set_counters(counters)

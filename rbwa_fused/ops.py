@@ -104,7 +104,7 @@ def choose(backend: str, device: torch.device) -> tuple[str, Step]:
 def warn_of_reference(device: torch.device) -> None:
     """Says why ``"auto"`` came down to the reference."""
     why = BUILD_HINT if device.type == "cpu" else f"there are no kernels for {device.type} yet"
-    warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=5)
+    warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=6)
 
 
 _direct: Step | None = getattr(_C, "step", None)

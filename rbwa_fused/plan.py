@@ -33,6 +33,7 @@ class GroupPlan:
         self.beta: float | None = None  # of implicit RSGDM, fixed at the group's first step
         self.has_momentum = False
         self.takes_current = False  # this step starts the average at the weights before it
+        self.written_back = False  # this step writes the average into the weights
         self._elisions = sorted({self.elided(p) for p in group["params"]})
         self._next_n_averaged = 0
         self._lr = 0.0
@@ -86,17 +87,22 @@ class Plan:
     def update(self, step: int, scale: float, starting: bool) -> bool:
         """Brings the rows up to date for a step; `scale` is the loss scale under AMP, else 1.
 
-        Rows of a first step with momentum are kept only while `starting`. Returns whether they are
-        needed: so it says, too, where a momentum was switched on or off.
+        Rows of a first step with momentum are kept only while `starting`. Returns whether this step
+        starts anything: so it says, too, where a momentum was switched on or off.
         """
         for plan in self.groups:
             policy = plan.policy
+            if plan.group["average"] is not policy:
+                raise ValueError(
+                    f"Invalid average: {plan.group['average']!r} was assigned to a group that was "
+                    f"added with {policy!r}"
+                )
             n = plan.n_averaged
             w, sample, write_back = 1.0, False, False
             plan.takes_current = False
             if policy is not None and step > policy.start:
                 if n == 0 and policy.initial == "current":
-                    plan.takes_current = True
+                    plan.takes_current = starting = True
                     n = 1
                 if policy.due(step):
                     sample = True
@@ -104,8 +110,13 @@ class Plan:
                     write_back = policy.written_back(step)
                     n += 1
             plan._next_n_averaged = n
+            plan.written_back = write_back
             inputs = (*self._inputs(plan.group), scale, starting)
-            if inputs != plan._rule_inputs:
+            try:
+                changed = inputs != plan._rule_inputs
+            except RuntimeError:  # a tensor of several elements; the check will say so
+                changed = True
+            if changed:
                 starting = self._pack_rule(plan, inputs) or starting
             sampling = (w, sample, write_back)
             if sampling != plan._sampling:

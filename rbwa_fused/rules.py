@@ -105,6 +105,8 @@ def check_beta(group: Group) -> None:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)
+        if not isinstance(value, str | bytes):
+            return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"Invalid {name}: {value!r} (expected a number)") from None
+        pass
+    raise TypeError(f"Invalid {name}: {value!r} (expected a number)")
