@@ -87,7 +87,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             _check_state(name, p, state.get(p, {}), opt.streams, plan, n_averaged)
 
     if changed:
-        warnings.warn("; ".join(changed), stacklevel=4)
+        warnings.warn("; ".join(changed), stacklevel=3)
     for group, new in zip(groups, merged, strict=True):
         group.update(new)
     opt.state = state
@@ -133,9 +133,8 @@ def _check_state(
     for stream in STREAMS.keys() & held.keys():
         value = held[stream]
         if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.is_meta:
-            raise TypeError(
-                f"the checkpoint's {stream} of {name} is no tensor to go on with: {value}"
-            )
+            what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"Invalid {stream} of {name} in the checkpoint: {what}")
         if value.layout != torch.strided:
             raise TypeError(f"the checkpoint's {stream} of {name} has layout {value.layout}")
         if value.shape != param.shape:

@@ -116,7 +116,7 @@ class FusedOptimizer(Optimizer):
                 self._warned = True
                 ops.warn_of_reference(device)
             self._take_over_state(plan, table, set(new))
-        self._starting = True
+        plan.starting = True
         self._known_state, self._known_size = self.state, len(self.state)
 
     def _take_over_state(self, plan: Plan, table: flat.Table, new: set[Tensor]) -> None:
@@ -207,27 +207,28 @@ class FusedOptimizer(Optimizer):
             return self._follow_state(plan)
         gathered = []
         absent = present = False
-        starting = self._starting or len(self._tables) > 1
+        if len(self._tables) > 1:
+            plan.starting = True
         for table, run in self._launches:
             grads: Grads = [p.grad for p in table.params]
             kinds = set(map(type, grads))
             absent = absent or NONE in kinds
             present = present or (bool(kinds) and kinds != {NONE})
             if table.lacking and any(grads[i] is not None for i in table.lacking):
-                starting = True
+                plan.starting = True
             gathered.append((table, run, grads))
         found_inf = self.__dict__.get("found_inf")  # GradScaler sets it for the time of a step
         if not present or (found_inf is not None and found_inf.item() != 0):
             return True
         grad_scale = self.__dict__.get("grad_scale")
         scale = 1.0 if grad_scale is None else float(grad_scale.item())
-        if plan.update(self._steps + 1, scale, starting):
-            starting = self._starting = True  # until `_start` is through, whatever comes between
-        if starting or self.backend == "reference":
+        plan.update(self._steps + 1, scale)
+        if plan.starting or self.backend == "reference":
             if not all(checks.fit(table, grads, self.param_groups) for table, _, grads in gathered):
                 return False
             for table, _, grads in gathered:
                 self._start(plan, table, grads)
+            plan.starting = False
         for group in plan.groups:
             if group.takes_current:
                 self._sample_current(group)
@@ -242,7 +243,6 @@ class FusedOptimizer(Optimizer):
 
     def _start(self, plan: Plan, table: flat.Table, grads: Grads) -> None:
         """Gives parameters the state they come to need; momentum's absence marks its first step."""
-        self._starting = False
         averages: dict[int, Tensor | None] = {}
         momentum: dict[int, Tensor | None] = {}
         table.lacking = []
@@ -347,7 +347,6 @@ class FusedOptimizer(Optimizer):
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of torch.optim.SGD; tensors are copied.
 

@@ -60,6 +60,10 @@ class Plan:
         rule: hyperparameters to coefficients (rules.py).
         check: raises for hyperparameters out of range.
         inputs: those hyperparameters of a group that go into its rows.
+
+    Attributes:
+        starting: a step is due that looks at every parameter, to give it the state that it comes
+            to need. It stays so until whoever gives state has done it, whatever fails before.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Plan:
     ) -> None:
         self.groups: list[GroupPlan] = []
         self.rows = torch.empty(0, dtype=torch.float64)
+        self.starting = True
         self._bytes = bytearray()
         self._rule = rule
         self._check = check
@@ -84,11 +89,11 @@ class Plan:
         self.rows = rows.reshape(-1, rules.ROW_BYTES // 8)
         return plan
 
-    def update(self, step: int, scale: float, starting: bool) -> bool:
+    def update(self, step: int, scale: float) -> None:
         """Brings the rows up to date for a step; `scale` is the loss scale under AMP, else 1.
 
-        Rows of a first step with momentum are kept only while `starting`. Returns whether this step
-        starts anything: so it says, too, where a momentum was switched on or off.
+        Rows of a first step with momentum are kept only while `starting`, which is set here where a
+        momentum was switched on or off, or an average starts.
         """
         for plan in self.groups:
             policy = plan.policy
@@ -102,7 +107,7 @@ class Plan:
             plan.takes_current = False
             if policy is not None and step > policy.start:
                 if n == 0 and policy.initial == "current":
-                    plan.takes_current = starting = True
+                    plan.takes_current = self.starting = True
                     n = 1
                 if policy.due(step):
                     sample = True
@@ -111,25 +116,24 @@ class Plan:
                     n += 1
             plan._next_n_averaged = n
             plan.written_back = write_back
-            inputs = (*self._inputs(plan.group), scale, starting)
+            inputs = (*self._inputs(plan.group), scale, self.starting)
             try:
                 changed = inputs != plan._rule_inputs
             except RuntimeError:  # a tensor of several elements; the check will say so
                 changed = True
             if changed:
-                starting = self._pack_rule(plan, inputs) or starting
+                self._pack_rule(plan, inputs)
             sampling = (w, sample, write_back)
             if sampling != plan._sampling:
                 self._pack_sampling(plan, sampling)
-        return starting
 
     def commit(self) -> None:
         """Counts the samples of the step that `update` prepared."""
         for plan in self.groups:
             plan.n_averaged = plan._next_n_averaged
 
-    def _pack_rule(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> bool:
-        """Lines (1)-(3). Returns whether the group's momentum was switched on or off."""
+    def _pack_rule(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
+        """Lines (1)-(3)."""
         *hyperparameters, scale, starting = inputs
         group = plan.group
         self._check(group)
@@ -139,12 +143,13 @@ class Plan:
                 f"Invalid momentum value: {momentum} (implicit RSGDM holds for a constant momentum "
                 f'only, and this group started with {plan.beta}; use difference="explicit")'
             )
-        switched = plan.has_momentum != (momentum != 0.0)
-        plan.has_momentum = momentum != 0.0
+        if plan.has_momentum != (momentum != 0.0):
+            plan.has_momentum = momentum != 0.0
+            self.starting = starting = True
         plan._lr = float(group["lr"])
         s = (-1.0 if group["maximize"] else 1.0) / scale
         decay = float(group["weight_decay"])
-        for first in (False, True) if starting or switched else (False,):
+        for first in (False, True) if starting else (False,):
             coefficients = self._rule(group, first)
             for elided in plan._elisions:
                 row = ROWS_PER_GROUP * plan.index + 2 * elided + first
@@ -153,7 +158,6 @@ class Plan:
         changes = any(isinstance(value, Tensor) for value in hyperparameters)
         plan._rule_inputs = None if changes else inputs
         plan._sampling = None
-        return switched
 
     def _pack_sampling(self, plan: GroupPlan, sampling: tuple[float, bool, bool]) -> None:
         """The learning rate and lines (4)-(5). Where the average is the parameter itself, the

@@ -586,7 +586,7 @@ HYPERPARAMETERS: dict[str, tuple[Callable[[Spoiled], None], type[Exception], str
     "weight_decay": (setting(weight_decay=-1), ValueError, "^Invalid weight_decay value: -1$"),
     "weight_decay a name": (setting(weight_decay="1"), TypeError, "weight_decay.*'1'"),
     "lr of the second group": (setting_second(lr=-1), ValueError, "^Invalid learning rate: -1$"),
-    "average": (setting(average="ema"), TypeError, "average.*'ema'"),
+    "average": (setting(average="ema"), ValueError, "average.*'ema'"),
 }
 OF_SGD: dict[str, tuple[Callable[[Spoiled], None], type[Exception], str]] = {
     "dampening": (setting(dampening=NAN), ValueError, "dampening.*nan"),
