@@ -29,8 +29,9 @@ using torch::stable::Tensor;
 // buffers holds it (-1: none does) and the element at which it starts.
 enum SegmentColumn {
   kLength,  // elements
-  kRow,     // of the coefficient table
-  kShape,   // where this segment's sizes, then its strides, start in `shapes`
+  kRow,     // of the coefficient tables
+  kSampling,
+  kShape,  // where this segment's sizes, then its strides, start in `shapes`
   kDims,
   kDtype,  // of the parameter, as in step.h
   kMomentum,
@@ -87,7 +88,7 @@ bool fits(const View& view, DLDataType type, const int64_t* sizes, int64_t dims,
 
 struct Tables {
   std::vector<View> params, grads, state;
-  View segments, shapes, rows;
+  View segments, shapes, rows, samplings;
 };
 
 // Turns the tables into segments with addresses, or throws.
@@ -95,9 +96,11 @@ std::vector<Segment> resolve(const Tables& tables) {
   const int64_t* column = table_of<int64_t>(tables.segments, kInt64, "segments");
   const int64_t* all_shapes = table_of<int64_t>(tables.shapes, kInt64, "shapes");
   const Row* rows = table_of<Row>(tables.rows, kDouble, "rows");
+  const Sampling* samplings = table_of<Sampling>(tables.samplings, kDouble, "samplings");
   const int64_t count = static_cast<int64_t>(tables.params.size());
   const int64_t shape_count = numel_of(tables.shapes);
   const int64_t row_count = numel_of(tables.rows) / kRowColumns;
+  const int64_t sampling_count = numel_of(tables.samplings) / kSamplingColumns;
   const int64_t state_count = static_cast<int64_t>(tables.state.size());
   STD_TORCH_CHECK(static_cast<int64_t>(tables.grads.size()) == count &&
                       numel_of(tables.segments) == count * kSegmentColumns,
@@ -111,10 +114,11 @@ std::vector<Segment> resolve(const Tables& tables) {
     Segment& segment = result[i];
     segment.length = column[kLength];
     segment.row = column[kRow];
+    segment.sampling = column[kSampling];
     const int64_t dims = column[kDims];
-    STD_TORCH_CHECK(segment.row >= 0 && segment.row < row_count && segment.length >= 0 &&
-                        dims >= 0 && column[kShape] >= 0 &&
-                        column[kShape] + 2 * dims <= shape_count,
+    STD_TORCH_CHECK(segment.row >= 0 && segment.row < row_count && segment.sampling >= 0 &&
+                        segment.sampling < sampling_count && segment.length >= 0 && dims >= 0 &&
+                        column[kShape] >= 0 && column[kShape] + 2 * dims <= shape_count,
                     "step_: segment ", i, " points outside its tables");
     auto stream = [&](SegmentColumn which, DLDataType* type) -> void* {
       const int64_t index = column[which];
@@ -129,8 +133,7 @@ std::vector<Segment> resolve(const Tables& tables) {
       *type = buffer.dtype;
       return static_cast<char*>(buffer.data) + offset * (buffer.dtype.bits / 8);
     };
-    const Row& row = rows[segment.row];
-    const bool momentum = row.mu != 0;
+    const bool momentum = rows[segment.row].mu != 0;
     const View& param = tables.params[i];
     DLDataType type = param.dtype;
     DLDataType a_type{};
@@ -139,7 +142,7 @@ std::vector<Segment> resolve(const Tables& tables) {
     segment.m = momentum ? stream(kMomentum, &type) : nullptr;
     segment.z = momentum ? stream(kDifference, &type) : nullptr;
     segment.previous = momentum ? stream(kPrevious, &type) : nullptr;
-    segment.a = row.sample != 0 ? stream(kAverage, &a_type) : nullptr;
+    segment.a = samplings[segment.sampling].sample != 0 ? stream(kAverage, &a_type) : nullptr;
     segment.a_dtype = segment.a ? dtype_of(a_type) : segment.dtype;
     STD_TORCH_CHECK(
         segment.a_dtype == segment.dtype || (segment.a_dtype == Dtype::kFloat32 && type.bits == 16),
@@ -168,7 +171,8 @@ std::vector<Segment> resolve(const Tables& tables) {
 void step(const Tables& tables) {
   const std::vector<Segment> segments = resolve(tables);
   step_cpu(segments.data(), static_cast<int64_t>(segments.size()),
-           static_cast<const Row*>(tables.rows.data));
+           static_cast<const Row*>(tables.rows.data),
+           static_cast<const Sampling*>(tables.samplings.data));
 }
 
 // ---- the operators -----------------------------------------------------------------------------
@@ -212,9 +216,10 @@ std::vector<View> views_of(const std::vector<T>& tensors) {
 }
 
 void step_op(std::vector<Tensor> params, std::vector<std::optional<Tensor>> grads,
-             std::vector<Tensor> state, Tensor segments, Tensor shapes, Tensor rows) {
+             std::vector<Tensor> state, Tensor segments, Tensor shapes, Tensor rows,
+             Tensor samplings) {
   step({views_of(params), views_of(grads), views_of(state), view_of(segments), view_of(shapes),
-        view_of(rows)});
+        view_of(rows), view_of(samplings)});
 }
 
 void exchange_op(std::vector<Tensor> a, std::vector<Tensor> b) {
@@ -251,9 +256,9 @@ std::vector<View> views_of(const py::list& tensors) {
 }
 
 void step_python(const py::list& params, const py::list& grads, const py::list& state,
-                 py::handle segments, py::handle shapes, py::handle rows) {
-  const Tables tables{views_of(params),  views_of(grads), views_of(state),
-                      view_of(segments), view_of(shapes), view_of(rows)};
+                 py::handle segments, py::handle shapes, py::handle rows, py::handle samplings) {
+  const Tables tables{views_of(params), views_of(grads), views_of(state),   view_of(segments),
+                      view_of(shapes),  view_of(rows),   view_of(samplings)};
   const py::gil_scoped_release release;
   step(tables);
 }
@@ -275,7 +280,7 @@ bool find_exchange_table() {
 STABLE_TORCH_LIBRARY(rbwa_fused, library) {
   library.def(
       "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
-      "Tensor shapes, Tensor rows) -> ()");
+      "Tensor shapes, Tensor rows, Tensor samplings) -> ()");
   library.def("exchange_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()");
 }
 
@@ -288,6 +293,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Facts of this build; importing it registers torch.ops.rbwa_fused.";
   module.attr("COMPILER") = __VERSION__;
   module.attr("ROW_COLUMNS") = kRowColumns;
+  module.attr("SAMPLING_COLUMNS") = kSamplingColumns;
   module.attr("SEGMENT_COLUMNS") = static_cast<int>(kSegmentColumns);
   module.def("cpu_capability", &cpu_capability,
              "The instruction set in use: 'baseline', 'avx2' or 'avx512'.");

@@ -14,20 +14,26 @@ struct Segment {
   void* z;
   void* previous;
   int64_t length;  // elements
-  int64_t row;     // of the coefficient table
-  Dtype dtype;     // of theta, g, m, z, previous
+  int64_t row;     // of the coefficient tables
+  int64_t sampling;
+  Dtype dtype;  // of theta, g, m, z, previous
   Dtype a_dtype;
 };
 
-// One row of the coefficient table as rules.py packs it; names as in update.h. `sample` says
-// whether the average takes this step's weights at all, `write_back` whether theta becomes it.
+// The coefficient tables as plan.py packs them; names as in update.h. A param group has rows:
 struct Row {
-  double s, lambda, mu, c, kappa, alpha, gamma, delta, eta, w, sample, write_back;
+  double s, lambda, mu, c, kappa, alpha, gamma, delta, eta;
+};
+// and an average has samplings. `sample` says whether it takes this step's weights at all,
+// `write_back` whether theta becomes it; `scale` multiplies eta: w where the average is theta.
+struct Sampling {
+  double scale, w, sample, write_back;
 };
 constexpr int64_t kRowColumns = sizeof(Row) / sizeof(double);
+constexpr int64_t kSamplingColumns = sizeof(Sampling) / sizeof(double);
 
-// Takes the step for every segment; the table must have been checked.
-void step_cpu(const Segment* segments, int64_t count, const Row* rows);
+// Takes the step for every segment; the tables must have been checked.
+void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sampling* samplings);
 
 // Exchanges the contents of two ranges of memory that do not overlap.
 void exchange_cpu(void* a, void* b, int64_t bytes);

@@ -58,7 +58,7 @@ namespace avx512 {
 struct Capability {
   const char* name;
   bool available;
-  void (*range)(const Segment&, const Row&, int64_t begin, int64_t n);
+  void (*range)(const Segment&, const Row&, const Sampling&, int64_t begin, int64_t n);
 };
 
 const Capability kCapabilities[] = {
@@ -92,6 +92,7 @@ constexpr int64_t kWorthThreads = 1 << 15;  // elements
 struct Work {
   const Segment* segments;
   const Row* rows;
+  const Sampling* samplings;
   const int64_t* first_chunk;  // of each segment, and after the last one their total
   int64_t count;
   const Capability* capability;
@@ -106,7 +107,8 @@ void step_chunks(int64_t begin, int64_t end, void* context) {
     if (stop == begin) continue;  // an empty segment
     const int64_t from = (begin - work.first_chunk[i]) * kChunk;
     const int64_t to = std::min(segment.length, (stop - work.first_chunk[i]) * kChunk);
-    work.capability->range(segment, work.rows[segment.row], from, to - from);
+    work.capability->range(segment, work.rows[segment.row], work.samplings[segment.sampling], from,
+                           to - from);
     begin = stop;
   }
 }
@@ -123,7 +125,7 @@ void exchange_bytes(int64_t begin, int64_t end, void* context) {
 
 }  // namespace
 
-void step_cpu(const Segment* segments, int64_t count, const Row* rows) {
+void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sampling* samplings) {
   std::vector<int64_t> first_chunk(count + 1, 0);
   int64_t elements = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -132,7 +134,7 @@ void step_cpu(const Segment* segments, int64_t count, const Row* rows) {
   }
   const int64_t chunks = first_chunk[count];
   const int64_t chunks_a_thread = elements < kWorthThreads ? chunks : 1;
-  Work work{segments, rows, first_chunk.data(), count, chosen};
+  Work work{segments, rows, samplings, first_chunk.data(), count, chosen};
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, chunks, chunks_a_thread, step_chunks, &work));
 }
 

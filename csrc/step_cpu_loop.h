@@ -127,36 +127,38 @@ void range_16bit(const Segment& s, const Coefficients<float>& k, int64_t begin, 
 }
 
 template <typename T>
-Coefficients<T> arithmetic(const Row& r) {
-  return {T(r.s),     T(r.lambda), T(r.mu),  T(r.c), T(r.kappa),       T(r.alpha),
-          T(r.gamma), T(r.delta),  T(r.eta), T(r.w), r.write_back != 0};
+Coefficients<T> arithmetic(const Row& r, const Sampling& a) {
+  return {
+      T(r.s),     T(r.lambda),        T(r.mu), T(r.c),           T(r.kappa), T(r.alpha), T(r.gamma),
+      T(r.delta), T(r.eta * a.scale), T(a.w),  a.write_back != 0};
 }
 
 template <Rule rule, bool averaged>
-void range_of_rule(const Segment& s, const Row& row, int64_t begin, int64_t n) {
+void range_of_rule(const Segment& s, const Row& row, const Sampling& sampling, int64_t begin,
+                   int64_t n) {
   switch (s.dtype) {
     case Dtype::kFloat32:
-      return range_full<rule, averaged, float>(s, arithmetic<float>(row), begin, n);
+      return range_full<rule, averaged, float>(s, arithmetic<float>(row, sampling), begin, n);
     case Dtype::kFloat64:
-      return range_full<rule, averaged, double>(s, arithmetic<double>(row), begin, n);
+      return range_full<rule, averaged, double>(s, arithmetic<double>(row, sampling), begin, n);
     case Dtype::kBfloat16:
-      return range_16bit<rule, averaged, Bfloat16>(s, arithmetic<float>(row), begin, n);
+      return range_16bit<rule, averaged, Bfloat16>(s, arithmetic<float>(row, sampling), begin, n);
     case Dtype::kFloat16:
-      return range_16bit<rule, averaged, Float16>(s, arithmetic<float>(row), begin, n);
+      return range_16bit<rule, averaged, Float16>(s, arithmetic<float>(row, sampling), begin, n);
   }
 }
 
 // Takes the step for elements [begin, begin + n) of a segment: which streams there are decides the
 // loop, once per call.
-void range(const Segment& s, const Row& row, int64_t begin, int64_t n) {
+void range(const Segment& s, const Row& row, const Sampling& sampling, int64_t begin, int64_t n) {
   if (s.a == nullptr) {
     if (s.g == nullptr) return;
-    if (s.z != nullptr) return range_of_rule<Rule::kDifference, false>(s, row, begin, n);
-    if (s.m != nullptr) return range_of_rule<Rule::kMomentum, false>(s, row, begin, n);
-    return range_of_rule<Rule::kPlain, false>(s, row, begin, n);
+    if (s.z != nullptr) return range_of_rule<Rule::kDifference, false>(s, row, sampling, begin, n);
+    if (s.m != nullptr) return range_of_rule<Rule::kMomentum, false>(s, row, sampling, begin, n);
+    return range_of_rule<Rule::kPlain, false>(s, row, sampling, begin, n);
   }
-  if (s.g == nullptr) return range_of_rule<Rule::kSample, true>(s, row, begin, n);
-  if (s.z != nullptr) return range_of_rule<Rule::kDifference, true>(s, row, begin, n);
-  if (s.m != nullptr) return range_of_rule<Rule::kMomentum, true>(s, row, begin, n);
-  return range_of_rule<Rule::kPlain, true>(s, row, begin, n);
+  if (s.g == nullptr) return range_of_rule<Rule::kSample, true>(s, row, sampling, begin, n);
+  if (s.z != nullptr) return range_of_rule<Rule::kDifference, true>(s, row, sampling, begin, n);
+  if (s.m != nullptr) return range_of_rule<Rule::kMomentum, true>(s, row, sampling, begin, n);
+  return range_of_rule<Rule::kPlain, true>(s, row, sampling, begin, n);
 }

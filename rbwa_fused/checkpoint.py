@@ -92,10 +92,9 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         group.update(new)
     opt.state = state
     opt._steps = max((saved.get("step") or 0 for saved in saved_groups), default=0)
-    opt._set_counters(
+    opt._rebuild(
         [(saved.get("n_averaged") or 0, saved.get("implicit_momentum")) for saved in saved_groups]
     )
-    opt._rebuild()
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
         post_hook(opt)
 

@@ -18,14 +18,14 @@ LARGEST_BUFFER = 256 * 2**20  # bytes; a larger tensor gets a buffer of its own
 
 # Columns of the segment table (csrc/ops.cpp has the same list). A stream is a pair: which state
 # buffer holds it (-1: none) and the element at which it starts.
-LENGTH, ROW, SHAPE, DIMS, DTYPE = range(5)
+LENGTH, ROW, SAMPLING, SHAPE, DIMS, DTYPE = range(6)
 STREAMS = {
-    "momentum_buffer": 5,
-    "average": 7,
-    "difference_buffer": 9,
-    "previous_gradient": 11,
+    "momentum_buffer": 6,
+    "average": 8,
+    "difference_buffer": 10,
+    "previous_gradient": 12,
 }
-COLUMNS = 13
+COLUMNS = 14
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -179,8 +179,8 @@ class Table:
         self._made_for: list[Tensor] = []
         self._tensors: tuple[Tensor, Tensor] | None = None
 
-    def add(self, param: Tensor, group: int, index: int) -> None:
-        """Appends a segment for a parameter."""
+    def add(self, param: Tensor, group: int, index: int, row: int, sampling: int) -> None:
+        """Appends a segment for a parameter, with its rows in the coefficient tables."""
         memory = param
         if not is_dense(param):
             memory = torch.empty_strided(
@@ -188,7 +188,7 @@ class Table:
             )
             self.copies.append((param, memory))
         dtype = DTYPES.index(param.dtype)
-        columns = [param.numel(), 0, len(self._shapes), param.dim(), dtype]
+        columns = [param.numel(), row, sampling, len(self._shapes), param.dim(), dtype]
         self._columns.append(columns + [-1, 0] * len(STREAMS))
         self._shapes += [*param.shape, *memory.stride()]
         self._made_for.append(torch.empty_like(memory, device="meta"))
@@ -224,7 +224,7 @@ class Table:
         return views
 
     def set_row(self, segment: int, row: int) -> None:
-        """Points a segment at a row of the coefficient table."""
+        """Points a segment at another of its group's rows."""
         self._columns[segment][ROW] = row
         self._tensors = None
 

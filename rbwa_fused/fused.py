@@ -26,6 +26,7 @@ from rbwa_fused.plan import GroupPlan, Plan
 
 Group = dict[str, Any]
 Grads = list[Tensor | None]
+Counters = list[tuple[int, float | None]]  # of each group: samples, beta of implicit RSGDM
 NONE = type(None)
 
 
@@ -87,26 +88,27 @@ class FusedOptimizer(Optimizer):
     def _check_hyperparameters(self, group: Group) -> None:
         rules.check(group)
 
-    def _build(self, groups: list[Group], move: bool) -> Plan:
-        """Makes tables and rows anew and takes over the state there is."""
+    def _build(self, groups: list[Group], move: bool, counters: Counters | None = None) -> None:
+        """Makes tables and rows anew and takes over the state and the counters there are."""
         self._plan = plan = Plan(self.rule, self._check_hyperparameters, self.hyperparameters)
         self._tables: dict[tuple[torch.device, int], flat.Table] = {}
-        self._add(plan, groups, move)
-        return plan
+        self._add(plan, groups, move, counters)
 
-    def _add(self, plan: Plan, groups: list[Group], move: bool) -> None:
+    def _add(
+        self, plan: Plan, groups: list[Group], move: bool, counters: Counters | None = None
+    ) -> None:
         known = [p for table in self._tables.values() for p in table.params]
         new = [p for group in groups for p in group["params"]]
         turns, alone = flat.turns(known + new)
         turn_of = dict(zip(known + new, turns, strict=True))
         if move:
             flat.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
-        for group in groups:
-            group_plan = plan.add(group)
+        for group, counted in zip(groups, counters or [(0, None)] * len(groups), strict=True):
+            group_plan = plan.add(group, *counted)
             for index, p in enumerate(group["params"]):
                 table = self._tables.setdefault((p.device, turn_of[p]), flat.Table())
-                table.add(p, group_plan.index, index)
-                table.set_row(len(table.params) - 1, group_plan.row(p, first=False))
+                row, sampling = group_plan.row(first=False), group_plan.sampling(p)
+                table.add(p, group_plan.index, index, row, sampling)
         self.backend = ops.choose(self._backend_name, torch.device("cpu"))[0] if not new else ""
         self._launches = []
         for (device, _), table in sorted(self._tables.items(), key=lambda item: item[0][1]):
@@ -142,23 +144,22 @@ class FusedOptimizer(Optimizer):
             self.state[table.params[i]][stream] = view
         self._known_size = len(self.state)
 
-    def _rebuild(self) -> None:
+    def _rebuild(self, counters: Counters | None = None) -> None:
         """Follows parameters that were converted, and state that was replaced."""
         for group in self.param_groups:
             checks.params(group)
             checks.state(group, self.state)
-        counters = self._counters()
-        self._build(self.param_groups, move=False)
-        self._set_counters(counters)
+        self._build(self.param_groups, move=False, counters=counters or self._counters())
 
-    def _counters(self) -> list[tuple[int, float | None]]:
-        groups = self._plan.groups if self._plan is not None else []
-        return [(plan.n_averaged, plan.beta) for plan in groups]
-
-    def _set_counters(self, counters: list[tuple[int, float | None]]) -> None:
-        assert self._plan is not None
-        for plan, (n_averaged, beta) in zip(self._plan.groups, counters, strict=True):
-            plan.n_averaged, plan.beta = n_averaged, beta
+    def _counters(self) -> Counters:
+        """Of each group. Where the state was cleared, averages in buffers start again."""
+        plans = self._plan.groups if self._plan is not None else []
+        cleared = not self.state and self._known_size > 0
+        counters: Counters = []
+        for plan in plans:
+            starts_again = cleared and any(plan.buffered(p) for p in plan.group["params"])
+            counters.append((0 if starts_again else plan.n_averaged, plan.beta))
+        return counters
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -204,7 +205,7 @@ class FusedOptimizer(Optimizer):
         plan = self._plan
         assert plan is not None
         if self.state is not self._known_state or len(self.state) != self._known_size:
-            return self._follow_state(plan)
+            return False
         gathered = []
         absent = present = False
         if len(self._tables) > 1:
@@ -228,10 +229,10 @@ class FusedOptimizer(Optimizer):
                 return False
             for table, _, grads in gathered:
                 self._start(plan, table, grads)
+            for group in plan.groups:
+                if group.sampler.takes_current:
+                    self._sample_current(group)
             plan.starting = False
-        for group in plan.groups:
-            if group.takes_current:
-                self._sample_current(group)
         for table, run, grads in gathered:
             if not self._launch(plan, table, run, grads):
                 return False
@@ -256,7 +257,7 @@ class FusedOptimizer(Optimizer):
                     table.lacking.append(i)
                 else:
                     momentum[i] = None
-                    table.set_row(i, group.row(p, first=True))
+                    table.set_row(i, group.row(first=True))
                     table.first.append(i)
         self._attach(plan, table, "average", averages)
         for stream in self.streams:
@@ -273,11 +274,11 @@ class FusedOptimizer(Optimizer):
             memory.copy_(param)
         segments, shapes = table.tensors()
         try:
-            run(table.memory, grads, table.state, segments, shapes, plan.rows)
+            run(table.memory, grads, table.state, segments, shapes, *plan.tensors)
         except RuntimeError:
             if not checks.fit(table, grads, self.param_groups):  # or it says what is wrong
                 return False
-            run(table.memory, grads, table.state, segments, shapes, plan.rows)
+            run(table.memory, grads, table.state, segments, shapes, *plan.tensors)
         return True
 
     def _finish(
@@ -286,7 +287,7 @@ class FusedOptimizer(Optimizer):
         """After the kernel: first-step marks, copies, versions, unscaled gradients."""
         for i in table.first:
             group = plan.groups[table.groups[i]]
-            table.set_row(i, group.row(table.params[i], first=False))
+            table.set_row(i, group.row(first=False))
             if self.rule is rules.rsgdm_implicit:
                 group.beta = float(group.group["momentum"])
         table.first = []
@@ -297,18 +298,11 @@ class FusedOptimizer(Optimizer):
             written = [
                 p
                 for p, g, group in zip(written, grads, table.groups, strict=True)
-                if g is not None or plan.groups[group].written_back
+                if g is not None or plan.groups[group].sampler.written_back
             ]
         increment_version(written)
         if scale != 1.0:
             torch._foreach_mul_([p.grad for p in written if p.grad is not None], 1.0 / scale)
-
-    def _follow_state(self, plan: Plan) -> bool:
-        if not self.state:  # cleared: averages start again too
-            for group in plan.groups:
-                if any(group.buffered(p) for p in group.group["params"]):
-                    group.n_averaged = 0
-        return False
 
     # ---- averaged weights ----------------------------------------------------------------------
 
@@ -372,5 +366,4 @@ class FusedOptimizer(Optimizer):
         counters = state.pop("counters")
         super().__setstate__(state)
         self.register_state_dict_post_hook(checkpoint.export)
-        self._build(self.param_groups, move=self._flatten)
-        self._set_counters(counters)
+        self._build(self.param_groups, self._flatten, counters)

@@ -26,7 +26,7 @@ BUILD_HINT = (
 )
 
 Grads = list[Tensor | None]
-Step = Callable[[list[Tensor], Grads, list[Tensor], Tensor, Tensor, Tensor], None]
+Step = Callable[[list[Tensor], Grads, list[Tensor], Tensor, Tensor, Tensor, Tensor], None]
 
 
 def step_cpu(
@@ -36,6 +36,7 @@ def step_cpu(
     segments: Tensor,
     shapes: Tensor,
     rows: Tensor,
+    samplings: Tensor,
 ) -> None:
     """Takes the step in place, in one pass.
 
@@ -45,16 +46,17 @@ def step_cpu(
         state: the flat buffers that the streams lie in.
         segments: (n, COLUMNS) int64, see flat.py.
         shapes: 1-d int64, sizes and strides.
-        rows: (groups, 12) float64, see rules.py.
+        rows: (n_rows, 9) float64, see rules.py.
+        samplings: (n_samplings, 4) float64, see rules.py.
 
     Raises:
         RuntimeError: for a parameter or gradient that does not fit the tables; nothing has been
             changed then.
     """
     if _direct is None or torch.autograd._profiler_enabled():
-        torch.ops.rbwa_fused.step_.default(params, grads, state, segments, shapes, rows)
+        torch.ops.rbwa_fused.step_.default(params, grads, state, segments, shapes, rows, samplings)
     else:
-        _direct(params, grads, state, segments, shapes, rows)
+        _direct(params, grads, state, segments, shapes, rows, samplings)
 
 
 def step_reference(
@@ -64,9 +66,10 @@ def step_reference(
     segments: Tensor,
     shapes: Tensor,
     rows: Tensor,
+    samplings: Tensor,
 ) -> None:
     """`step_cpu` in plain PyTorch, on any device. The caller has checked that everything fits."""
-    reference.step_(params, grads, state, segments, rows)
+    reference.step_(params, grads, state, segments, rows, samplings)
 
 
 def exchange_(a: list[Tensor], b: list[Tensor]) -> None:

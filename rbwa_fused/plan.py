@@ -1,11 +1,14 @@
-"""The coefficient table: what each param group's rows say at a step.
+"""The coefficient tables: what each param group's rows say at a step.
 
-A row changes for two reasons: a hyperparameter did (seldom), or the average takes its sample with
-another weight (at every step of a mean). Its two halves are packed on their own.
+Rules and averages change for different reasons, so each has a table of its own, and a segment names
+its row in both (flat.py). A param group's rows change when a hyperparameter does, which is seldom.
+An average's rows change with the weight of its samples, for a mean at every step, and serve all
+groups that share the policy and have averaged as many samples.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -17,28 +20,91 @@ from rbwa_fused.average import Average, weight_of
 
 Group = dict[str, Any]
 
-# Each group has the usual row and that of a parameter's first step with momentum, for averages
-# with a buffer and for averages that are the parameter itself.
-ROWS_PER_GROUP = 4
+ROWS_PER_GROUP = 2  # the usual row, and that of a parameter's first step with momentum
+ROWS_PER_SAMPLER = 2  # averages in a buffer, and averages that are the parameter itself
+
+
+class Table:
+    """Rows of one format, packed into memory that a float64 tensor of shape (rows, columns) sees.
+
+    An element written into a tensor costs microseconds, a packed row tenths of one.
+    """
+
+    def __init__(self, row: struct.Struct) -> None:
+        self.tensor = torch.empty(0, row.size // 8, dtype=torch.float64)
+        self._row = row
+        self._bytes = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._bytes) // self._row.size
+
+    def grow(self, rows: int) -> None:
+        """Appends rows of zeros; the tensor is another one then."""
+        self._bytes = self._bytes + bytearray(rows * self._row.size)
+        flat = torch.frombuffer(self._bytes, dtype=torch.float64)
+        self.tensor = flat.reshape(-1, self._row.size // 8)
+
+    def pack(self, row: int, *values: float) -> None:
+        """Writes a row."""
+        self._row.pack_into(self._bytes, row * self._row.size, *values)
+
+
+class Sampler:
+    """One policy at one count of samples, for the groups that share both."""
+
+    def __init__(self, policy: Average | None, n_averaged: int, first_row: int) -> None:
+        self.policy = policy
+        self.n_averaged = n_averaged
+        self.first_row = first_row
+        self.takes_current = False  # this step starts the average at the weights before it
+        self.written_back = False  # this step writes the average into the weights
+        self._next_n_averaged = n_averaged
+        self._packed: tuple[float, bool, bool] | None = None
+
+    def update(self, step: int, table: Table) -> None:
+        """Brings its rows up to date for a step."""
+        policy, n = self.policy, self.n_averaged
+        w, sample = 1.0, False
+        self.takes_current = self.written_back = False
+        if policy is not None and step > policy.start:
+            if n == 0 and policy.initial == "current":
+                self.takes_current = True
+                n = 1
+            if policy.due(step):
+                sample = True
+                w = weight_of(policy.weight, n, step)
+                self.written_back = policy.written_back(step)
+                n += 1
+        self._next_n_averaged = n
+        sampling = (w, sample, self.written_back)
+        if sampling != self._packed:
+            self._packed = sampling
+            table.pack(self.first_row, 1.0, *sampling)
+            # Where the average is the parameter itself, the sample's weight multiplies the learning
+            # rate and that is all (docs/equivalences.md).
+            table.pack(self.first_row + 1, w, 1.0, False, False)
+
+    def commit(self) -> None:
+        """Counts the sample that `update` prepared."""
+        self.n_averaged = self._next_n_averaged
 
 
 class GroupPlan:
     """What belongs to a param group beside its hyperparameters."""
 
-    def __init__(self, group: Group, index: int) -> None:
+    def __init__(self, group: Group, index: int, sampler: Sampler, beta: float | None) -> None:
         self.group = group
         self.index = index
-        self.policy: Average | None = group["average"]
-        self.n_averaged = 0
-        self.beta: float | None = None  # of implicit RSGDM, fixed at the group's first step
+        self.sampler = sampler
+        self.policy = sampler.policy
+        self.beta = beta  # of implicit RSGDM, fixed at the group's first step
         self.has_momentum = False
-        self.takes_current = False  # this step starts the average at the weights before it
-        self.written_back = False  # this step writes the average into the weights
-        self._elisions = sorted({self.elided(p) for p in group["params"]})
-        self._next_n_averaged = 0
-        self._lr = 0.0
-        self._rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
-        self._sampling: tuple[float, bool, bool] | None = None
+        self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
+
+    @property
+    def n_averaged(self) -> int:
+        """Samples in the group's average."""
+        return self.sampler.n_averaged
 
     def elided(self, param: Tensor) -> bool:
         """Whether the average of a parameter is the parameter itself."""
@@ -48,13 +114,17 @@ class GroupPlan:
         """Whether a parameter has an average in a buffer of its own."""
         return self.policy is not None and not self.policy.elided_for(param.dtype)
 
-    def row(self, param: Tensor, first: bool) -> int:
-        """The row of a parameter, at its first step with momentum or later."""
-        return ROWS_PER_GROUP * self.index + 2 * self.elided(param) + first
+    def row(self, first: bool) -> int:
+        """The row of a parameter's first step with momentum, or of its later ones."""
+        return ROWS_PER_GROUP * self.index + first
+
+    def sampling(self, param: Tensor) -> int:
+        """The row of a parameter in the table of samplings."""
+        return self.sampler.first_row + self.elided(param)
 
 
 class Plan:
-    """The rows of all groups, and the groups' counters.
+    """The tables of all groups, and the groups' counters.
 
     Args:
         rule: hyperparameters to coefficients (rules.py).
@@ -73,21 +143,33 @@ class Plan:
         inputs: Callable[[Group], tuple[Any, ...]],
     ) -> None:
         self.groups: list[GroupPlan] = []
-        self.rows = torch.empty(0, dtype=torch.float64)
+        self.samplers: list[Sampler] = []
         self.starting = True
-        self._bytes = bytearray()
+        self._rows = Table(rules.ROW)
+        self._samplings = Table(rules.SAMPLING)
         self._rule = rule
         self._check = check
         self._inputs = inputs
 
-    def add(self, group: Group) -> GroupPlan:
-        """Appends a group's rows."""
-        plan = GroupPlan(group, len(self.groups))
+    def add(self, group: Group, n_averaged: int = 0, beta: float | None = None) -> GroupPlan:
+        """Appends a group's rows, and those of its policy where no other group has them."""
+        policy = group["average"]
+        for sampler in self.samplers:
+            if sampler.policy is policy and sampler.n_averaged == n_averaged:
+                break
+        else:
+            sampler = Sampler(policy, n_averaged, len(self._samplings))
+            self.samplers.append(sampler)
+            self._samplings.grow(ROWS_PER_SAMPLER)
+        plan = GroupPlan(group, len(self.groups), sampler, beta)
         self.groups.append(plan)
-        self._bytes = self._bytes + bytearray(ROWS_PER_GROUP * rules.ROW_BYTES)
-        rows = torch.frombuffer(self._bytes, dtype=torch.float64)
-        self.rows = rows.reshape(-1, rules.ROW_BYTES // 8)
+        self._rows.grow(ROWS_PER_GROUP)
         return plan
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The tables `rows` (2 a group, 9) and `samplings` (2 a sampler, 4) of csrc/ops.cpp."""
+        return self._rows.tensor, self._samplings.tensor
 
     def update(self, step: int, scale: float) -> None:
         """Brings the rows up to date for a step; `scale` is the loss scale under AMP, else 1.
@@ -95,44 +177,29 @@ class Plan:
         Rows of a first step with momentum are kept only while `starting`, which is set here where a
         momentum was switched on or off, or an average starts.
         """
+        for sampler in self.samplers:
+            sampler.update(step, self._samplings)
+            self.starting = self.starting or sampler.takes_current
         for plan in self.groups:
-            policy = plan.policy
-            if plan.group["average"] is not policy:
+            if plan.group["average"] is not plan.policy:
                 raise ValueError(
                     f"Invalid average: {plan.group['average']!r} was assigned to a group that was "
-                    f"added with {policy!r}"
+                    f"added with {plan.policy!r}"
                 )
-            n = plan.n_averaged
-            w, sample, write_back = 1.0, False, False
-            plan.takes_current = False
-            if policy is not None and step > policy.start:
-                if n == 0 and policy.initial == "current":
-                    plan.takes_current = self.starting = True
-                    n = 1
-                if policy.due(step):
-                    sample = True
-                    w = weight_of(policy.weight, n, step)
-                    write_back = policy.written_back(step)
-                    n += 1
-            plan._next_n_averaged = n
-            plan.written_back = write_back
             inputs = (*self._inputs(plan.group), scale, self.starting)
             try:
-                changed = inputs != plan._rule_inputs
+                changed = inputs != plan.rule_inputs
             except RuntimeError:  # a tensor of several elements; the check will say so
                 changed = True
             if changed:
-                self._pack_rule(plan, inputs)
-            sampling = (w, sample, write_back)
-            if sampling != plan._sampling:
-                self._pack_sampling(plan, sampling)
+                self._pack(plan, inputs)
 
     def commit(self) -> None:
         """Counts the samples of the step that `update` prepared."""
-        for plan in self.groups:
-            plan.n_averaged = plan._next_n_averaged
+        for sampler in self.samplers:
+            sampler.commit()
 
-    def _pack_rule(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
+    def _pack(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
         """Lines (1)-(3)."""
         *hyperparameters, scale, starting = inputs
         group = plan.group
@@ -146,27 +213,10 @@ class Plan:
         if plan.has_momentum != (momentum != 0.0):
             plan.has_momentum = momentum != 0.0
             self.starting = starting = True
-        plan._lr = float(group["lr"])
         s = (-1.0 if group["maximize"] else 1.0) / scale
-        decay = float(group["weight_decay"])
+        decay, lr = float(group["weight_decay"]), float(group["lr"])
         for first in (False, True) if starting else (False,):
-            coefficients = self._rule(group, first)
-            for elided in plan._elisions:
-                row = ROWS_PER_GROUP * plan.index + 2 * elided + first
-                rules.RULE.pack_into(self._bytes, row * rules.ROW_BYTES, s, decay, *coefficients)
+            self._rows.pack(plan.row(first), s, decay, *self._rule(group, first), lr)
         # A tensor may change its value in place: such rows are packed at every step.
         changes = any(isinstance(value, Tensor) for value in hyperparameters)
-        plan._rule_inputs = None if changes else inputs
-        plan._sampling = None
-
-    def _pack_sampling(self, plan: GroupPlan, sampling: tuple[float, bool, bool]) -> None:
-        """The learning rate and lines (4)-(5). Where the average is the parameter itself, the
-        sample's weight multiplies the learning rate and that is all (docs/equivalences.md)."""
-        w, sample, write_back = sampling
-        for elided in plan._elisions:
-            tail = (plan._lr * w, 1.0, 0.0, 0.0) if elided else (plan._lr, w, sample, write_back)
-            for first in (0, 1):
-                row = ROWS_PER_GROUP * plan.index + 2 * elided + first
-                at = row * rules.ROW_BYTES + rules.RULE.size
-                rules.SAMPLING.pack_into(self._bytes, at, *tail)
-        plan._sampling = sampling
+        plan.rule_inputs = None if changes else inputs

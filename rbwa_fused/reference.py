@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rbwa_fused.flat import LENGTH, ROW, STREAMS
+from rbwa_fused.flat import LENGTH, ROW, SAMPLING, STREAMS
 
 
-class Row(NamedTuple):
-    """A row of the coefficient table; the names of csrc/update.h."""
+class Coefficients(NamedTuple):
+    """What the tables say of one segment; the names of csrc/update.h."""
 
     s: float
     lambda_: float
@@ -30,12 +30,11 @@ class Row(NamedTuple):
     delta: float
     eta: float
     w: float
-    sample: float
     write_back: float
 
 
 def update(
-    k: Row,
+    k: Coefficients,
     theta: Tensor,
     g: Tensor | None,
     m: Tensor | None,
@@ -77,6 +76,7 @@ def step_(
     state: Sequence[Tensor],
     segments: Tensor,
     rows: Tensor,
+    samplings: Tensor,
 ) -> None:
     """The step for every segment of the tables (flat.py); gradients in their parameters' layout.
 
@@ -87,11 +87,14 @@ def step_(
         theta = _in_memory_order(param.detach(), length)
         g = None if grad is None else _in_memory_order(grad.detach(), length)
         wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
-        k = Row(*rows[columns[ROW]].to(wide).tolist())
+        scale, w, sample, write_back = samplings[columns[SAMPLING]].tolist()
+        *rule, eta = rows[columns[ROW]].tolist()
+        numbers = torch.tensor([*rule, eta * scale, w, write_back], dtype=torch.float64)
+        k = Coefficients(*numbers.to(wide).tolist())
         streams: dict[str, Tensor | None] = dict.fromkeys(STREAMS)
         for name, column in STREAMS.items():
             buffer, offset = columns[column : column + 2]
-            touched = k.sample != 0 if name == "average" else k.mu != 0
+            touched = sample != 0 if name == "average" else k.mu != 0
             if buffer != -1 and touched:
                 streams[name] = state[buffer][offset : offset + length]
         m, a, z, previous = streams.values()

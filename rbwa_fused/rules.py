@@ -4,9 +4,9 @@
     (2)  m <- mu m + c g              z <- mu z + kappa (g - previous gradient)
     (3)  x <- theta - eta (alpha g + gamma m + delta z)
 
-A row is these numbers in the order of ``struct Row`` in csrc/step.h, in float64, and then what
-lines (3)-(5) need of this step: eta, w, whether the average takes a sample, whether it is written
-back. A kernel rounds a row to its arithmetic.
+A row is these numbers in the order of ``struct Row`` in csrc/step.h, in float64. Lines (4)-(5) have
+a table of their own, whose row says what becomes of this step's sample (``struct Sampling``). A
+kernel rounds both to its arithmetic.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-RULE = struct.Struct("8d")  # s, lambda, and Coefficients
-SAMPLING = struct.Struct("4d")  # eta, w, sample, write_back
-ROW_BYTES = RULE.size + SAMPLING.size
+ROW = struct.Struct("9d")  # s, lambda, Coefficients, eta
+SAMPLING = struct.Struct("4d")  # scale of eta, w, whether a sample is taken, and written back
 
 Group = dict[str, Any]
 

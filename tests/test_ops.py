@@ -16,17 +16,18 @@ STEP = torch.ops.rbwa_fused.step_.default
 
 
 def arguments(n: int = 3, length: int = 40) -> list[Any]:
-    """A table as the optimizer makes it: params, grads, state, segments, shapes, rows."""
+    """The operator's arguments as the optimizer makes them, in the schema's order."""
     params = [nn.Parameter(torch.randn(length)) for _ in range(n)]
     table = flat.Table()
     flat.move(params)
     for i, p in enumerate(params):
-        table.add(p, 0, i)
+        table.add(p, 0, i, row=0, sampling=0)
     table.attach("momentum_buffer", dict.fromkeys(range(n)), {})
     segments, shapes = table.tensors()
-    row = [1.0, 0.1, 0.9, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5, 1.0, 0.0, 0.0]
-    rows = torch.tensor([row], dtype=torch.float64)
-    return [params, [torch.randn(length) for _ in range(n)], table.state, segments, shapes, rows]
+    rows = torch.tensor([[1.0, 0.1, 0.9, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5]], dtype=torch.float64)
+    samplings = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    grads = [torch.randn(length) for _ in range(n)]
+    return [params, grads, table.state, segments, shapes, rows, samplings]
 
 
 def test_both_doors_take_the_same_step() -> None:
@@ -52,7 +53,8 @@ def test_the_operator_keeps_its_schema() -> None:
 
 def test_python_and_cpp_agree_on_the_tables() -> None:
     assert flat.COLUMNS == _C.SEGMENT_COLUMNS
-    assert rules.ROW_BYTES == 8 * _C.ROW_COLUMNS
+    assert rules.ROW.size == 8 * _C.ROW_COLUMNS
+    assert rules.SAMPLING.size == 8 * _C.SAMPLING_COLUMNS
 
 
 MISFITS: dict[str, Any] = {
@@ -88,6 +90,8 @@ def edit(column: int, value: int) -> Any:
 BROKEN: dict[str, tuple[Any, str]] = {
     "row out of range": (edit(flat.ROW, 1), "outside its tables"),
     "negative row": (edit(flat.ROW, -1), "outside its tables"),
+    "sampling out of range": (edit(flat.SAMPLING, 1), "outside its tables"),
+    "negative sampling": (edit(flat.SAMPLING, -1), "outside its tables"),
     "negative length": (edit(flat.LENGTH, -1), "outside its tables"),
     "shape out of range": (edit(flat.SHAPE, 5), "outside its tables"),
     "buffer out of range": (edit(MOMENTUM, 1), "outside its buffer"),
@@ -98,6 +102,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "half a difference": (edit(flat.STREAMS["difference_buffer"], 0), "both buffers"),
     "too few gradients": (lambda a: a[1].pop(), "gradients"),
     "rows of another dtype": (lambda a: a.__setitem__(5, a[5].float()), "documented dtype"),
+    "samplings of another dtype": (lambda a: a.__setitem__(6, a[6].float()), "documented dtype"),
     "segments of another dtype": (lambda a: a.__setitem__(3, a[3].int()), "documented dtype"),
     "streams of two dtypes": (
         lambda a: a[2].__setitem__(0, a[2][0].double()),
