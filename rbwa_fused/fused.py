@@ -196,8 +196,8 @@ class FusedOptimizer(Optimizer):
             torch._C._set_grad_enabled(grad_enabled)
         return loss
 
-    # torch's wrapper runs the hooks and tells the profiler. It costs more than half of what a step
-    # of ours does, so it is taken only when somebody watches.
+    # torch's wrapper runs the hooks and tells the profiler. It would make a small step 40 % longer
+    # (docs/benchmarks.md), so it is taken only when somebody watches.
     _observed_step = torch._disable_dynamo(Optimizer.profile_hook_step(_step))
 
     def _update(self) -> bool:
