@@ -24,10 +24,11 @@ struct Segment {
 struct Row {
   double s, lambda, mu, c, kappa, alpha, gamma, delta, eta;
 };
-// and an average has samplings. `sample` says whether it takes this step's weights at all,
-// `write_back` whether theta becomes it; `scale` multiplies eta: w where the average is theta.
+// and an average has samplings. `sample` says whether it is touched at all, `current` whether it
+// starts at the weights before this step, `write_back` whether theta becomes it; `scale` multiplies
+// eta: w where the average is theta.
 struct Sampling {
-  double scale, w, sample, write_back;
+  double scale, w, sample, current, write_back;
 };
 constexpr int64_t kRowColumns = sizeof(Row) / sizeof(double);
 constexpr int64_t kSamplingColumns = sizeof(Sampling) / sizeof(double);

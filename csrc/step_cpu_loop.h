@@ -128,9 +128,10 @@ void range_16bit(const Segment& s, const Coefficients<float>& k, int64_t begin, 
 
 template <typename T>
 Coefficients<T> arithmetic(const Row& r, const Sampling& a) {
-  return {
-      T(r.s),     T(r.lambda),        T(r.mu), T(r.c),           T(r.kappa), T(r.alpha), T(r.gamma),
-      T(r.delta), T(r.eta * a.scale), T(a.w),  a.write_back != 0};
+  return {T(r.s),     T(r.lambda),    T(r.mu),
+          T(r.c),     T(r.kappa),     T(r.alpha),
+          T(r.gamma), T(r.delta),     T(r.eta) * T(a.scale),
+          T(a.w),     a.current != 0, a.write_back != 0};
 }
 
 template <Rule rule, bool averaged>

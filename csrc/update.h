@@ -19,16 +19,17 @@ enum class Rule {
 // One row of the coefficient table in the kernel's arithmetic: float, or double for float64.
 template <typename T>
 struct Coefficients {
-  T s;       // +1, or -1 to maximize
-  T lambda;  // weight decay
-  T mu;      // decay of m (and of z)
-  T c;       // what the gradient adds to m
-  T kappa;   // what the gradient's difference adds to z
-  T alpha;   // the gradient's share of the direction
-  T gamma;   // m's share
-  T delta;   // z's share
-  T eta;     // learning rate
-  T w;       // weight of this sample in the average
+  T s;           // +1, or -1 to maximize
+  T lambda;      // weight decay
+  T mu;          // decay of m (and of z)
+  T c;           // what the gradient adds to m
+  T kappa;       // what the gradient's difference adds to z
+  T alpha;       // the gradient's share of the direction
+  T gamma;       // m's share
+  T delta;       // z's share
+  T eta;         // learning rate
+  T w;           // weight of this sample in the average
+  bool current;  // the average starts at theta as it was before this step
   bool write_back;
 };
 
@@ -44,6 +45,7 @@ struct Element {
 template <Rule rule, bool averaged, typename T>
 RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
   T x = e.theta;
+  [[maybe_unused]] const T a = k.current ? e.theta : e.a;
   if constexpr (rule != Rule::kSample) {
     T g = k.s * e.g;
     g = k.lambda != T(0) ? g + k.lambda * e.theta : g;  // (1)
@@ -61,8 +63,8 @@ RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
     x = e.theta - k.eta * direction;  // (3)
   }
   if constexpr (averaged) {
-    e.a = k.w == T(1) ? x : e.a + k.w * (x - e.a);  // (4)
-    x = k.write_back ? e.a : x;                     // (5)
+    e.a = k.w == T(1) ? x : k.w != T(0) ? a + k.w * (x - a) : a;  // (4)
+    x = k.write_back ? e.a : x;                                   // (5)
   }
   e.theta = x;
 }

@@ -22,7 +22,7 @@ from torch.optim.optimizer import (
 )
 
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
-from rbwa_fused.plan import GroupPlan, Plan
+from rbwa_fused.plan import Plan
 
 Group = dict[str, Any]
 Grads = list[Tensor | None]
@@ -229,9 +229,6 @@ class FusedOptimizer(Optimizer):
                 return False
             for table, _, grads in gathered:
                 self._start(plan, table, grads)
-            for group in plan.groups:
-                if group.sampler.takes_current:
-                    self._sample_current(group)
             plan.starting = False
         for table, run, grads in gathered:
             if not self._launch(plan, table, run, grads):
@@ -262,11 +259,6 @@ class FusedOptimizer(Optimizer):
         self._attach(plan, table, "average", averages)
         for stream in self.streams:
             self._attach(plan, table, stream, momentum)
-
-    def _sample_current(self, group: GroupPlan) -> None:
-        for p in group.group["params"]:
-            if group.buffered(p):
-                self.state[p]["average"].copy_(p)
 
     def _launch(self, plan: Plan, table: flat.Table, run: ops.Step, grads: Grads) -> bool:
         """Steps one table. False, with nothing changed, where a parameter was converted."""

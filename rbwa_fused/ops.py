@@ -47,7 +47,7 @@ def step_cpu(
         segments: (n, COLUMNS) int64, see flat.py.
         shapes: 1-d int64, sizes and strides.
         rows: (n_rows, 9) float64, see rules.py.
-        samplings: (n_samplings, 4) float64, see rules.py.
+        samplings: (n_samplings, 5) float64, see rules.py.
 
     Raises:
         RuntimeError: for a parameter or gradient that does not fit the tables; nothing has been

@@ -56,33 +56,32 @@ class Sampler:
         self.policy = policy
         self.n_averaged = n_averaged
         self.first_row = first_row
-        self.takes_current = False  # this step starts the average at the weights before it
         self.written_back = False  # this step writes the average into the weights
         self._next_n_averaged = n_averaged
-        self._packed: tuple[float, bool, bool] | None = None
+        self._packed: tuple[float, bool, bool, bool] | None = None
 
     def update(self, step: int, table: Table) -> None:
         """Brings its rows up to date for a step."""
         policy, n = self.policy, self.n_averaged
-        w, sample = 1.0, False
-        self.takes_current = self.written_back = False
+        scale, w = 1.0, 0.0
+        current = due = self.written_back = False
         if policy is not None and step > policy.start:
             if n == 0 and policy.initial == "current":
-                self.takes_current = True
+                current = True
                 n = 1
-            if policy.due(step):
-                sample = True
-                w = weight_of(policy.weight, n, step)
+            due = policy.due(step)
+            if due:
+                scale = w = weight_of(policy.weight, n, step)
                 self.written_back = policy.written_back(step)
                 n += 1
         self._next_n_averaged = n
-        sampling = (w, sample, self.written_back)
+        sampling = (w, due or current, current, self.written_back)
         if sampling != self._packed:
             self._packed = sampling
             table.pack(self.first_row, 1.0, *sampling)
             # Where the average is the parameter itself, the sample's weight multiplies the learning
             # rate and that is all (docs/equivalences.md).
-            table.pack(self.first_row + 1, w, 1.0, False, False)
+            table.pack(self.first_row + 1, scale, 0.0, False, False, False)
 
     def commit(self) -> None:
         """Counts the sample that `update` prepared."""
@@ -168,18 +167,17 @@ class Plan:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The tables `rows` (2 a group, 9) and `samplings` (2 a sampler, 4) of csrc/ops.cpp."""
+        """The tables `rows` (2 a group, 9) and `samplings` (2 a sampler, 5) of csrc/ops.cpp."""
         return self._rows.tensor, self._samplings.tensor
 
     def update(self, step: int, scale: float) -> None:
         """Brings the rows up to date for a step; `scale` is the loss scale under AMP, else 1.
 
         Rows of a first step with momentum are kept only while `starting`, which is set here where a
-        momentum was switched on or off, or an average starts.
+        momentum was switched on or off.
         """
         for sampler in self.samplers:
             sampler.update(step, self._samplings)
-            self.starting = self.starting or sampler.takes_current
         for plan in self.groups:
             if plan.group["average"] is not plan.policy:
                 raise ValueError(

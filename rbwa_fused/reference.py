@@ -30,6 +30,7 @@ class Coefficients(NamedTuple):
     delta: float
     eta: float
     w: float
+    current: float
     write_back: float
 
 
@@ -63,8 +64,9 @@ def update(
             direction = direction + k.delta * new_z
         x = x - k.eta * direction  # (3)
     if a is not None:
-        average = a.to(wide)
-        average = x if k.w == 1 else average + k.w * (x - average)  # (4)
+        average = theta.to(wide) if k.current else a.to(wide)
+        if k.w != 0:
+            average = x if k.w == 1 else average + k.w * (x - average)  # (4)
         a.copy_(average)
         x = average if k.write_back else x  # (5)
     theta.copy_(x)
@@ -87,10 +89,9 @@ def step_(
         theta = _in_memory_order(param.detach(), length)
         g = None if grad is None else _in_memory_order(grad.detach(), length)
         wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
-        scale, w, sample, write_back = samplings[columns[SAMPLING]].tolist()
-        *rule, eta = rows[columns[ROW]].tolist()
-        numbers = torch.tensor([*rule, eta * scale, w, write_back], dtype=torch.float64)
-        k = Coefficients(*numbers.to(wide).tolist())
+        scale, w, sample, *flags = samplings[columns[SAMPLING]].to(wide)
+        *rule, eta = rows[columns[ROW]].to(wide)
+        k = Coefficients(*torch.stack([*rule, eta * scale, w, *flags]).tolist())
         streams: dict[str, Tensor | None] = dict.fromkeys(STREAMS)
         for name, column in STREAMS.items():
             buffer, offset = columns[column : column + 2]

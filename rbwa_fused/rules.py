@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 ROW = struct.Struct("9d")  # s, lambda, Coefficients, eta
-SAMPLING = struct.Struct("4d")  # scale of eta, w, whether a sample is taken, and written back
+SAMPLING = struct.Struct("5d")  # scale of eta, w; whether sampled, started at theta, written back
 
 Group = dict[str, Any]
 

@@ -25,7 +25,7 @@ def arguments(n: int = 3, length: int = 40) -> list[Any]:
     table.attach("momentum_buffer", dict.fromkeys(range(n)), {})
     segments, shapes = table.tensors()
     rows = torch.tensor([[1.0, 0.1, 0.9, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5]], dtype=torch.float64)
-    samplings = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    samplings = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     grads = [torch.randn(length) for _ in range(n)]
     return [params, grads, table.state, segments, shapes, rows, samplings]
 
