@@ -6,6 +6,7 @@ Without one the package still installs: it then runs the plain PyTorch reference
 
 import os
 import shutil
+from glob import glob
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -18,8 +19,8 @@ def extensions() -> list:
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         print("rbwa_fused: no C++ compiler found; installing without the CPU kernels")
         return []
-    sources = ["csrc/ops.cpp", "csrc/step_cpu.cpp"]
-    depends = ["csrc/update.h", "csrc/step.h", "csrc/step_cpu_loop.h"]
+    sources = ["csrc/ops.cpp", "csrc/tables.cpp", "csrc/step_cpu.cpp"]
+    depends = glob("csrc/*.h")
     return [
         CppExtension(
             "rbwa_fused._C", sources, depends=depends, extra_compile_args=FLAGS, libraries=[]

@@ -1,13 +1,14 @@
-// The part of DLPack's C interface (version 1.x, https://dmlc.github.io/dlpack) that ops.cpp uses:
-// a view of a tensor, and the table by which a framework fills one from its Python objects. torch
-// ships the full header but not for extensions of the stable ABI; the layout is fixed by DLPack.
+// The part of DLPack's C interface (version 1.x, https://dmlc.github.io/dlpack) that the operators
+// use: a view of a tensor, and the table by which a framework fills one from its Python objects.
+// torch ships the full header but not for extensions of the stable ABI; the layout is fixed by
+// DLPack.
 #pragma once
 
 #include <cstdint>
 
 extern "C" {
 
-enum DLDeviceType : int32_t { kDLCPU = 1, kDLExtDev = 12 };
+enum DLDeviceType : int32_t { kDLCPU = 1, kDLCUDA = 2, kDLExtDev = 12 };
 
 enum DLDataTypeCode : uint8_t { kDLInt = 0, kDLFloat = 2, kDLOpaqueHandle = 3, kDLBfloat = 4 };
 

@@ -1,0 +1,69 @@
+// The tables that Python hands to an operator, as views; `resolve` checks all of them and turns
+// them into segments with addresses. A kernel trusts the segments it is given.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "dlpack.h"
+#include "step.h"
+
+// A tensor as the checks see it. dtype.bits is 0 for an absent one.
+using View = DLTensor;
+
+constexpr DLDataType kInt32{kDLInt, 32, 1};
+constexpr DLDataType kInt64{kDLInt, 64, 1};
+constexpr DLDataType kFloat{kDLFloat, 32, 1};
+constexpr DLDataType kDouble{kDLFloat, 64, 1};
+
+// Columns of the segment table, which flat.py writes. A stream is a pair: which of the `state`
+// buffers holds it (-1: none does) and the element at which it starts.
+enum SegmentColumn {
+  kLength,  // elements
+  kRow,     // of the coefficient tables
+  kSampling,
+  kShape,  // where this segment's sizes, then its strides, start in `shapes`
+  kDims,
+  kDtype,  // of the parameter, as in step.h
+  kMomentum,
+  kAverage = kMomentum + 2,
+  kDifference = kAverage + 2,
+  kPrevious = kDifference + 2,
+  kSegmentColumns = kPrevious + 2,
+};
+
+struct Tables {
+  std::vector<View> params, grads, state;
+  View segments, shapes, rows, samplings;
+};
+
+bool same(DLDataType a, DLDataType b);
+bool same(DLDevice a, DLDevice b);
+int64_t numel_of(const View& view);
+
+// Whether a tensor has the device, dtype, shape and layout that its segment was made for: `sizes`,
+// then strides. A size of 1 has no meaningful stride, a tensor without elements no layout.
+bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* sizes, int64_t dims,
+          int64_t length);
+
+// The memory of a contiguous table on the CPU, or an error that names it.
+template <typename T>
+const T* table_of(const View& view, DLDataType type, const char* name);
+
+// Segments with the addresses of this very step, on one device, or an error; nothing has been
+// changed then. With `every_average` the average's address is given also where the host's samplings
+// say that it is not touched.
+std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_average = false);
+
+View view_of(const torch::stable::Tensor& tensor);
+View view_of(const std::optional<torch::stable::Tensor>& tensor);
+
+template <typename T>
+std::vector<View> views_of(const std::vector<T>& tensors) {
+  std::vector<View> views;
+  views.reserve(tensors.size());
+  for (const T& tensor : tensors) views.push_back(view_of(tensor));
+  return views;
+}
