@@ -44,9 +44,8 @@ void exchange_op(std::vector<Tensor> a, std::vector<Tensor> b) {
   STD_TORCH_CHECK(a.size() == b.size(), "exchange_: ", a.size(), " tensors against ", b.size());
   for (size_t i = 0; i < a.size(); ++i) {
     const View left = view_of(a[i]);
-    STD_TORCH_CHECK(
-        fits(view_of(b[i]), left.device, left.dtype, left.shape, left.ndim, 0) && a[i].is_cpu(),
-        "exchange_: the tensors of pair ", i, " differ in device, dtype or shape");
+    STD_TORCH_CHECK(alike(view_of(b[i]), left) && a[i].is_cpu(), "exchange_: the tensors of pair ",
+                    i, " differ in device, dtype, shape or layout");
   }
   for (size_t i = 0; i < a.size(); ++i) {
     const View left = view_of(a[i]);

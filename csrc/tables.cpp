@@ -46,6 +46,15 @@ bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* siz
   return true;
 }
 
+bool alike(const View& a, const View& b) {
+  if (!same(a.dtype, b.dtype) || !same(a.device, b.device) || a.ndim != b.ndim) return false;
+  for (int32_t d = 0; d < a.ndim; ++d) {
+    if (a.shape[d] != b.shape[d]) return false;
+    if (a.strides[d] != b.strides[d] && a.shape[d] != 1) return false;
+  }
+  return true;
+}
+
 template const int64_t* table_of(const View&, DLDataType, const char*);
 template const Row* table_of(const View&, DLDataType, const char*);
 template const Sampling* table_of(const View&, DLDataType, const char*);
@@ -113,8 +122,11 @@ std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_a
     const int64_t* sizes = all_shapes + column[kShape];
     const bool same_dtype = static_cast<int64_t>(segment.dtype) == column[kDtype];
     STD_TORCH_CHECK(
-        same_dtype && fits(param, device, type, sizes, dims, segment.length), "step_: parameter ",
-        i, " differs from what its segment was made for in dtype, device, shape or layout");
+        same_dtype && numel_of(param) == segment.length &&
+            (param.data != nullptr || segment.length == 0) &&
+            fits(param, device, type, sizes, dims, segment.length),
+        "step_: parameter ", i,
+        " differs from what its segment was made for in dtype, device, shape or layout");
     const View& grad = tables.grads[i];
     segment.g = nullptr;
     if (grad.dtype.bits == 0) continue;
@@ -124,6 +136,8 @@ std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_a
                     " has momentum and no momentum buffer");
     STD_TORCH_CHECK((segment.z == nullptr) == (segment.previous == nullptr), "step_: segment ", i,
                     " needs both buffers of the difference or neither");
+    STD_TORCH_CHECK(grad.data != nullptr || segment.length == 0, "step_: gradient ", i,
+                    " has no memory");
     segment.g = grad.data;
   }
   return result;

@@ -48,6 +48,9 @@ int64_t numel_of(const View& view);
 bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* sizes, int64_t dims,
           int64_t length);
 
+// Whether two tensors have the same device, dtype, shape and layout.
+bool alike(const View& a, const View& b);
+
 // The memory of a contiguous table on the CPU, or an error that names it.
 template <typename T>
 const T* table_of(const View& view, DLDataType type, const char* name);

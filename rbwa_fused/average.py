@@ -82,7 +82,8 @@ class Average:
     Args:
         weight: :class:`Mean`, :class:`Ema`, :class:`Algorithm2`, or a function
             ``weight(n, step) -> float`` in [0, 1] of the samples so far (n >= 1) and the step,
-            called on the host. The first sample is always a copy.
+            called on the host; it must depend on these two alone, as it may be asked again for
+            the same step. The first sample is always a copy.
         start (int, steps, >= 0): the first ``start`` steps are not averaged (default: 0).
         every (int, steps, >= 1): samples are taken after steps start + every, start + 2 every, …
             (default: 1).
@@ -203,7 +204,7 @@ def structure(policy: str | None) -> tuple[str | None, ...]:
     weight, when it is written back, ``initial`` and ``dtype``. Numbers may differ."""
     if policy is None:
         return (None,)
-    kind = re.match(r"Average\((<.*?>|\w+)", policy)
+    kind = re.match(r"Average\((<.*?>(?=, start=)|\w+)", policy)
     fields = dict(re.findall(r"(\w+)=([^,()]+)", policy))
     if kind is None or not {"every", "write_back_every", "initial", "dtype"} <= fields.keys():
         raise ValueError(f"Invalid average in the checkpoint: {policy!r}")

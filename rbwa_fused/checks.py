@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rbwa_fused.average import Average
 from rbwa_fused.flat import DTYPES, STREAMS, Table, same_layout
@@ -51,8 +52,8 @@ def params(group: dict[str, Any]) -> None:
             raise TypeError(f"{name} has layout {p.layout} (expected torch.strided)")
         if p.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {p.dtype} (expected one of {DTYPES})")
-        if hasattr(p, "device_mesh"):
-            raise TypeError(f"{name} is a DTensor, which has no plain memory of its own")
+        if is_traceable_wrapper_subclass(p):
+            raise TypeError(f"{name} is a {type(p).__name__}, which has no plain memory of its own")
         spread = zip(p.shape, p.stride(), strict=True)
         if p.numel() and any(stride == 0 and size > 1 for size, stride in spread):
             raise ValueError(f"{name} is expanded: several elements share one memory location")
@@ -96,7 +97,9 @@ def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any
             raise ValueError(f"{name} has shape {tuple(g.shape)} (expected {tuple(p.shape)})")
         if g.device != p.device:
             raise ValueError(f"{name} is on {g.device} (expected {p.device})")
-        if not same_layout(g, memory):
+        if is_traceable_wrapper_subclass(g):
+            raise TypeError(f"{name} is a {type(g).__name__}, which has no plain memory of its own")
+        if not same_layout(g, memory) or torch._is_zerotensor(g):
             grads[i] = torch.empty_strided(
                 memory.shape, memory.stride(), dtype=memory.dtype, device=memory.device
             ).copy_(g)

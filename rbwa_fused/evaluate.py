@@ -44,11 +44,10 @@ class Exchange:
         return {p: p.detach().clone() for p, _ in self.pairs}
 
     def _swap(self) -> None:
-        alike = [(p, a) for p, a in self.pairs if p.dtype == a.dtype and same_layout(p, a)]
-        exchange_([p for p, _ in alike], [average for _, average in alike])
-        done = {id(p) for p, _ in alike}
-        for p, average in self.pairs:
-            if id(p) not in done:  # not dense, or converted inside the context
+        if all(p.dtype == a.dtype and same_layout(p, a) for p, a in self.pairs):
+            exchange_([p for p, _ in self.pairs], [average for _, average in self.pairs])
+        else:  # some are not dense, or were converted inside the context; order matters to overlaps
+            for p, average in self.pairs:
                 kept = p.detach().clone()
                 p.copy_(average)
                 average.copy_(kept)

@@ -22,7 +22,7 @@ from torch.optim.optimizer import (
 )
 
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
-from rbwa_fused.plan import Plan
+from rbwa_fused.plan import GroupPlan, Plan
 
 Group = dict[str, Any]
 Grads = list[Tensor | None]
@@ -85,7 +85,8 @@ class FusedOptimizer(Optimizer):
         if self._plan is not None:
             self._add(self._plan, [group], move=self._flatten)
 
-    def _check_hyperparameters(self, group: Group) -> None:
+    @classmethod
+    def _check_hyperparameters(cls, group: Group) -> None:
         rules.check(group)
 
     def _build(self, groups: list[Group], move: bool, counters: Counters | None = None) -> None:
@@ -152,13 +153,20 @@ class FusedOptimizer(Optimizer):
         self._build(self.param_groups, move=False, counters=counters or self._counters())
 
     def _counters(self) -> Counters:
-        """Of each group. Where the state was cleared, averages in buffers start again."""
+        """Of each group, as the plan that knows its parameters counts them. Where the state was
+        cleared, averages in buffers start again."""
         plans = self._plan.groups if self._plan is not None else []
+        plan_of = {p: plan for plan in plans for p in plan.params}
         cleared = not self.state and self._known_size > 0
         counters: Counters = []
-        for plan in plans:
-            starts_again = cleared and any(plan.buffered(p) for p in plan.group["params"])
-            counters.append((0 if starts_again else plan.n_averaged, plan.beta))
+        for group in self.param_groups:
+            plan = next((plan_of[p] for p in group["params"] if p in plan_of), None)
+            if plan is None:
+                counters.append((0, None))
+                continue
+            starts_again = cleared and any(plan.buffered(p) for p in plan.params)
+            n_averaged = 0 if starts_again else plan.n_averaged
+            counters.append((n_averaged, None if cleared else plan.beta))
         return counters
 
     # ---- the step ------------------------------------------------------------------------------
@@ -204,7 +212,12 @@ class FusedOptimizer(Optimizer):
         """Gather, plan, launch, count. False, with nothing changed, where tables are outdated."""
         plan = self._plan
         assert plan is not None
-        if self.state is not self._known_state or len(self.state) != self._known_size:
+        if (
+            self.state is not self._known_state
+            or len(self.state) != self._known_size
+            or len(plan.groups) != len(self.param_groups)
+            or not all(map(GroupPlan.describes, plan.groups, self.param_groups))
+        ):
             return False
         gathered = []
         absent = present = False
@@ -246,7 +259,7 @@ class FusedOptimizer(Optimizer):
         table.lacking = []
         for i, p in enumerate(table.params):
             group = plan.groups[table.groups[i]]
-            held = self.state.get(p, {})
+            held = self.state[p] if group.policy is not None else self.state.get(p, {})
             if group.buffered(p) and "average" not in held:
                 averages[i] = p.detach() if group.n_averaged > 0 else None
             if group.has_momentum and "momentum_buffer" not in held:
@@ -259,6 +272,7 @@ class FusedOptimizer(Optimizer):
         self._attach(plan, table, "average", averages)
         for stream in self.streams:
             self._attach(plan, table, stream, momentum)
+        self._known_size = len(self.state)
 
     def _launch(self, plan: Plan, table: flat.Table, run: ops.Step, grads: Grads) -> bool:
         """Steps one table. False, with nothing changed, where a parameter was converted."""
@@ -271,26 +285,27 @@ class FusedOptimizer(Optimizer):
             if not checks.fit(table, grads, self.param_groups):  # or it says what is wrong
                 return False
             run(table.memory, grads, table.state, segments, shapes, *plan.tensors)
+        for param, memory in table.copies:
+            param.copy_(memory)
         return True
 
     def _finish(
         self, plan: Plan, table: flat.Table, grads: Grads, absent: bool, scale: float
     ) -> None:
-        """After the kernel: first-step marks, copies, versions, unscaled gradients."""
+        """After the kernel: first-step marks, versions, unscaled gradients."""
         for i in table.first:
             group = plan.groups[table.groups[i]]
             table.set_row(i, group.row(first=False))
             if self.rule is rules.rsgdm_implicit:
                 group.beta = float(group.group["momentum"])
         table.first = []
-        for param, memory in table.copies:
-            param.copy_(memory)
         written = table.params
         if absent:
             written = [
                 p
                 for p, g, group in zip(written, grads, table.groups, strict=True)
-                if g is not None or plan.groups[group].sampler.written_back
+                if g is not None
+                or (plan.groups[group].sampler.written_back and plan.groups[group].buffered(p))
             ]
         increment_version(written)
         if scale != 1.0:

@@ -155,7 +155,8 @@ class RSGDM(FusedOptimizer):
             return ("momentum_buffer", "difference_buffer", "previous_gradient")
         return ("momentum_buffer",)
 
-    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+    @classmethod
+    def _check_hyperparameters(cls, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
         rules.check_beta(group)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ class Sampler:
     def update(self, step: int, table: Table) -> None:
         """Brings its rows up to date for a step."""
         policy, n = self.policy, self.n_averaged
-        scale, w = 1.0, 0.0
+        if policy is None and self._packed is not None:
+            return
+        w = 0.0
         current = due = self.written_back = False
         if policy is not None and step > policy.start:
             if n == 0 and policy.initial == "current":
@@ -71,17 +74,17 @@ class Sampler:
                 n = 1
             due = policy.due(step)
             if due:
-                scale = w = weight_of(policy.weight, n, step)
+                w = weight_of(policy.weight, n, step)
                 self.written_back = policy.written_back(step)
                 n += 1
         self._next_n_averaged = n
         sampling = (w, due or current, current, self.written_back)
         if sampling != self._packed:
             self._packed = sampling
-            table.pack(self.first_row, 1.0, *sampling)
+            table.pack(self.first_row, *rules.Sampling(1.0, *sampling))
             # Where the average is the parameter itself, the sample's weight multiplies the learning
             # rate and that is all (docs/equivalences.md).
-            table.pack(self.first_row + 1, scale, 0.0, False, False, False)
+            table.pack(self.first_row + 1, *rules.Sampling(scale=w if due else 1.0))
 
     def commit(self) -> None:
         """Counts the sample that `update` prepared."""
@@ -93,6 +96,7 @@ class GroupPlan:
 
     def __init__(self, group: Group, index: int, sampler: Sampler, beta: float | None) -> None:
         self.group = group
+        self.params = list(group["params"])
         self.index = index
         self.sampler = sampler
         self.policy = sampler.policy
@@ -100,10 +104,25 @@ class GroupPlan:
         self.has_momentum = False
         self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
 
+        self._one_element = any(p.numel() == 1 for p in self.params)
+
     @property
     def n_averaged(self) -> int:
         """Samples in the group's average."""
         return self.sampler.n_averaged
+
+    def describes(self, group: Group) -> bool:
+        """Whether that is its group still, with the same parameters in it."""
+        if group is not self.group:
+            return False
+        params = group["params"]
+        if self._one_element:
+            return len(params) == len(self.params) and all(map(is_, params, self.params))
+        try:
+            # A list compares by identity first, 3 ns each, and then by value.
+            return bool(params == self.params) or list(params) == self.params
+        except RuntimeError:  # several elements have no one answer: they are not the same
+            return False
 
     def elided(self, param: Tensor) -> bool:
         """Whether the average of a parameter is the parameter itself."""
@@ -171,11 +190,7 @@ class Plan:
         return self._rows.tensor, self._samplings.tensor
 
     def update(self, step: int, scale: float) -> None:
-        """Brings the rows up to date for a step; `scale` is the loss scale under AMP, else 1.
-
-        Rows of a first step with momentum are kept only while `starting`, which is set here where a
-        momentum was switched on or off.
-        """
+        """Brings the rows up to date for a step; `scale` is the loss scale under AMP, else 1."""
         for sampler in self.samplers:
             sampler.update(step, self._samplings)
         for plan in self.groups:
@@ -184,7 +199,7 @@ class Plan:
                     f"Invalid average: {plan.group['average']!r} was assigned to a group that was "
                     f"added with {plan.policy!r}"
                 )
-            inputs = (*self._inputs(plan.group), scale, self.starting)
+            inputs = (*self._inputs(plan.group), scale)
             try:
                 changed = inputs != plan.rule_inputs
             except RuntimeError:  # a tensor of several elements; the check will say so
@@ -199,7 +214,7 @@ class Plan:
 
     def _pack(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
         """Lines (1)-(3)."""
-        *hyperparameters, scale, starting = inputs
+        *hyperparameters, scale = inputs
         group = plan.group
         self._check(group)
         momentum = float(group["momentum"])
@@ -210,10 +225,10 @@ class Plan:
             )
         if plan.has_momentum != (momentum != 0.0):
             plan.has_momentum = momentum != 0.0
-            self.starting = starting = True
+            self.starting = True
         s = (-1.0 if group["maximize"] else 1.0) / scale
         decay, lr = float(group["weight_decay"]), float(group["lr"])
-        for first in (False, True) if starting else (False,):
+        for first in (False, True):
             self._rows.pack(plan.row(first), s, decay, *self._rule(group, first), lr)
         # A tensor may change its value in place: such rows are packed at every step.
         changes = any(isinstance(value, Tensor) for value in hyperparameters)

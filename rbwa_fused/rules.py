@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 ROW = struct.Struct("9d")  # s, lambda, Coefficients, eta
-SAMPLING = struct.Struct("5d")  # scale of eta, w; whether sampled, started at theta, written back
+SAMPLING = struct.Struct("5d")  # Sampling
 
 Group = dict[str, Any]
 
@@ -32,6 +32,16 @@ class Coefficients(NamedTuple):
     alpha: float
     gamma: float
     delta: float
+
+
+class Sampling(NamedTuple):
+    """What becomes of an average at one step."""
+
+    scale: float = 1.0  # of the learning rate: w where the average is the parameter itself
+    w: float = 0.0  # weight of the sample
+    sample: bool = False  # whether the average is touched
+    current: bool = False  # whether it starts at the weights before the step
+    write_back: bool = False  # whether the weights become it
 
 
 PLAIN = Coefficients(mu=0.0, c=0.0, kappa=0.0, alpha=1.0, gamma=0.0, delta=0.0)

@@ -1,0 +1,93 @@
+// The named averaging policies as numbers, and what becomes of the sample of one step: the mirror
+// of `Sampler.update` (plan.py) and `weight_of` (average.py), for counters that live on a device.
+// No torch, no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+#include "step.h"
+#include "update.h"
+
+enum class Weight : int32_t { kNone, kMean, kEma, kAlgorithm2 };
+
+// One row of the policy table as deferred.py packs it.
+struct Policy {
+  double weight, decay, start, every, write_back_every, initial_current, steps_per_epoch,
+      start_epoch;
+};
+constexpr int64_t kPolicyColumns = sizeof(Policy) / sizeof(double);
+
+// Weight of the sample taken after `step` when `n` samples are averaged already.
+RBWA_INLINE double weight_of(const Policy& policy, int64_t n, int64_t step) {
+  if (n == 0) return 1.0;
+  switch (static_cast<Weight>(static_cast<int32_t>(policy.weight))) {
+    case Weight::kMean:
+      return 1.0 / static_cast<double>(n + 1);
+    case Weight::kEma:
+      return 1.0 - policy.decay;
+    default: {
+      const int64_t epoch_steps = static_cast<int64_t>(policy.steps_per_epoch);
+      const int64_t epoch = (step - 1) / epoch_steps + 1;
+      const int64_t batch = (step - 1) % epoch_steps;
+      return 1.0 /
+             static_cast<double>((epoch - static_cast<int64_t>(policy.start_epoch)) * batch + 1);
+    }
+  }
+}
+
+// What the step numbered `step` (from 1) does to an average in a buffer, and to the learning rate
+// where the average is the parameter itself (`elided`). Returns the samples averaged after it.
+RBWA_INLINE int64_t sampling_of(const Policy& policy, int64_t n, int64_t step, Sampling& buffered,
+                                Sampling& elided) {
+  buffered = {1, 0, 0, 0, 0};
+  elided = {1, 0, 0, 0, 0};
+  const int64_t past = step - static_cast<int64_t>(policy.start);
+  if (policy.weight == 0 || past <= 0) return n;
+  if (n == 0 && policy.initial_current != 0) {
+    buffered.current = buffered.sample = 1;
+    n = 1;
+  }
+  if (past % static_cast<int64_t>(policy.every) != 0) return n;
+  const int64_t write_back_every = static_cast<int64_t>(policy.write_back_every);
+  buffered.sample = 1;
+  buffered.w = elided.scale = weight_of(policy, n, step);
+  buffered.write_back = write_back_every > 0 && past % write_back_every == 0;
+  return n + 1;
+}
+
+// Counters and tables that live on a device, because only the device knows whether a step is
+// skipped. Kernels read `samplings` of the step to come; `advance` counts the step just taken.
+struct Deferred {
+  int64_t* counts;  // steps, then the samples of each sampler
+  const Policy* policies;
+  int64_t samplers;
+  double* samplings;       // rows of struct Sampling, two a sampler
+  float* samplings_float;  // the same, rounded
+  int32_t* marks;          // for each segment: whether it has momentum; whether this step gave it
+  int64_t segments;
+  const float* found_inf;  // not zero: the step was skipped; null: never
+};
+
+// Thread `thread` of `threads` that count a step together. `counts[0]` is written by the last
+// statement of thread 0 alone, so the caller must let all others read it first: `step` is given.
+RBWA_INLINE void advance(const Deferred& d, int64_t step, int64_t thread, int64_t threads) {
+  for (int64_t i = thread; i < d.segments; i += threads) {
+    if (d.marks[2 * i + 1] != 0) d.marks[2 * i] = 1;
+  }
+  for (int64_t i = thread; i < d.samplers; i += threads) {
+    Sampling rows[2];
+    const Policy policy = d.policies[i];
+    const int64_t n = sampling_of(policy, d.counts[1 + i], step, rows[0], rows[1]);
+    d.counts[1 + i] = n;
+    sampling_of(policy, n, step + 1, rows[0], rows[1]);
+    for (int row = 0; row < 2; ++row) {
+      const double numbers[] = {rows[row].scale, rows[row].w, rows[row].sample, rows[row].current,
+                                rows[row].write_back};
+      for (int k = 0; k < 5; ++k) {
+        const int64_t at = (2 * i + row) * kSamplingColumns + k;
+        d.samplings[at] = numbers[k];
+        d.samplings_float[at] = static_cast<float>(numbers[k]);
+      }
+    }
+  }
+}

@@ -1,0 +1,72 @@
+#include "cuda_tables.h"
+
+#include "average.h"
+#include "launches.h"
+
+namespace {
+
+// The memory of a contiguous table on the device, of at least so many elements; null if absent.
+template <typename T>
+T* on_device(const View& view, DLDevice device, DLDataType type, int64_t elements,
+             const char* name) {
+  if (view.dtype.bits == 0) return nullptr;
+  STD_TORCH_CHECK(
+      same(view.device, device) && same(view.dtype, type) && numel_of(view) >= elements &&
+          (view.ndim == 0 || view.strides[view.ndim - 1] == 1),
+      "step_: `", name, "` must be a contiguous table of the documented dtype and size ",
+      "on the parameters' device");
+  return static_cast<T*>(view.data);
+}
+
+}  // namespace
+
+void step_on(const CudaTables& tables, DLDevice device, void* stream) {
+  const bool deferred = tables.marks.dtype.bits != 0;
+  const std::vector<Segment> segments = resolve(tables.step, device, deferred);
+  const int64_t group_count = numel_of(tables.step.rows) / kRowColumns / 2;
+  CudaStep step{};
+  step.rows = static_cast<const Row*>(tables.step.rows.data);
+  step.samplings = static_cast<const Sampling*>(tables.step.samplings.data);
+  step.sampling_count = numel_of(tables.step.samplings) / kSamplingColumns;
+  STD_TORCH_CHECK(2 * group_count * kRowColumns == numel_of(tables.step.rows) &&
+                      step.sampling_count < (1 << 16),
+                  "step_: two rows a param group, and at most 65,535 samplings");
+  step.lrs.assign(group_count, nullptr);
+  STD_TORCH_CHECK(tables.lrs.empty() || static_cast<int64_t>(tables.lrs.size()) == group_count,
+                  "step_: ", tables.lrs.size(), " learning rates for ", group_count, " groups");
+  for (size_t i = 0; i < tables.lrs.size(); ++i) {
+    step.lrs[i] = on_device<const float>(tables.lrs[i], device, kFloat, 1, "lrs");
+  }
+  const int64_t samplings = step.sampling_count * kSamplingColumns;
+  const int64_t marks = 2 * static_cast<int64_t>(segments.size());
+  step.device_samplings =
+      on_device<const double>(tables.samplings, device, kDouble, samplings, "samplings64");
+  step.device_samplings_float =
+      on_device<const float>(tables.samplings_float, device, kFloat, samplings, "samplings32");
+  step.marks = on_device<int32_t>(tables.marks, device, kInt32, marks, "marks");
+  step.grad_scale = on_device<const float>(tables.grad_scale, device, kFloat, 1, "grad_scale");
+  step.found_inf = on_device<const float>(tables.found_inf, device, kFloat, 1, "found_inf");
+  STD_TORCH_CHECK(deferred == (step.device_samplings != nullptr) &&
+                      deferred == (step.device_samplings_float != nullptr),
+                  "step_: `samplings64`, `samplings32` and `marks` go together");
+  step.stream = stream;
+  const char* error = step_in_launches(segments, step);
+  STD_TORCH_CHECK(error == nullptr, "step_: ", error);
+}
+
+void advance_on(const CountTables& tables, DLDevice device, void* stream) {
+  const int64_t samplers = numel_of(tables.policies) / kPolicyColumns;
+  const int64_t samplings = 2 * samplers * kSamplingColumns;
+  Deferred d{};
+  d.samplers = samplers;
+  d.segments = numel_of(tables.marks) / 2;
+  d.counts = on_device<int64_t>(tables.counts, device, kInt64, 1 + samplers, "counts");
+  d.policies = on_device<const Policy>(tables.policies, device, kDouble, 0, "policies");
+  d.samplings = on_device<double>(tables.samplings, device, kDouble, samplings, "samplings64");
+  d.samplings_float =
+      on_device<float>(tables.samplings_float, device, kFloat, samplings, "samplings32");
+  d.marks = on_device<int32_t>(tables.marks, device, kInt32, 0, "marks");
+  d.found_inf = on_device<const float>(tables.found_inf, device, kFloat, 1, "found_inf");
+  const char* error = advance_cuda(d, stream);
+  STD_TORCH_CHECK(error == nullptr, "advance_: ", error);
+}

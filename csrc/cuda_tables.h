@@ -1,0 +1,29 @@
+// The step and its count on a device, from the tables that Python hands over.
+#pragma once
+
+#include <vector>
+
+#include "tables.h"
+
+// Tables beside those of every step. The device's counters are absent (dtype.bits is 0) where the
+// host counts.
+struct CudaTables {
+  Tables step;
+  std::vector<View> lrs;  // one a param group, in place of its row's eta, or absent
+  View samplings;         // float64 (2 samplers, 5): struct Sampling of this step
+  View samplings_float;   // the same, in float32
+  View marks;             // int32 (segments, 2), see struct Deferred
+  View grad_scale;        // float32, or absent
+  View found_inf;         // float32, or absent
+};
+
+// What `advance_on` counts; see struct Deferred.
+struct CountTables {
+  View counts, policies, samplings, samplings_float, marks, found_inf;
+};
+
+// Takes the step on a device and stream; nothing has been changed where it throws.
+void step_on(const CudaTables& tables, DLDevice device, void* stream);
+
+// Counts the step just taken, unless it was skipped, and prepares the next one's samplings.
+void advance_on(const CountTables& tables, DLDevice device, void* stream);

@@ -1,0 +1,155 @@
+#include "launches.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+
+namespace {
+
+// Fills one launch after the other. Segments grow from the start of its tables; groups and
+// samplings, of which there are few, are collected and stand behind them.
+template <typename T>
+class Packer {
+ public:
+  Packer(Streams streams, const CudaStep& step, int64_t chunk) : streams_(streams), step_(step) {
+    launch_.samplings = static_cast<const T*>(device_samplings());
+    launch_.marks = step.marks;
+    launch_.grad_scale = step.grad_scale;
+    launch_.found_inf = step.found_inf;
+    launch_.chunk = chunk;
+  }
+
+  const char* add(const Segment& s, int32_t index) {
+    const int64_t chunks = (s.length + launch_.chunk - 1) / launch_.chunk;
+    if (chunks == 0) return nullptr;
+    const char* error = nullptr;
+    if (bytes_with(s) > kTableBytes || chunks_ + chunks > kMostChunks) error = flush();
+    const auto [group, new_group] = group_of_.try_emplace(s.row / 2, groups_.size());
+    if (new_group) groups_.push_back(group_at(s.row / 2));
+    segments_.push_back({s.theta, const_cast<void*>(s.g), s.m, s.a, s.z, s.previous, s.length,
+                         static_cast<int32_t>(chunks_), index, static_cast<uint16_t>(group->second),
+                         sampling_at(s.sampling), static_cast<uint8_t>(s.row % 2)});
+    chunks_ += chunks;
+    return error;
+  }
+
+  // Launches what is collected.
+  const char* flush() {
+    if (segments_.empty()) return nullptr;
+    unsigned char* at = launch_.tables;
+    at = put(at, segments_);
+    launch_.groups_at = static_cast<int32_t>(at - launch_.tables);
+    at = put(at, groups_);
+    launch_.samplings_at = static_cast<int32_t>(at - launch_.tables);
+    put(at, samplings_);
+    launch_.segment_count = static_cast<int32_t>(segments_.size());
+    const char* error = step_cuda(streams_, &launch_, chunks_, step_.stream);
+    segments_.clear(), groups_.clear(), samplings_.clear();
+    group_of_.clear(), sampling_of_.clear();
+    chunks_ = 0;
+    return error;
+  }
+
+ private:
+  static constexpr int64_t kMostChunks = 1 << 30;  // a grid has 2^31 - 1 blocks
+
+  const void* device_samplings() const {
+    if constexpr (sizeof(T) == 8) return step_.device_samplings;
+    return step_.device_samplings_float;
+  }
+
+  size_t bytes_with(const Segment& s) const {
+    const bool new_group = !group_of_.count(s.row / 2);
+    const bool new_sampling = !sampling_of_.count(s.sampling) && launch_.samplings == nullptr;
+    return (segments_.size() + 1) * sizeof(CudaSegment) +
+           (groups_.size() + new_group) * sizeof(CudaGroup<T>) +
+           (samplings_.size() + new_sampling) * sizeof(CudaSampling<T>);
+  }
+
+  CudaGroup<T> group_at(int64_t group) const {
+    auto row = [](const Row& r) {
+      return CudaRow<T>{T(r.s),     T(r.lambda), T(r.mu),    T(r.c),  T(r.kappa),
+                        T(r.alpha), T(r.gamma),  T(r.delta), T(r.eta)};
+    };
+    return {row(step_.rows[2 * group]), row(step_.rows[2 * group + 1]), step_.lrs[group]};
+  }
+
+  // The place in the launch's samplings, or in the device's.
+  uint16_t sampling_at(int64_t sampling) {
+    if (launch_.samplings != nullptr) return static_cast<uint16_t>(sampling);
+    const auto [place, is_new] = sampling_of_.try_emplace(sampling, samplings_.size());
+    const Sampling& a = step_.samplings[sampling];
+    if (is_new) {
+      samplings_.push_back({T(a.scale), T(a.w), T(a.sample), T(a.current), T(a.write_back)});
+    }
+    return static_cast<uint16_t>(place->second);
+  }
+
+  template <typename Rows>
+  static unsigned char* put(unsigned char* at, const Rows& rows) {
+    const size_t bytes = rows.size() * sizeof(rows[0]);
+    const auto* from = reinterpret_cast<const unsigned char*>(rows.data());
+    return std::copy(from, from + bytes, at);
+  }
+
+  Streams streams_;
+  const CudaStep& step_;
+  Launch<T> launch_;
+  std::vector<CudaSegment> segments_;
+  std::vector<CudaGroup<T>> groups_;
+  std::vector<CudaSampling<T>> samplings_;
+  std::map<int64_t, size_t> group_of_, sampling_of_;
+  int64_t chunks_ = 0;
+};
+
+template <typename T>
+const char* pack(const Streams& streams, const std::vector<Segment>& segments,
+                 const std::vector<int32_t>& members, const CudaStep& step, int64_t chunk) {
+  Packer<T> packer(streams, step, chunk);
+  const char* error = nullptr;
+  for (const int32_t i : members) {
+    if (error == nullptr) error = packer.add(segments[i], i);
+  }
+  return error != nullptr ? error : packer.flush();
+}
+
+}  // namespace
+
+const char* step_in_launches(const std::vector<Segment>& segments, const CudaStep& step) {
+  std::map<std::tuple<Dtype, Dtype>, std::vector<int32_t>> kinds;
+  int64_t elements = 0;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const Segment& s = segments[i];
+    elements += s.length;
+    if (s.g != nullptr || s.a != nullptr) {
+      const Dtype average = s.a != nullptr ? s.a_dtype : s.dtype;
+      kinds[{s.dtype, average}].push_back(static_cast<int32_t>(i));
+    }
+  }
+  // A 16-bit parameter without an average goes with those that have a float32 one.
+  for (const Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+    const auto own = kinds.find({dtype, dtype}), wide = kinds.find({dtype, Dtype::kFloat32});
+    if (own == kinds.end() || wide == kinds.end()) continue;
+    const bool movable = std::all_of(own->second.begin(), own->second.end(),
+                                     [&](int32_t i) { return segments[i].a == nullptr; });
+    if (!movable) continue;
+    wide->second.insert(wide->second.end(), own->second.begin(), own->second.end());
+    kinds.erase(own);
+  }
+  const int64_t chunk = elements < kLargeModel ? kSmallChunk : kLargeChunk;
+  for (const auto& [kind, members] : kinds) {
+    Streams streams{std::get<0>(kind), std::get<1>(kind), Rule::kPlain, false};
+    for (const int32_t i : members) {
+      const Segment& s = segments[i];
+      streams.averaged |= s.a != nullptr;
+      if (s.g == nullptr) continue;
+      if (s.z != nullptr) streams.rule = Rule::kDifference;
+      if (s.m != nullptr && streams.rule == Rule::kPlain) streams.rule = Rule::kMomentum;
+    }
+    const char* error = streams.dtype == Dtype::kFloat64
+                            ? pack<double>(streams, segments, members, step, chunk)
+                            : pack<float>(streams, segments, members, step, chunk);
+    if (error != nullptr) return error;
+  }
+  return nullptr;
+}

@@ -1,0 +1,25 @@
+// Segments into launches: the same kind of memory streams together, as many segments as fit.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "step.h"
+#include "step_cuda.h"
+
+// What a step needs beside segments and the host's coefficient tables; addresses on the device.
+struct CudaStep {
+  const Row* rows;            // two a group
+  const Sampling* samplings;  // of the host
+  int64_t sampling_count;
+  std::vector<const float*> lrs;   // one a group, or null: the row has it
+  const double* device_samplings;  // null: the host's count
+  const float* device_samplings_float;
+  int32_t* marks;  // with the device's samplings
+  const float* grad_scale;
+  const float* found_inf;
+  void* stream;
+};
+
+// Takes the step for every segment. Returns null or CUDA's words for what went wrong.
+const char* step_in_launches(const std::vector<Segment>& segments, const CudaStep& step);

@@ -1,0 +1,132 @@
+// The operators on CUDA devices, and the Python module with the facts of this build. As in ops.cpp
+// there are two doors to one function, the dispatcher's and the module's own.
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "cuda_tables.h"
+#include "python_tensors.h"
+#include "step_cuda.h"
+
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace {
+
+namespace py = pybind11;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Optional = std::optional<Tensor>;
+
+void* current_stream(DLDevice device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.device_id, &stream));
+  return stream;
+}
+
+void step(const CudaTables& tables) {
+  if (tables.step.params.empty()) return;
+  const DLDevice device = tables.step.params[0].device;
+  STD_TORCH_CHECK(device.device_type == kDLCUDA, "step_: the parameters are not on a CUDA device");
+  const torch::stable::accelerator::DeviceGuard guard(device.device_id);
+  step_on(tables, device, current_stream(device));
+}
+
+void advance(const CountTables& tables) {
+  const DLDevice device = tables.counts.device;
+  STD_TORCH_CHECK(device.device_type == kDLCUDA, "advance_: the counters are not on a CUDA device");
+  const torch::stable::accelerator::DeviceGuard guard(device.device_id);
+  advance_on(tables, device, current_stream(device));
+}
+
+// ---- the operators -----------------------------------------------------------------------------
+
+void step_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
+             Tensor shapes, Tensor rows, Tensor samplings) {
+  CudaTables tables{};
+  tables.step = {views_of(params), views_of(grads), views_of(state),   view_of(segments),
+                 view_of(shapes),  view_of(rows),   view_of(samplings)};
+  step(tables);
+}
+
+void step_deferred_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
+                      Tensor shapes, Tensor rows, Tensor samplings, std::vector<Optional> lrs,
+                      Tensor samplings64, Tensor samplings32, Tensor marks, Optional grad_scale,
+                      Optional found_inf) {
+  step({{views_of(params), views_of(grads), views_of(state), view_of(segments), view_of(shapes),
+         view_of(rows), view_of(samplings)},
+        views_of(lrs),
+        view_of(samplings64),
+        view_of(samplings32),
+        view_of(marks),
+        view_of(grad_scale),
+        view_of(found_inf)});
+}
+
+void advance_op(Tensor counts, Tensor policies, Tensor samplings64, Tensor samplings32,
+                Tensor marks, Optional found_inf) {
+  advance({view_of(counts), view_of(policies), view_of(samplings64), view_of(samplings32),
+           view_of(marks), view_of(found_inf)});
+}
+
+void exchange_op(Tensors a, Tensors b) {
+  STD_TORCH_CHECK(a.size() == b.size(), "exchange_: ", a.size(), " tensors against ", b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    const View left = view_of(a[i]);
+    STD_TORCH_CHECK(alike(view_of(b[i]), left) && left.device.device_type == kDLCUDA,
+                    "exchange_: the tensors of pair ", i,
+                    " differ in device, dtype, shape or layout");
+  }
+  for (size_t i = 0; i < a.size(); ++i) {
+    const View left = view_of(a[i]);
+    const torch::stable::accelerator::DeviceGuard guard(left.device.device_id);
+    const char* error =
+        exchange_cuda(left.data, b[i].data_ptr(), numel_of(left) * (left.dtype.bits / 8),
+                      current_stream(left.device));
+    STD_TORCH_CHECK(error == nullptr, "exchange_: ", error);
+  }
+}
+
+// ---- the Python module -------------------------------------------------------------------------
+
+void step_python(const py::list& params, const py::list& grads, const py::list& state,
+                 py::handle segments, py::handle shapes, py::handle rows, py::handle samplings) {
+  CudaTables tables{};
+  tables.step = {views_of(params), views_of(grads), views_of(state),   view_of(segments),
+                 view_of(shapes),  view_of(rows),   view_of(samplings)};
+  const py::gil_scoped_release release;
+  step(tables);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rbwa_fused, library) {
+  library.def(
+      "step_deferred_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
+      "Tensor shapes, Tensor rows, Tensor samplings, Tensor?[] lrs, Tensor samplings64, "
+      "Tensor samplings32, Tensor(c!) marks, Tensor? grad_scale, Tensor? found_inf) -> ()");
+  library.def(
+      "advance_(Tensor(a!) counts, Tensor policies, Tensor(b!) samplings64, "
+      "Tensor(c!) samplings32, Tensor(d!) marks, Tensor? found_inf) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CUDA, library) {
+  library.impl("step_", TORCH_BOX(&step_op));
+  library.impl("step_deferred_", TORCH_BOX(&step_deferred_op));
+  library.impl("advance_", TORCH_BOX(&advance_op));
+  library.impl("exchange_", TORCH_BOX(&exchange_op));
+}
+
+PYBIND11_MODULE(_C_cuda, module) {
+  module.doc() = "The CUDA kernels; importing it registers them with torch.ops.rbwa_fused.";
+  module.attr("ARCHITECTURES") = RBWA_ARCHITECTURES;
+  module.attr("TOOLKIT") = cuda_toolkit();
+  module.attr("POLICY_COLUMNS") = kPolicyColumns;
+  if (find_exchange_table()) {
+    module.def("step", &step_python, "torch.ops.rbwa_fused.step_ without the dispatcher.");
+  }
+}

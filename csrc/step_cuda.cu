@@ -1,0 +1,112 @@
+// The CUDA kernels: one block a chunk, the work of a thread in step_cuda_body.h. No torch header.
+#include <cuda_runtime.h>
+
+#include "step_cuda.h"
+#include "step_cuda_body.h"
+
+namespace {
+
+template <typename S, typename A, Rule most, bool averaged, typename T>
+__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Launch<T> launch) {
+  step_thread<S, A, most, averaged>(launch, blockIdx.x, threadIdx.x);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const __grid_constant__ Deferred deferred) {
+  if (deferred.found_inf != nullptr && *deferred.found_inf != 0) return;
+  const int64_t step = deferred.counts[0] + 1;
+  advance(deferred, step, threadIdx.x, kThreads);
+  __syncthreads();  // every thread has read the count
+  if (threadIdx.x == 0) deferred.counts[0] = step;
+}
+
+// Exchanges two ranges, by words of 16 bytes, or by bytes where an address does not allow that.
+template <typename Word>
+__global__ void __launch_bounds__(kThreads) exchange_kernel(Word* a, Word* b, int64_t count) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += stride) {
+    const Word kept = a[i];
+    a[i] = b[i];
+    b[i] = kept;
+  }
+}
+
+template <typename Word>
+void exchange(void* a, void* b, int64_t bytes, cudaStream_t stream) {
+  const int64_t count = bytes / static_cast<int64_t>(sizeof(Word));
+  const int64_t blocks = (count + kThreads - 1) / kThreads;
+  constexpr int64_t kMostBlocks = 1 << 16;
+  if (count == 0) return;
+  exchange_kernel<<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0,
+                    stream>>>(static_cast<Word*>(a), static_cast<Word*>(b), count);
+}
+
+const char* words(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename S, typename A, Rule most, bool averaged>
+const char* launch_kernel(const void* launch, int64_t blocks, cudaStream_t stream) {
+  using T = typename Arithmetic<S>::type;
+  step_kernel<S, A, most, averaged, T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+      *static_cast<const Launch<T>*>(launch));
+  return words(cudaGetLastError());
+}
+
+template <typename S, typename A, bool averaged>
+const char* with_rule(Rule rule, const void* launch, int64_t blocks, cudaStream_t stream) {
+  switch (rule) {
+    case Rule::kDifference:
+      return launch_kernel<S, A, Rule::kDifference, averaged>(launch, blocks, stream);
+    case Rule::kMomentum:
+      return launch_kernel<S, A, Rule::kMomentum, averaged>(launch, blocks, stream);
+    default:
+      return launch_kernel<S, A, Rule::kPlain, averaged>(launch, blocks, stream);
+  }
+}
+
+template <typename S>
+const char* with_average(const Streams& s, const void* launch, int64_t blocks,
+                         cudaStream_t stream) {
+  if (!s.averaged) return with_rule<S, S, false>(s.rule, launch, blocks, stream);
+  if constexpr (sizeof(S) == 2) {
+    if (s.a_dtype == Dtype::kFloat32) {
+      return with_rule<S, float, true>(s.rule, launch, blocks, stream);
+    }
+  }
+  return with_rule<S, S, true>(s.rule, launch, blocks, stream);
+}
+
+}  // namespace
+
+const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (streams.dtype) {
+    case Dtype::kFloat32:
+      return with_average<float>(streams, launch, blocks, on);
+    case Dtype::kFloat64:
+      return with_average<double>(streams, launch, blocks, on);
+    case Dtype::kBfloat16:
+      return with_average<Bfloat16>(streams, launch, blocks, on);
+    default:
+      return with_average<Float16>(streams, launch, blocks, on);
+  }
+}
+
+const char* advance_cuda(const Deferred& deferred, void* stream) {
+  advance_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(deferred);
+  return words(cudaGetLastError());
+}
+
+const char* exchange_cuda(void* a, void* b, int64_t bytes, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const auto low = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
+  const int64_t by_words = low % sizeof(uint4) == 0 ? bytes - bytes % sizeof(uint4) : 0;
+  exchange<uint4>(a, b, by_words, on);
+  exchange<unsigned char>(static_cast<char*>(a) + by_words, static_cast<char*>(b) + by_words,
+                          bytes - by_words, on);
+  return words(cudaGetLastError());
+}
+
+int cuda_toolkit() { return CUDART_VERSION; }

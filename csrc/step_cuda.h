@@ -1,0 +1,81 @@
+// One launch of the CUDA step as the kernel gets it, by value, and the launchers. No torch, no CUDA
+// header.
+#pragma once
+
+#include <cstdint>
+
+#include "average.h"
+#include "step.h"
+#include "update.h"
+
+constexpr int kThreads = 256;
+// A chunk is the work of one block: small ones spread a ResNet over all processors, large ones
+// spare a large model the blocks' own time.
+constexpr int64_t kSmallChunk = 4096;
+constexpr int64_t kLargeChunk = 16384;
+constexpr int64_t kLargeModel = 100'000'000;  // elements
+
+// Kernel arguments may take 32,764 bytes (CUDA 12.1 and later, compute capability 7.0 and later).
+constexpr int kLaunchBytes = 32'764;
+constexpr int kTableBytes = 32'688;  // beside the rest of Launch
+
+// A segment as the kernel sees it. `first_chunk` counts the launch's chunks before it.
+struct CudaSegment {
+  void* theta;
+  void* g;
+  void* m;
+  void* a;
+  void* z;
+  void* previous;
+  int64_t length;  // elements
+  int32_t first_chunk;
+  int32_t index;      // in the segment table, for its mark
+  uint16_t group;     // of the launch's tables
+  uint16_t sampling;  // of the launch's table, or of the device's
+  uint8_t first;      // whether it takes its first step with momentum (without marks)
+};
+
+template <typename T>
+struct CudaRow {
+  T s, lambda, mu, c, kappa, alpha, gamma, delta, eta;
+};
+
+// A param group: its usual row, and that of a parameter's first step with momentum.
+template <typename T>
+struct CudaGroup {
+  CudaRow<T> usual, first;
+  const float* lr;  // in place of eta, if not null
+};
+
+template <typename T>
+struct CudaSampling {
+  T scale, w, sample, current, write_back;
+};
+
+template <typename T>
+struct Launch {
+  const T* samplings;       // the device's rows of CudaSampling, or null: the launch has them
+  int32_t* marks;           // as in Deferred, or null: `first` says it
+  const float* grad_scale;  // null: 1
+  const float* found_inf;   // not zero: nothing happens; null: never
+  int64_t chunk;            // elements
+  int32_t segment_count;
+  int32_t groups_at;  // bytes into `tables`; segments stand at 0
+  int32_t samplings_at;
+  alignas(16) unsigned char tables[kTableBytes];
+};
+static_assert(sizeof(Launch<float>) <= kLaunchBytes && sizeof(Launch<double>) <= kLaunchBytes);
+
+// What distinguishes one compiled kernel from another: the streams of memory.
+struct Streams {
+  Dtype dtype, a_dtype;
+  Rule rule;  // the one with most buffers among the segments
+  bool averaged;
+};
+
+// Each returns null, or CUDA's words for what went wrong. `launch` is a Launch<float>, or a
+// Launch<double> for float64.
+const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void* stream);
+const char* advance_cuda(const Deferred& deferred, void* stream);
+const char* exchange_cuda(void* a, void* b, int64_t bytes, void* stream);
+int cuda_toolkit();  // the version it was compiled with, 13000 for 13.0

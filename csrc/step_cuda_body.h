@@ -1,0 +1,292 @@
+// The CUDA kernel's work for one thread of one block: an ordinary function around update.h, which
+// runs on the host too, where the tests call it for every block and thread.
+#pragma once
+
+#include <cstdint>
+
+#include "convert.h"
+#include "step_cuda.h"
+#include "update.h"
+
+constexpr int kVectorBytes = 16;
+
+template <typename S, int count>
+struct alignas(sizeof(S) * count) Vector {
+  S at[count];
+};
+
+#if defined(__CUDA_ARCH__)
+// Gradients are read once: they need not stay in the cache.
+template <typename V>
+RBWA_INLINE V load_once(const V* from) {
+  V vector;
+  if constexpr (sizeof(V) == 16) {
+    *reinterpret_cast<uint4*>(&vector) = __ldcs(reinterpret_cast<const uint4*>(from));
+  } else if constexpr (sizeof(V) == 8) {
+    *reinterpret_cast<uint2*>(&vector) = __ldcs(reinterpret_cast<const uint2*>(from));
+  } else if constexpr (sizeof(V) == 4) {
+    *reinterpret_cast<unsigned*>(&vector) = __ldcs(reinterpret_cast<const unsigned*>(from));
+  } else {
+    *reinterpret_cast<unsigned short*>(&vector) =
+        __ldcs(reinterpret_cast<const unsigned short*>(from));
+  }
+  return vector;
+}
+#else
+template <typename V>
+RBWA_INLINE V load_once(const V* from) {
+  return *from;
+}
+#endif
+
+// A whole vector of the gradient by accesses of `bytes`, which its address allows.
+template <int bytes, typename S, int count>
+RBWA_INLINE void load_pieces(const S* from, Vector<S, count>& to) {
+  constexpr int piece = bytes / sizeof(S);
+  if constexpr (piece > 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += piece) {
+      const auto part = load_once(reinterpret_cast<const Vector<S, piece>*>(from + i));
+#pragma unroll
+      for (int j = 0; j < piece; ++j) to.at[i + j] = part.at[j];
+    }
+  }
+}
+
+template <int bytes, typename S, int count>
+RBWA_INLINE void store_pieces(S* to, const Vector<S, count>& from) {
+  constexpr int piece = bytes / sizeof(S);
+  if constexpr (piece > 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += piece) {
+      Vector<S, piece> part;
+#pragma unroll
+      for (int j = 0; j < piece; ++j) part.at[j] = from.at[i + j];
+      *reinterpret_cast<Vector<S, piece>*>(to + i) = part;
+    }
+  }
+}
+
+template <typename S, int count>
+RBWA_INLINE void load_gradient(const S* from, int bytes, Vector<S, count>& to) {
+  if (bytes == 16) return load_pieces<16>(from, to);
+  if (bytes == 8) return load_pieces<8>(from, to);
+  if (bytes == 4) return load_pieces<4>(from, to);
+  load_pieces<2>(from, to);
+}
+
+template <typename S, int count>
+RBWA_INLINE void store_gradient(S* to, int bytes, const Vector<S, count>& from) {
+  if (bytes == 16) return store_pieces<16>(to, from);
+  if (bytes == 8) return store_pieces<8>(to, from);
+  if (bytes == 4) return store_pieces<4>(to, from);
+  store_pieces<2>(to, from);
+}
+
+// The widest access of up to 16 bytes that an address allows.
+RBWA_INLINE int widest(const void* address) {
+  const uintptr_t low = reinterpret_cast<uintptr_t>(address) & (kVectorBytes - 1);
+  return low == 0 ? kVectorBytes : static_cast<int>(low & (~low + 1));
+}
+
+// One chunk of one segment: addresses of its first element, and how many there are.
+template <typename S, typename A>
+struct Chunk {
+  S* theta;
+  S* g;
+  S* m;
+  S* z;
+  S* previous;
+  A* a;
+  int64_t n;
+};
+
+// `unscale` is what the gradient is multiplied by and stored again, if `scaled`.
+template <typename T>
+struct Unscale {
+  bool scaled;
+  T unscale;
+};
+
+template <Rule rule, bool averaged, typename S, typename A, typename T>
+RBWA_INLINE void one(const Chunk<S, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+                     int64_t i) {
+  constexpr bool momentum = rule == Rule::kMomentum || rule == Rule::kDifference;
+  Element<T> e{};
+  e.theta = widen(chunk.theta[i]);
+  if constexpr (rule != Rule::kSample) {
+    e.g = widen(chunk.g[i]);
+    if (u.scaled) {
+      e.g = u.unscale * e.g;
+      narrow(e.g, chunk.g[i]);
+    }
+  }
+  if constexpr (momentum) e.m = widen(chunk.m[i]);
+  if constexpr (rule == Rule::kDifference) {
+    e.z = widen(chunk.z[i]);
+    e.previous = widen(chunk.previous[i]);
+  }
+  if constexpr (averaged) e.a = widen(chunk.a[i]);
+  update<rule, averaged>(k, e);
+  narrow(e.theta, chunk.theta[i]);
+  if constexpr (momentum) narrow(e.m, chunk.m[i]);
+  if constexpr (rule == Rule::kDifference) {
+    narrow(e.z, chunk.z[i]);
+    narrow(e.previous, chunk.previous[i]);
+  }
+  if constexpr (averaged) narrow(e.a, chunk.a[i]);
+}
+
+// Whole vectors. Two a thread are in flight for 32 and 64 bits; 16-bit types have twice the
+// elements in one, and more would spill.
+template <Rule rule, bool averaged, typename S, typename A, typename T>
+RBWA_INLINE void vectors(const Chunk<S, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+                         int thread) {
+  constexpr bool momentum = rule == Rule::kMomentum || rule == Rule::kDifference;
+  constexpr int count = kVectorBytes / sizeof(S);
+  constexpr int flight = sizeof(S) == 2 ? 1 : 2;
+  using V = Vector<S, count>;
+  using VA = Vector<A, kVectorBytes / sizeof(A)>;
+  constexpr int average_vectors = sizeof(A) / sizeof(S);
+  const int64_t whole = chunk.n / count;
+  const int g_bytes = rule == Rule::kSample ? 0 : widest(chunk.g);
+  for (int64_t first = thread; first < whole; first += flight * kThreads) {
+    V theta[flight], g[flight], m[flight], z[flight], previous[flight];
+    VA a[flight][average_vectors];
+#pragma unroll
+    for (int f = 0; f < flight; ++f) {
+      const int64_t v = first + f * kThreads;
+      if (v >= whole) continue;
+      theta[f] = reinterpret_cast<const V*>(chunk.theta)[v];
+      if constexpr (rule != Rule::kSample) load_gradient(chunk.g + v * count, g_bytes, g[f]);
+      if constexpr (momentum) m[f] = reinterpret_cast<const V*>(chunk.m)[v];
+      if constexpr (rule == Rule::kDifference) {
+        z[f] = reinterpret_cast<const V*>(chunk.z)[v];
+        previous[f] = reinterpret_cast<const V*>(chunk.previous)[v];
+      }
+      if constexpr (averaged) {
+#pragma unroll
+        for (int j = 0; j < average_vectors; ++j) {
+          a[f][j] = reinterpret_cast<const VA*>(chunk.a)[v * average_vectors + j];
+        }
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < flight; ++f) {
+      const int64_t v = first + f * kThreads;
+      if (v >= whole) continue;
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        A* average = nullptr;
+        if constexpr (averaged) {
+          constexpr int width = kVectorBytes / sizeof(A);
+          average = &a[f][i / width].at[i % width];
+        }
+        const Chunk<S, A> element{
+            &theta[f].at[i], &g[f].at[i], &m[f].at[i], &z[f].at[i], &previous[f].at[i], average, 1};
+        one<rule, averaged>(element, k, u, 0);
+      }
+      reinterpret_cast<V*>(chunk.theta)[v] = theta[f];
+      if constexpr (rule != Rule::kSample) {
+        if (u.scaled) store_gradient(chunk.g + v * count, g_bytes, g[f]);
+      }
+      if constexpr (momentum) reinterpret_cast<V*>(chunk.m)[v] = m[f];
+      if constexpr (rule == Rule::kDifference) {
+        reinterpret_cast<V*>(chunk.z)[v] = z[f];
+        reinterpret_cast<V*>(chunk.previous)[v] = previous[f];
+      }
+      if constexpr (averaged) {
+#pragma unroll
+        for (int j = 0; j < average_vectors; ++j) {
+          reinterpret_cast<VA*>(chunk.a)[v * average_vectors + j] = a[f][j];
+        }
+      }
+    }
+  }
+}
+
+// A chunk goes by vectors if all that is written lies on their boundaries, and its tail, or all of
+// it, element by element.
+template <Rule rule, bool averaged, typename S, typename A, typename T>
+RBWA_INLINE void run(const Chunk<S, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+                     int thread) {
+  auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  uintptr_t all = address(chunk.theta);
+  if constexpr (rule == Rule::kMomentum || rule == Rule::kDifference) all |= address(chunk.m);
+  if constexpr (rule == Rule::kDifference) all |= address(chunk.z) | address(chunk.previous);
+  if constexpr (averaged) all |= address(chunk.a);
+  constexpr int count = kVectorBytes / sizeof(S);
+  int64_t done = 0;
+  if (all % kVectorBytes == 0) {
+    vectors<rule, averaged>(chunk, k, u, thread);
+    done = chunk.n - chunk.n % count;
+  }
+  for (int64_t i = done + thread; i < chunk.n; i += kThreads) one<rule, averaged>(chunk, k, u, i);
+}
+
+template <typename T>
+RBWA_INLINE Coefficients<T> coefficients(const CudaRow<T>& r, T eta, const CudaSampling<T>& a) {
+  return {r.s,     r.lambda, r.mu,          r.c, r.kappa,        r.alpha,
+          r.gamma, r.delta,  eta * a.scale, a.w, a.current != 0, a.write_back != 0};
+}
+
+// The work of one thread. `most` is the rule with most buffers among the launch's segments; a
+// segment that lacks a stream takes the branch that does without, which is the same for a block.
+template <typename S, typename A, Rule most, bool averaged,
+          typename T = typename Arithmetic<S>::type>
+RBWA_INLINE void step_thread(const Launch<T>& launch, int64_t block, int thread) {
+  if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
+  const auto* segments = reinterpret_cast<const CudaSegment*>(launch.tables);
+  int low = 0;
+  for (int high = launch.segment_count; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (segments[middle].first_chunk <= block ? low : high) = middle;
+  }
+  const CudaSegment& s = segments[low];
+  const int64_t begin = (block - s.first_chunk) * launch.chunk;
+  const int64_t n = s.length - begin < launch.chunk ? s.length - begin : launch.chunk;
+
+  const auto* host_samplings =
+      reinterpret_cast<const CudaSampling<T>*>(launch.tables + launch.samplings_at);
+  const auto* device_samplings = reinterpret_cast<const CudaSampling<T>*>(launch.samplings);
+  const CudaSampling<T> sampling =
+      device_samplings != nullptr ? device_samplings[s.sampling] : host_samplings[s.sampling];
+  const auto* groups = reinterpret_cast<const CudaGroup<T>*>(launch.tables + launch.groups_at);
+  const CudaGroup<T>& group = groups[s.group];
+  const bool first = launch.marks != nullptr ? launch.marks[2 * s.index] == 0 : s.first != 0;
+  const CudaRow<T>& row = first ? group.first : group.usual;
+  const T eta = group.lr != nullptr ? static_cast<T>(*group.lr) : row.eta;
+  const Coefficients<T> k = coefficients(row, eta, sampling);
+  Unscale<T> u{launch.grad_scale != nullptr, T(1)};
+  if (u.scaled) u.unscale = T(1) / static_cast<T>(*launch.grad_scale);
+
+  auto at = [begin](void* stream) {
+    return stream != nullptr ? static_cast<S*>(stream) + begin : nullptr;
+  };
+  A* a = s.a != nullptr ? static_cast<A*>(s.a) + begin : nullptr;
+  const Chunk<S, A> chunk{at(s.theta), at(s.g), at(s.m), at(s.z), at(s.previous), a, n};
+  const bool momentum = s.g != nullptr && s.m != nullptr;
+  if (momentum && launch.marks != nullptr && begin == 0 && thread == 0) {
+    launch.marks[2 * s.index + 1] = 1;
+  }
+  if constexpr (averaged) {
+    if (s.a != nullptr && sampling.sample != 0) {
+      if (s.g == nullptr) return run<Rule::kSample, true>(chunk, k, u, thread);
+      if constexpr (most == Rule::kDifference) {
+        if (s.z != nullptr) return run<Rule::kDifference, true>(chunk, k, u, thread);
+      }
+      if constexpr (most != Rule::kPlain) {
+        if (momentum && s.z == nullptr) return run<Rule::kMomentum, true>(chunk, k, u, thread);
+      }
+      return run<Rule::kPlain, true>(chunk, k, u, thread);
+    }
+  }
+  if (s.g == nullptr) return;
+  if constexpr (most == Rule::kDifference) {
+    if (s.z != nullptr) return run<Rule::kDifference, false>(chunk, k, u, thread);
+  }
+  if constexpr (most != Rule::kPlain) {
+    if (momentum && s.z == nullptr) return run<Rule::kMomentum, false>(chunk, k, u, thread);
+  }
+  run<Rule::kPlain, false>(chunk, k, u, thread);
+}

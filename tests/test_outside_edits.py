@@ -1,0 +1,233 @@
+"""What others do to param groups, state and memory between two steps: torch follows, so do we."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rbwa_fused as rf
+
+Edit = Callable[[torch.optim.Optimizer], None]
+
+
+def params(*sizes: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.linspace(-1, 1, n) + i) for i, n in enumerate(sizes)]
+
+
+def copy_groups(opt: torch.optim.Optimizer) -> None:
+    opt.param_groups = [dict(group) for group in opt.param_groups]
+    opt.param_groups[0]["lr"] = 0.01
+
+
+def replace_parameter(opt: torch.optim.Optimizer) -> None:
+    old = opt.param_groups[0]["params"][0]
+    new = nn.Parameter(old.detach() + 1)
+    opt.param_groups[0]["params"][0] = new
+    opt.state[new] = opt.state.pop(old)
+
+
+def replace_by_an_equal_scalar(opt: torch.optim.Optimizer) -> None:
+    old = opt.param_groups[1]["params"][-1]
+    opt.param_groups[1]["params"][-1] = nn.Parameter(old.detach().clone())
+
+
+def append_parameter(opt: torch.optim.Optimizer) -> None:
+    opt.param_groups[0]["params"].append(nn.Parameter(torch.full((3,), 2.0)))
+
+
+def drop_group(opt: torch.optim.Optimizer) -> None:
+    del opt.param_groups[0]
+
+
+def start_again(opt: torch.optim.Optimizer) -> None:
+    kept = opt.param_groups[0]["params"]
+    opt.param_groups.clear()
+    opt.state.clear()
+    opt.add_param_group({"params": kept})
+
+
+def tuple_of_parameters(opt: torch.optim.Optimizer) -> None:
+    opt.param_groups[0]["params"] = tuple(opt.param_groups[0]["params"])
+
+
+def clear_one_state(opt: torch.optim.Optimizer) -> None:
+    del opt.state[opt.param_groups[0]["params"][0]]
+
+
+EDITS: list[Edit] = [
+    copy_groups,
+    replace_parameter,
+    replace_by_an_equal_scalar,
+    append_parameter,
+    drop_group,
+    start_again,
+    tuple_of_parameters,
+    clear_one_state,
+]
+
+
+def train(opt: torch.optim.Optimizer, steps: range) -> list[Tensor]:
+    for step in steps:
+        for group in opt.param_groups:
+            for i, p in enumerate(group["params"]):
+                p.grad = torch.full_like(p, 0.1 * step + i)
+        opt.step()
+    return [p.detach().clone() for group in opt.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_edited_groups_and_state_are_followed_as_by_torch(edit: Edit) -> None:
+    ends = []
+    for make in (rf.FusedSGD, torch.optim.SGD):
+        first, second = params(4, 5), params(6, 1)
+        opt: Any = make([{"params": first}, {"params": second, "lr": 0.3}], lr=0.1, momentum=0.9)
+        train(opt, range(1, 4))
+        edit(opt)
+        ends.append(train(opt, range(4, 8)))
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_group_keeps_its_count_when_others_go() -> None:
+    first, second = params(4), params(5)
+    opt = rf.FusedSGD([{"params": first}], lr=0.1, average=rf.mean())
+    train(opt, range(1, 4))
+    opt.add_param_group({"params": second})
+    train(opt, range(4, 6))
+    del opt.param_groups[0], opt.state[first[0]]
+    train(opt, range(6, 7))
+    assert opt.n_averaged == 3
+    assert len(opt.state_dict()["param_groups"]) == 1
+
+
+def test_a_momentum_switched_on_elsewhere_brings_no_stale_learning_rate() -> None:
+    (a,), (b,) = params(4), params(4)
+    opt = rf.FusedSGD([{"params": [a]}, {"params": [b], "momentum": 0.0}], lr=1.0, momentum=0.9)
+    train(opt, range(1, 2))
+    opt.param_groups[0]["lr"] = 0.001
+    train(opt, range(2, 3))
+    del opt.state[a]
+    opt.param_groups[1]["momentum"] = 0.5
+    before = a.detach().clone()
+    train(opt, range(3, 4))
+    torch.testing.assert_close(a.detach(), before - 0.001 * 0.3)
+
+
+def wrapped(*sizes: int) -> Tensor:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    return TwoTensor(torch.ones(*sizes), torch.ones(*sizes))
+
+
+def test_tensors_without_memory_of_their_own_are_refused_and_not_passed_over() -> None:
+    with pytest.raises(TypeError, match="parameter 0 is a TwoTensor"):
+        rf.FusedSGD([nn.Parameter(wrapped(4))], lr=1.0)
+    (p,) = params(4)
+    opt = rf.FusedSGD([p], lr=1.0, momentum=0.5)
+    for steps in (0, 2):  # refused at the first step, and after others
+        train(opt, range(1, 1 + steps))
+        before = p.detach().clone()
+        p.grad = None
+        p.grad = wrapped(4)
+        with pytest.raises(TypeError, match="gradient of parameter 0 is a TwoTensor"):
+            opt.step()
+        assert torch.equal(p, before)
+        p.grad = None
+
+
+def test_a_gradient_of_zeros_without_memory_decays_the_momentum_as_in_torch() -> None:
+    ends = []
+    for make in (rf.FusedSGD, torch.optim.SGD):
+        (p,) = params(4)
+        opt = make([p], lr=0.1, momentum=0.5)
+        train(opt, range(1, 3))
+        p.grad = torch._efficientzerotensor(4)
+        opt.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends)
+
+
+def test_distributed_checkpoint_reads_the_state_without_taking_steps() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = nn.Linear(2, 2)
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.rbwa(1, start_epoch=0))
+    train(opt, range(1, 3))
+    opt.zero_grad()
+    for _ in range(3):
+        get_optimizer_state_dict(model, opt)
+    assert opt.n_averaged == 2
+    assert opt.state_dict()["param_groups"][0]["step"] == 2
+
+
+def overlapping() -> list[nn.Parameter]:
+    base = torch.arange(16.0).reshape(4, 4)
+    return [nn.Parameter(base[:, :2]), nn.Parameter(base)]  # the first one is not dense
+
+
+def test_overlapping_parameters_that_are_not_dense_are_stepped_in_turn() -> None:
+    ours, theirs = overlapping(), overlapping()
+    train(rf.FusedSGD(ours, lr=1.0), range(1, 3))
+    train(torch.optim.SGD(theirs, lr=1.0, foreach=False), range(1, 3))
+    torch.testing.assert_close(ours[1].detach(), theirs[1].detach())
+
+
+def test_overlapping_parameters_come_back_from_averaged() -> None:
+    ps = overlapping()
+    opt = rf.FusedSGD(ps, lr=1.0, average=rf.ema(0.5))
+    train(opt, range(1, 4))
+    tensors = [t for p in ps for t in (p.detach(), opt.state[p]["average"])]
+    before = [t.clone() for t in tensors]
+    with opt.averaged():
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_an_optimizer_is_freed_when_its_last_name_is_gone() -> None:
+    (p,) = params(4)
+    opt = rf.FusedSGD([p], lr=1.0, momentum=0.9, average=rf.ema(0.5))
+    train(opt, range(1, 3))
+    gone = weakref.ref(opt), weakref.ref(p)
+    gc.disable()
+    try:
+        del opt, p
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_an_unwritten_parameter_may_still_be_differentiated_through() -> None:
+    w, other = params(3, 3)
+    opt = rf.FusedSGD([w, other], lr=0.1, average=rf.rbwa(1, start_epoch=0))
+    other.grad = torch.ones(3)
+    loss = (w**2).sum()
+    opt.step()
+    loss.backward()
+    torch.testing.assert_close(w.grad, 2 * w.detach())
+
+
+def test_functions_of_the_same_outer_name_are_different_policies() -> None:
+    def policy(kind: str) -> rf.Average:
+        def a(n: int, step: int) -> float:
+            return 0.5
+
+        def b(n: int, step: int) -> float:
+            return 0.5
+
+        return rf.Average(a if kind == "a" else b)
+
+    opts = [rf.FusedSGD(params(3), lr=0.1, average=policy(kind)) for kind in "ab"]
+    with pytest.raises(ValueError, match=r"average is.*<locals>\.a"):
+        opts[1].load_state_dict(opts[0].state_dict())
+
+
+def test_exchange_refuses_another_layout() -> None:
+    exchange = torch.ops.rbwa_fused.exchange_.default
+    with pytest.raises(RuntimeError, match="layout"):
+        exchange([torch.zeros(2, 3)], [torch.arange(6.0).reshape(3, 2).t()])
