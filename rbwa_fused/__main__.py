@@ -11,36 +11,49 @@ from torch import nn
 import rbwa_fused as rf
 from rbwa_fused import ops
 
+STEPS = 5
+
 
 def facts() -> dict[str, str]:
     """Versions and what was compiled, in the order in which they are printed."""
-    built = ops._C is not None
+    cpu, cuda = ops._C, ops._C_cuda
+    missing = f"{ops.CUDA_HINT} ({ops._missing_cuda})"
     return {
         "rbwa_fused": rf.__version__,
         "torch": f"{torch.__version__} (built with CUDA {torch.version.cuda})",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
-        "cpu kernels": f"built with {ops._C.COMPILER}" if built else ops.BUILD_HINT,
-        "cpu instruction set": ops._C.cpu_capability() if built else "-",
-        "direct call": "yes" if ops._direct else "no (every step goes through the dispatcher)",
+        "cpu kernels": f"built with {cpu.COMPILER}" if cpu is not None else ops.CPU_HINT,
+        "cpu instruction set": cpu.cpu_capability() if cpu is not None else "-",
+        "direct call": "yes" if hasattr(cpu, "step") else "no (all goes through the dispatcher)",
+        "cuda kernels": (
+            f"built with CUDA {cuda.TOOLKIT / 1000:.1f} for {cuda.ARCHITECTURES}"
+            if cuda is not None
+            else missing
+        ),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
-def disagreement(backend: str) -> float:
+def disagreement(backend: str, device: torch.device) -> float:
     """The largest difference between a backend and the reference in float64 after a few steps."""
     results = []
-    for name in (backend, "reference"):
-        torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (1, 7, 5000)]
+    for name, place in ((backend, device), ("reference", torch.device("cpu"))):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(n: int, drawn: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(n, dtype=torch.float64, generator=drawn)
+
+        params = [nn.Parameter(random(n).to(place)) for n in (1, 7, 5000)]
         opt = rf.FusedSGD(
             params, lr=0.1, momentum=0.9, weight_decay=0.01, average=rf.ema(0.9), backend=name
         )
-        for _ in range(5):
+        for _ in range(STEPS):
             for p in params:
-                p.grad = torch.randn_like(p)
+                p.grad = random(p.numel()).to(place)
             opt.step()
-        results.append([t for p in params for t in (p.detach(), *opt.state[p].values())])
+        results.append([t.cpu() for p in params for t in (p.detach(), *opt.state[p].values())])
     return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
 
 
@@ -61,11 +74,13 @@ def main() -> int:
     for backend in ops.BACKENDS:
         if backend == "reference":
             continue  # the yardstick
-        try:
-            difference = disagreement(backend)
-        except RuntimeError as error:
-            print(f"{'check ' + backend:20} not available: {error}")
+        gpu = backend != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if gpu else "cpu")
+        why = ops.unavailable(backend, device)
+        if why is not None:
+            print(f"{'check ' + backend:20} not run: {why}")
             continue
+        difference = disagreement(backend, device)
         verdict = "ok" if difference == 0.0 else "WRONG"
         status |= difference != 0.0
         print(f"{'check ' + backend:20} {verdict}, differs from the reference by {difference:g}")

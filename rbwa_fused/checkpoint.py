@@ -25,6 +25,7 @@ OURS = ("rule", "step", "n_averaged", "implicit_momentum")
 def export(opt: Any, state_dict: dict[str, Any]) -> None:
     """The first hook behind ``state_dict()``: adds counters, rule and the policy's repr to the
     groups, and puts the averages that are live now back where training has them."""
+    waiting = set(opt._settle())
     groups = state_dict["param_groups"]
     for group, (n_averaged, beta) in zip(groups, opt._counters(), strict=True):
         policy = group["average"]
@@ -35,6 +36,9 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
     for key, p in zip(
         chain.from_iterable(group["params"] for group in groups), params, strict=True
     ):
+        if p in waiting and key in state_dict["state"]:
+            held = state_dict["state"][key].items()
+            state_dict["state"][key] = {k: v for k, v in held if k not in opt.streams}
         if p in live:
             state_dict["state"][key] = {**state_dict["state"][key], "average": live[p]}
 

@@ -57,6 +57,7 @@ class Exchange:
 
 def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has an average beside it, with that average."""
+    opt._settle()
     for plan in opt._plan.groups if opt._plan is not None else ():
         if plan.n_averaged > 0:
             for p in plan.group["params"]:

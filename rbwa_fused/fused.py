@@ -22,10 +22,12 @@ from torch.optim.optimizer import (
 )
 
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
+from rbwa_fused.deferred import Deferred
 from rbwa_fused.plan import GroupPlan, Plan
 
 Group = dict[str, Any]
 Grads = list[Tensor | None]
+Gathered = tuple[flat.Table, ops.Backend, Grads]
 Counters = list[tuple[int, float | None]]  # of each group: samples, beta of implicit RSGDM
 NONE = type(None)
 
@@ -45,6 +47,7 @@ class FusedOptimizer(Optimizer):
     _plan: Plan | None = None
     _warned = False  # that the reference runs
     _evaluating: evaluate.Exchange | None = None
+    _deferred: dict[torch.device, Deferred] | None = None  # where the host does not count
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class FusedOptimizer(Optimizer):
     def _build(self, groups: list[Group], move: bool, counters: Counters | None = None) -> None:
         """Makes tables and rows anew and takes over the state and the counters there are."""
         self._plan = plan = Plan(self.rule, self._check_hyperparameters, self.hyperparameters)
+        self._deferred = None
         self._tables: dict[tuple[torch.device, int], flat.Table] = {}
         self._add(plan, groups, move, counters)
 
@@ -110,15 +114,18 @@ class FusedOptimizer(Optimizer):
                 table = self._tables.setdefault((p.device, turn_of[p]), flat.Table())
                 row, sampling = group_plan.row(first=False), group_plan.sampling(p)
                 table.add(p, group_plan.index, index, row, sampling)
-        self.backend = ops.choose(self._backend_name, torch.device("cpu"))[0] if not new else ""
-        self._launches = []
+        self.backend = ops.choose(self._backend_name, torch.device("cpu")).name if not new else ""
+        self._launches: list[tuple[flat.Table, ops.Backend]] = []
         for (device, _), table in sorted(self._tables.items(), key=lambda item: item[0][1]):
-            self.backend, step = ops.choose(self._backend_name, device)
-            self._launches.append((table, step))
+            backend = ops.choose(self._backend_name, device)
+            self.backend = backend.name
+            self._launches.append((table, backend))
             if self.backend == "reference" and self._backend_name == "auto" and not self._warned:
                 self._warned = True
                 ops.warn_of_reference(device)
             self._take_over_state(plan, table, set(new))
+        custom = any(p.policy is not None and p.policy.custom for p in plan.groups)
+        self._may_defer = not custom and all(b.advance is not None for _, b in self._launches)
         plan.starting = True
         self._known_state, self._known_size = self.state, len(self.state)
 
@@ -150,6 +157,9 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             checks.params(group)
             checks.state(group, self.state)
+        for p in self._settle():
+            for stream in self.streams:
+                self.state[p].pop(stream, None)
         self._build(self.param_groups, move=False, counters=counters or self._counters())
 
     def _counters(self) -> Counters:
@@ -219,35 +229,51 @@ class FusedOptimizer(Optimizer):
             or not all(map(GroupPlan.describes, plan.groups, self.param_groups))
         ):
             return False
-        gathered = []
+        gathered: list[Gathered] = []
         absent = present = False
         if len(self._tables) > 1:
             plan.starting = True
-        for table, run in self._launches:
+        for table, backend in self._launches:
             grads: Grads = [p.grad for p in table.params]
             kinds = set(map(type, grads))
             absent = absent or NONE in kinds
             present = present or (bool(kinds) and kinds != {NONE})
             if table.lacking and any(grads[i] is not None for i in table.lacking):
                 plan.starting = True
-            gathered.append((table, run, grads))
-        found_inf = self.__dict__.get("found_inf")  # GradScaler sets it for the time of a step
-        if not present or (found_inf is not None and found_inf.item() != 0):
+            gathered.append((table, backend, grads))
+        if not present:
             return True
+        found_inf = self.__dict__.get("found_inf")  # GradScaler sets them for the time of a step
         grad_scale = self.__dict__.get("grad_scale")
-        scale = 1.0 if grad_scale is None else float(grad_scale.item())
-        plan.update(self._steps + 1, scale)
+        deferring = self._deferred is not None or (
+            self._may_defer and (self._capturable or found_inf is not None)
+        )
+        scale = 1.0
+        if deferring:
+            plan.update(scale, lr_on_device=self._capturable)
+            if self._deferred is None:
+                self._deferred = self._defer(plan)
+        elif found_inf is not None and found_inf.item() != 0:
+            return True
+        else:
+            scale = 1.0 if grad_scale is None else float(grad_scale.item())
+            plan.sample(self._steps + 1)
+            plan.update(scale)
         if plan.starting or self.backend == "reference":
             if not all(checks.fit(table, grads, self.param_groups) for table, _, grads in gathered):
                 return False
             for table, _, grads in gathered:
                 self._start(plan, table, grads)
             plan.starting = False
-        for table, run, grads in gathered:
-            if not self._launch(plan, table, run, grads):
+        if self._deferred is not None:
+            if not self._launch_deferred(plan, gathered, grad_scale, found_inf):
                 return False
-        self._steps += 1
-        plan.commit()
+        else:
+            for table, backend, grads in gathered:
+                if not self._launch(plan, table, backend.step, grads):
+                    return False
+            self._steps += 1
+            plan.commit()
         for table, _, grads in gathered:
             self._finish(plan, table, grads, absent, scale)
         return True
@@ -257,6 +283,11 @@ class FusedOptimizer(Optimizer):
         averages: dict[int, Tensor | None] = {}
         momentum: dict[int, Tensor | None] = {}
         table.lacking = []
+        if any(
+            plan.groups[group].buffered(p) and "average" not in self.state.get(p, {})
+            for p, group in zip(table.params, table.groups, strict=True)
+        ):
+            self._settle()
         for i, p in enumerate(table.params):
             group = plan.groups[table.groups[i]]
             held = self.state[p] if group.policy is not None else self.state.get(p, {})
@@ -267,27 +298,108 @@ class FusedOptimizer(Optimizer):
                     table.lacking.append(i)
                 else:
                     momentum[i] = None
-                    table.set_row(i, group.row(first=True))
-                    table.first.append(i)
+                    if self._deferred is None:  # else its mark says it
+                        table.set_row(i, group.row(first=True))
+                        table.first.append(i)
+                    if self.rule is rules.rsgdm_implicit:
+                        group.beta = float(group.group["momentum"])
         self._attach(plan, table, "average", averages)
         for stream in self.streams:
             self._attach(plan, table, stream, momentum)
         self._known_size = len(self.state)
 
-    def _launch(self, plan: Plan, table: flat.Table, run: ops.Step, grads: Grads) -> bool:
+    def _launch(
+        self,
+        plan: Plan,
+        table: flat.Table,
+        step: ops.Step,
+        grads: Grads,
+        deferred: Deferred | None = None,
+    ) -> bool:
         """Steps one table. False, with nothing changed, where a parameter was converted."""
         for param, memory in table.copies:
             memory.copy_(param)
-        segments, shapes = table.tensors()
+        tables = (table.memory, grads, table.state, *table.tensors(), *plan.tensors)
         try:
-            run(table.memory, grads, table.state, segments, shapes, *plan.tensors)
+            step(*tables, deferred=deferred)
         except RuntimeError:
             if not checks.fit(table, grads, self.param_groups):  # or it says what is wrong
                 return False
-            run(table.memory, grads, table.state, segments, shapes, *plan.tensors)
+            step(*tables, deferred=deferred)
         for param, memory in table.copies:
             param.copy_(memory)
         return True
+
+    # ---- counters on the device ----------------------------------------------------------------
+
+    def _defer(self, plan: Plan) -> dict[torch.device, Deferred]:
+        """Hands the counters over to the devices, for as long as the tables stay as they are."""
+        plan.sample(self._steps + 1)
+        started: dict[torch.device, list[bool]] = {}
+        for table, _ in self._launches:
+            started.setdefault(table.params[0].device, []).extend(
+                "momentum_buffer" in self.state.get(p, {}) for p in table.params
+            )
+        samplings = plan.tensors[1]
+        return {
+            device: Deferred.of(plan.samplers, samplings, self._steps, marks, device)
+            for device, marks in started.items()
+        }
+
+    def _launch_deferred(
+        self,
+        plan: Plan,
+        gathered: list[Gathered],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """Steps all tables and lets each device count, or not: nothing waits for it here."""
+        assert self._deferred is not None
+        lrs: list[Tensor | None] = [None] * len(plan.groups)
+        if self._capturable:
+            lrs = [rules.lr_on_device(group.group) for group in plan.groups]
+        first = dict.fromkeys(self._deferred, 0)  # segment of a device's next table
+        counting = {}
+        for device, deferred in self._deferred.items():
+            counting[device] = deferred.for_step(lrs, grad_scale, found_inf)
+        for table, backend, grads in gathered:
+            device, count = table.params[0].device, len(table.params)
+            own = counting[device].of_segments(first[device], count)
+            first[device] += count
+            if not self._launch(plan, table, backend.step, grads, own):
+                return False
+            for p, g in zip(table.params, grads, strict=True):
+                if grad_scale is not None and g is not None and g is not p.grad:
+                    assert p.grad is not None
+                    p.grad.copy_(g)  # unscaled in a copy of the parameter's layout
+        for device, deferred in counting.items():
+            advance = next(b.advance for t, b in self._launches if t.params[0].device == device)
+            assert advance is not None
+            advance(deferred)
+        return True
+
+    def _settle(self) -> list[Tensor]:
+        """Reads the device's counters, if it counts. Returns parameters whose momentum buffers have
+        not had their first step, since all steps so far were skipped."""
+        if self._deferred is None or self._plan is None:
+            return []
+        deferred = next(iter(self._deferred.values()))
+        self._steps, *samples = deferred.counts.tolist()
+        for sampler, n_averaged in zip(self._plan.samplers, samples, strict=True):
+            sampler.n_averaged = n_averaged
+        waiting = []
+        marks = {device: d.marks[:, 0].tolist() for device, d in self._deferred.items()}
+        for table, _ in self._launches:
+            for p in table.params:
+                if not marks[p.device].pop(0) and p.numel() > 0:
+                    waiting.append(p)
+        return waiting
+
+    def _writes_back(self, group: GroupPlan, param: Tensor) -> bool:
+        """Whether this step may write the average to a parameter that has no gradient."""
+        if self._deferred is not None:
+            return group.policy is not None and group.policy.write_back_every > 0
+        return group.sampler.written_back and group.buffered(param)
 
     def _finish(
         self, plan: Plan, table: flat.Table, grads: Grads, absent: bool, scale: float
@@ -296,16 +408,13 @@ class FusedOptimizer(Optimizer):
         for i in table.first:
             group = plan.groups[table.groups[i]]
             table.set_row(i, group.row(first=False))
-            if self.rule is rules.rsgdm_implicit:
-                group.beta = float(group.group["momentum"])
         table.first = []
         written = table.params
         if absent:
             written = [
                 p
                 for p, g, group in zip(written, grads, table.groups, strict=True)
-                if g is not None
-                or (plan.groups[group].sampler.written_back and plan.groups[group].buffered(p))
+                if g is not None or self._writes_back(plan.groups[group], p)
             ]
         increment_version(written)
         if scale != 1.0:
@@ -316,6 +425,7 @@ class FusedOptimizer(Optimizer):
     @property
     def n_averaged(self) -> int:
         """Samples in the average, of the group that has most."""
+        self._settle()
         return max((n_averaged for n_averaged, _ in self._counters()), default=0)
 
     def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
@@ -360,6 +470,7 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_averaged("pickle or deepcopy")
+        self._settle()
         return {
             **super().__getstate__(),
             "_backend_name": self._backend_name,

@@ -5,39 +5,38 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rbwa_fused import reference
+from rbwa_fused.deferred import Deferred
 
-_C: Any = None
-_missing = ""
-try:
-    _C = importlib.import_module("rbwa_fused._C")
-except ImportError as error:
-    _missing = str(error)
-
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 BUILD_HINT = (
-    "the CPU kernels are not built; with a C++ compiler at hand run "
+    "the {} kernels are not built; with {} at hand run "
     "`pip install --no-build-isolation --force-reinstall --no-deps .` in rbwa_fused's folder"
 )
 
+
+def _load(module: str) -> tuple[Any, str]:
+    """A compiled module, or None and why not."""
+    try:
+        return importlib.import_module(f"rbwa_fused.{module}"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+_C, _missing = _load("_C")
+_C_cuda, _missing_cuda = _load("_C_cuda") if _C is not None else (None, _missing)
+CPU_HINT = BUILD_HINT.format("CPU", "a C++ compiler")
+CUDA_HINT = BUILD_HINT.format("CUDA", "nvcc and a CUDA build of torch")
+
 Grads = list[Tensor | None]
-Step = Callable[[list[Tensor], Grads, list[Tensor], Tensor, Tensor, Tensor, Tensor], None]
 
 
-def step_cpu(
-    params: list[Tensor],
-    grads: Grads,
-    state: list[Tensor],
-    segments: Tensor,
-    shapes: Tensor,
-    rows: Tensor,
-    samplings: Tensor,
-) -> None:
+class Step(Protocol):
     """Takes the step in place, in one pass.
 
     Args:
@@ -48,18 +47,63 @@ def step_cpu(
         shapes: 1-d int64, sizes and strides.
         rows: (n_rows, 9) float64, see rules.py.
         samplings: (n_samplings, 5) float64, see rules.py.
+        deferred: counters on the device, where the host does not count (cuda and triton only).
 
     Raises:
         RuntimeError: for a parameter or gradient that does not fit the tables; nothing has been
             changed then.
     """
-    if _direct is None or torch.autograd._profiler_enabled():
-        torch.ops.rbwa_fused.step_.default(params, grads, state, segments, shapes, rows, samplings)
-    else:
-        _direct(params, grads, state, segments, shapes, rows, samplings)
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        grads: Grads,
+        state: list[Tensor],
+        segments: Tensor,
+        shapes: Tensor,
+        rows: Tensor,
+        samplings: Tensor,
+        deferred: Deferred | None = None,
+    ) -> None: ...
 
 
-def step_reference(
+class Backend(NamedTuple):
+    """A backend's name and its operators. Without `advance` it cannot defer."""
+
+    name: str
+    step: Step
+    advance: Callable[[Deferred], None] | None = None
+
+
+def _door(direct: Callable[..., None] | None) -> Step:
+    """The compiled step: through the extension module, or through the dispatcher where that is
+    missing or a profiler wants to see it."""
+
+    def step(
+        params: list[Tensor],
+        grads: Grads,
+        state: list[Tensor],
+        segments: Tensor,
+        shapes: Tensor,
+        rows: Tensor,
+        samplings: Tensor,
+        deferred: Deferred | None = None,
+    ) -> None:
+        tables = (params, grads, state, segments, shapes, rows, samplings)
+        if deferred is not None:
+            d = deferred
+            torch.ops.rbwa_fused.step_deferred_.default(
+                *tables, d.lrs, d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf
+            )
+        elif direct is None or torch.autograd._profiler_enabled():
+            torch.ops.rbwa_fused.step_.default(*tables)
+        else:
+            direct(*tables)
+
+    return step
+
+
+def _step_reference(
     params: list[Tensor],
     grads: Grads,
     state: list[Tensor],
@@ -67,15 +111,27 @@ def step_reference(
     shapes: Tensor,
     rows: Tensor,
     samplings: Tensor,
+    deferred: Deferred | None = None,
 ) -> None:
-    """`step_cpu` in plain PyTorch, on any device. The caller has checked that everything fits."""
+    """The step in plain PyTorch, on any device. The caller has checked that everything fits."""
     reference.step_(params, grads, state, segments, rows, samplings)
+
+
+def _advance_cuda(d: Deferred) -> None:
+    torch.ops.rbwa_fused.advance_.default(
+        d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf
+    )
+
+
+CPU = Backend("cpu", _door(getattr(_C, "step", None)))
+CUDA = Backend("cuda", _door(getattr(_C_cuda, "step", None)), _advance_cuda)
+REFERENCE = Backend("reference", _step_reference)
 
 
 def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
     """Exchanges the contents of each a[i] and b[i]: dense tensors of one dtype and layout."""
-    kernel = _C is not None and all(t.device.type == "cpu" for t in a)
-    if kernel and a:
+    compiled = {"cpu": _C, "cuda": _C_cuda}
+    if a and all(compiled.get(t.device.type) is not None for t in a):
         torch.ops.rbwa_fused.exchange_.default(a, b)
         return
     for left, right in zip(a, b, strict=True):
@@ -84,7 +140,7 @@ def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
         right.copy_(kept)
 
 
-def choose(backend: str, device: torch.device) -> tuple[str, Step]:
+def choose(backend: str, device: torch.device) -> Backend:
     """The backend that serves tensors of a device, by name or by ``"auto"``.
 
     Raises:
@@ -94,23 +150,49 @@ def choose(backend: str, device: torch.device) -> tuple[str, Step]:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"Invalid backend: {backend!r} (expected one of {('auto', *BACKENDS)})")
     if backend == "reference":
-        return "reference", step_reference
-    if backend == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' does not serve parameters on {device}")
-    if device.type == "cpu" and _C is not None:
-        return "cpu", step_cpu
-    if backend == "cpu":
-        raise RuntimeError(f"backend 'cpu': {BUILD_HINT} ({_missing})")
-    return "reference", step_reference
+        return REFERENCE
+    if backend == "auto":
+        for name in BACKENDS:
+            if (
+                not (name == "triton" and device.type == "cpu")
+                and unavailable(name, device) is None
+            ):
+                return choose(name, device)
+    why = unavailable(backend, device)
+    if why is not None:
+        raise RuntimeError(f"backend {backend!r} {why}")
+    if backend == "triton":
+        from rbwa_fused.triton_kernels import step
+
+        return Backend("triton", step.step_triton, step.advance_triton)
+    return CPU if backend == "cpu" else CUDA
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot serve tensors of a device, or None if it can."""
+    if backend == "triton":
+        from rbwa_fused.triton_kernels.step import available
+
+        return available(device)
+    if backend in ("cpu", "cuda") and device.type != backend:
+        return f"does not serve parameters on {device}"
+    if backend == "cpu" and _C is None:
+        return f"is not there: {CPU_HINT} ({_missing})"
+    if backend == "cuda" and _C_cuda is None:
+        return f"is not there: {CUDA_HINT} ({_missing_cuda})"
+    return None
 
 
 def warn_of_reference(device: torch.device) -> None:
     """Says why ``"auto"`` came down to the reference."""
-    why = BUILD_HINT if device.type == "cpu" else f"there are no kernels for {device.type} yet"
+    hints = {"cpu": CPU_HINT, "cuda": f"{CUDA_HINT}, and Triton is not installed"}
+    why = hints.get(device.type, f"Triton does not serve {device.type}")
     warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=6)
 
 
-_direct: Step | None = getattr(_C, "step", None)
 if _C is not None:
     torch.library.register_fake("rbwa_fused::step_", lambda *tables: None)
     torch.library.register_fake("rbwa_fused::exchange_", lambda a, b: None)
+if _C_cuda is not None:
+    torch.library.register_fake("rbwa_fused::step_deferred_", lambda *tables: None)
+    torch.library.register_fake("rbwa_fused::advance_", lambda *tables: None)

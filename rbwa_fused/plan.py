@@ -189,10 +189,14 @@ class Plan:
         """The tables `rows` (2 a group, 9) and `samplings` (2 a sampler, 5) of csrc/ops.cpp."""
         return self._rows.tensor, self._samplings.tensor
 
-    def update(self, step: int, scale: float) -> None:
-        """Brings the rows up to date for a step; `scale` is the loss scale under AMP, else 1."""
+    def sample(self, step: int) -> None:
+        """Brings the samplings up to date for a step."""
         for sampler in self.samplers:
             sampler.update(step, self._samplings)
+
+    def update(self, scale: float, lr_on_device: bool = False) -> None:
+        """Brings the rows up to date; `scale` is the loss scale under AMP, else 1. A learning rate
+        on a device is not read if the kernel reads it there."""
         for plan in self.groups:
             if plan.group["average"] is not plan.policy:
                 raise ValueError(
@@ -205,17 +209,19 @@ class Plan:
             except RuntimeError:  # a tensor of several elements; the check will say so
                 changed = True
             if changed:
-                self._pack(plan, inputs)
+                self._pack(plan, inputs, lr_on_device)
 
     def commit(self) -> None:
-        """Counts the samples of the step that `update` prepared."""
+        """Counts the samples that `sample` prepared."""
         for sampler in self.samplers:
             sampler.commit()
 
-    def _pack(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
+    def _pack(self, plan: GroupPlan, inputs: tuple[Any, ...], lr_on_device: bool) -> None:
         """Lines (1)-(3)."""
         *hyperparameters, scale = inputs
         group = plan.group
+        if lr_on_device and rules.lr_on_device(group) is not None:
+            group = {**group, "lr": 0.0}
         self._check(group)
         momentum = float(group["momentum"])
         if plan.beta is not None and momentum != plan.beta:

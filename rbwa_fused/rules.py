@@ -15,6 +15,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 ROW = struct.Struct("9d")  # s, lambda, Coefficients, eta
@@ -104,6 +105,20 @@ def check(group: Group) -> None:
         raise ValueError(f"Invalid dampening value: {group['dampening']}")
     if group.get("nesterov", False) and (group["momentum"] <= 0 or dampening != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+def lr_on_device(group: Group) -> Tensor | None:
+    """The learning rate where it is a tensor that a kernel can read.
+
+    Raises:
+        TypeError: for one of another dtype than float32.
+    """
+    lr = group["lr"]
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        return None
+    if lr.dtype != torch.float32:
+        raise TypeError(f"Invalid lr: a tensor of {lr.dtype} (expected torch.float32 on a device)")
+    return lr
 
 
 def check_beta(group: Group) -> None:

@@ -1,0 +1,92 @@
+// The CUDA backend without a GPU: everything of it but the launch itself, which is a loop over
+// blocks and threads here. Tensors are on the CPU.
+
+#include <pybind11/pybind11.h>
+
+#include <utility>
+
+#include "cuda_tables.h"
+#include "python_tensors.h"
+#include "step_cuda.h"
+#include "step_cuda_body.h"
+
+namespace {
+
+namespace py = pybind11;
+
+constexpr DLDevice kCpu{kDLCPU, 0};
+int64_t launches = 0;
+int64_t threads_run = 0;
+
+template <typename S, typename A, Rule most, bool averaged>
+void run_all(const void* launch, int64_t blocks) {
+  using T = typename Arithmetic<S>::type;
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int thread = 0; thread < kThreads; ++thread) {
+      step_thread<S, A, most, averaged>(*static_cast<const Launch<T>*>(launch), block, thread);
+      ++threads_run;
+    }
+  }
+}
+
+template <typename S, typename A, bool averaged>
+void with_rule(Rule rule, const void* launch, int64_t blocks) {
+  if (rule == Rule::kDifference) return run_all<S, A, Rule::kDifference, averaged>(launch, blocks);
+  if (rule == Rule::kMomentum) return run_all<S, A, Rule::kMomentum, averaged>(launch, blocks);
+  run_all<S, A, Rule::kPlain, averaged>(launch, blocks);
+}
+
+template <typename S>
+void with_average(const Streams& s, const void* launch, int64_t blocks) {
+  if (!s.averaged) return with_rule<S, S, false>(s.rule, launch, blocks);
+  if constexpr (sizeof(S) == 2) {
+    if (s.a_dtype == Dtype::kFloat32) return with_rule<S, float, true>(s.rule, launch, blocks);
+  }
+  with_rule<S, S, true>(s.rule, launch, blocks);
+}
+
+}  // namespace
+
+const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void*) {
+  ++launches;
+  if (streams.dtype == Dtype::kFloat32) with_average<float>(streams, launch, blocks);
+  if (streams.dtype == Dtype::kFloat64) with_average<double>(streams, launch, blocks);
+  if (streams.dtype == Dtype::kBfloat16) with_average<Bfloat16>(streams, launch, blocks);
+  if (streams.dtype == Dtype::kFloat16) with_average<Float16>(streams, launch, blocks);
+  return nullptr;
+}
+
+const char* advance_cuda(const Deferred& deferred, void*) {
+  if (deferred.found_inf != nullptr && *deferred.found_inf != 0) return nullptr;
+  const int64_t step = deferred.counts[0] + 1;
+  for (int thread = 0; thread < kThreads; ++thread) advance(deferred, step, thread, kThreads);
+  deferred.counts[0] = step;
+  return nullptr;
+}
+
+PYBIND11_MODULE(emulated_cuda, module) {
+  if (!find_exchange_table()) throw py::import_error("this torch has no DLPack exchange table");
+  module.def("step", [](const py::list& params, const py::list& grads, const py::list& state,
+                        py::handle segments, py::handle shapes, py::handle rows,
+                        py::handle samplings, const py::list& lrs, py::handle samplings64,
+                        py::handle samplings32, py::handle marks, py::handle grad_scale,
+                        py::handle found_inf) {
+    step_on({{views_of(params), views_of(grads), views_of(state), view_of(segments),
+              view_of(shapes), view_of(rows), view_of(samplings)},
+             views_of(lrs),
+             view_of(samplings64),
+             view_of(samplings32),
+             view_of(marks),
+             view_of(grad_scale),
+             view_of(found_inf)},
+            kCpu, nullptr);
+  });
+  module.def("advance", [](py::handle counts, py::handle policies, py::handle samplings64,
+                           py::handle samplings32, py::handle marks, py::handle found_inf) {
+    advance_on({view_of(counts), view_of(policies), view_of(samplings64), view_of(samplings32),
+                view_of(marks), view_of(found_inf)},
+               kCpu, nullptr);
+  });
+  module.def("launches", [] { return std::exchange(launches, 0); });
+  module.def("threads_run", [] { return std::exchange(threads_run, 0); });
+}

@@ -1,0 +1,84 @@
+"""The CUDA backend's own code on the CPU: built once, then a backend like the others."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rbwa_fused as rf
+from rbwa_fused import ops
+from rbwa_fused.deferred import Deferred
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ["tests/emulated_cuda.cpp", "csrc/cuda_tables.cpp", "csrc/launches.cpp"]
+FLAGS = ["-O1", "-g0", "-std=c++20", "-ffp-contract=off"]
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+@functools.cache
+def emulated(*sanitizers: str) -> Any:
+    """The compiled module; `sanitizers` are g++'s, such as "address"."""
+    from torch.utils.cpp_extension import load
+
+    folder = ROOT / "build" / "-".join(("emulated", torch.__version__, *sanitizers))
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    sanitize = [f"-fsanitize={name}" for name in sanitizers]
+    load(
+        "emulated_cuda",
+        [str(ROOT / source) for source in [*SOURCES, "csrc/tables.cpp"]],
+        extra_cflags=[*FLAGS, TARGET, f"-I{ROOT / 'csrc'}", *sanitize],
+        extra_ldflags=sanitize,
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+    path = folder / "emulated_cuda.so"
+    spec = importlib.util.spec_from_file_location("emulated_cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def backend() -> ops.Backend:
+    """`ops.CUDA`, with the compiled module exchanged for the emulated one."""
+    module = emulated(*filter(None, os.environ.get("RBWA_TEST_SANITIZERS", "").split(",")))
+
+    def step(*tables: Any, deferred: Deferred | None = None) -> None:
+        if deferred is None:
+            module.step(*tables, [], None, None, None, None, None)
+        else:
+            d = deferred
+            lrs = list(d.lrs)
+            scale = d.grad_scale
+            module.step(*tables, lrs, d.samplings64, d.samplings32, d.marks, scale, d.found_inf)
+
+    def advance(d: Deferred) -> None:
+        module.advance(d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf)
+
+    return ops.Backend("cuda", step, advance)
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """backend="cuda" serves CPU tensors by emulated kernels; any lr tensor counts as on a device."""
+    chosen = backend()
+    choose = ops.choose
+
+    def pick(name: str, device: torch.device) -> ops.Backend:
+        return chosen if name == "cuda" else choose(name, device)
+
+    monkeypatch.setattr(ops, "choose", pick)
+    monkeypatch.setattr(
+        rf.rules,
+        "lr_on_device",
+        lambda group: group["lr"] if isinstance(group["lr"], torch.Tensor) else None,
+    )
+    return emulated()

@@ -1,0 +1,225 @@
+"""The CUDA backend's code, thread by thread on the CPU: packing, addressing, every case."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, params, policy_for
+from emulation import emulated_cuda  # noqa: F401 (a fixture)
+from test_update import assert_same_bits, run, state_of
+from torch import Tensor, nn
+
+import rbwa_fused as rf
+from rbwa_fused import flat
+from rbwa_fused.average import Average
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda")
+
+BITS = list(itertools.product(DTYPES, RULES, AVERAGES))
+
+
+@pytest.mark.parametrize(("dtype", "rule", "average"), BITS, ids=str)
+def test_every_case_has_the_bits_of_the_cpu(dtype: torch.dtype, rule: str, average: str) -> None:
+    assert_same_bits(
+        run(dtype, rule, average, backend="cuda"), run(dtype, rule, average, backend="cpu")
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_flattened_it_has_the_same_bits(dtype: torch.dtype) -> None:
+    for rule, average in (("momentum", "ema"), ("explicit", "same-dtype")):
+        assert_same_bits(
+            run(dtype, rule, average, backend="cuda", flatten=False),
+            run(dtype, rule, average, backend="cpu"),
+        )
+
+
+def test_all_param_groups_are_one_launch(emulated_cuda: Any) -> None:  # noqa: F811
+    ps = params(torch.float32)
+    opt = rf.FusedSGD(
+        [{"params": [p], "lr": 0.01 * i, "momentum": 0.9 * (i % 2)} for i, p in enumerate(ps)],
+        average=rf.ema(0.9),
+        backend="cuda",
+    )
+    emulated_cuda.launches()
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        opt.step()
+        assert emulated_cuda.launches() == 1
+
+
+def test_as_few_launches_as_fit_and_the_same_bits(emulated_cuda: Any) -> None:  # noqa: F811
+    ends = []
+    for backend in ("cuda", "cpu"):
+        ps = [nn.Parameter(torch.linspace(-1, 1, 5 + i % 7)) for i in range(1000)]
+        groups = [{"params": [p], "lr": 0.001 * i} for i, p in enumerate(ps)]
+        opt = rf.FusedSGD(groups, momentum=0.9, average=rf.ema(0.9), backend=backend)
+        emulated_cuda.launches()
+        for _ in range(3):
+            for p in ps:
+                p.grad = torch.ones_like(p)
+            opt.step()
+        launches = emulated_cuda.launches()
+        assert launches == (3 * 5 if backend == "cuda" else 0)  # 72 + 80 bytes each, 32,688 fit
+        ends.append([t for p in ps for t in (p.detach(), *state_of(opt, p).values())])
+    assert_same_bits(*ends)
+
+
+def test_dtypes_are_a_launch_each(emulated_cuda: Any) -> None:  # noqa: F811
+    ps = [nn.Parameter(torch.ones(9, dtype=dtype)) for dtype in DTYPES * 2]
+    opt = rf.FusedSGD(ps, lr=0.1, average=rf.ema(0.9), backend="cuda")
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert emulated_cuda.launches() == len(DTYPES)
+
+
+class Scaler:
+    """What torch.amp.GradScaler does around a step."""
+
+    def __init__(self, opt: Any, scale: float) -> None:
+        self.opt = opt
+        self.scale = torch.tensor([scale])
+
+    def step(self, skip: bool) -> None:
+        self.opt.grad_scale = self.scale
+        self.opt.found_inf = torch.tensor([2.0 if skip else 0.0])  # a sum over devices
+        try:
+            self.opt.step()
+        finally:
+            del self.opt.grad_scale, self.opt.found_inf
+
+
+SKIPPED = (1, 4, 5, 9)  # the very first step among them
+
+
+def scaled_run(
+    dtype: torch.dtype, rule: str, policy: Average | None, backend: str
+) -> tuple[list[Tensor], Any]:
+    cls, options, _ = RULES[rule]
+    ps = params(dtype)
+    opt = cls(ps, **options, average=policy, backend=backend)
+    scaler = Scaler(opt, 8.0)
+    everything = []
+    for step in range(1, STEPS + 5):
+        grads = gradients(ps, step)
+        for i, (p, g) in enumerate(zip(ps, grads, strict=True)):
+            p.grad = None if i == step else (g * 8.0 if step not in SKIPPED else g * torch.inf)
+        scaler.step(skip=step in SKIPPED)
+        if step not in SKIPPED:
+            everything += [p.grad for p in ps if p.grad is not None]
+    everything += [t for p in ps for t in (p.detach(), *state_of(opt, p).values())]
+    return everything, opt
+
+
+NAMED = [name for name, policy in AVERAGES.items() if policy is None or not policy.custom]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("average", NAMED)
+def test_a_skipped_step_skips_everything_and_costs_no_look(
+    average: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rule in ("momentum", "rsgdm", "explicit", "plain"):
+        policy = policy_for(average, dtype)
+        theirs, on_host = scaled_run(dtype, rule, policy, "cpu")
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "item", None)  # nothing is read back
+            ours, on_device = scaled_run(dtype, rule, policy, "cuda")
+        assert on_device._deferred is not None
+        assert_same_bits(ours, theirs)
+        assert on_device.n_averaged == on_host.n_averaged
+        mine, other = on_device.state_dict(), on_host.state_dict()
+        assert mine["param_groups"] == other["param_groups"]
+        assert mine["state"].keys() == other["state"].keys()
+        for key, held in mine["state"].items():
+            assert held.keys() == other["state"][key].keys()
+
+
+def test_a_custom_weight_is_counted_by_the_host() -> None:
+    policy = Average(lambda n, step: 1 / (n + 1))
+    ours, opt = scaled_run(torch.float32, "momentum", policy, "cuda")
+    theirs, _ = scaled_run(torch.float32, "momentum", policy, "cpu")
+    assert opt._deferred is None
+    assert_same_bits(ours, theirs)
+
+
+def test_a_first_step_that_was_skipped_is_first_again_after_a_checkpoint() -> None:
+    ends = []
+    for interrupted in (False, True):
+        ps = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(7))]
+        opt = rf.RSGDM(ps, lr=0.1, momentum=0.5, backend="cuda")
+        for step in range(1, 5):
+            for p in ps:
+                p.grad = torch.full_like(p, float(step))
+            Scaler(opt, 1.0).step(skip=step == 1)
+            if step == 1:
+                state = opt.state_dict()
+                assert all("momentum_buffer" not in held for held in state["state"].values())
+                assert state["param_groups"][0]["step"] == 0
+                if interrupted:
+                    opt = rf.RSGDM(ps, lr=0.1, momentum=0.5, backend="cuda")
+                    opt.load_state_dict(state)
+        ends.append([p.detach() for p in ps])
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("average", NAMED)
+def test_captured_steps_count_and_read_their_learning_rate_on_the_device(
+    average: str,
+    emulated_cuda: Any,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
+    """A replay runs the launches of one step again, with nothing from the host."""
+    ends = []
+    for captured in (False, True):
+        ps = [p for p in params(torch.float32) if flat.is_dense(p)]  # others cost copies
+        lr = torch.tensor(0.1)
+        policy = AVERAGES[average]
+        backend = "cuda" if captured else "cpu"
+        opt = rf.FusedSGD(
+            ps, lr, momentum=0.5, average=policy, backend=backend, capturable=captured
+        )
+        recorded: list[Any] = []
+        for step in range(12):
+            lr.fill_(0.1 / (1 + step))
+            for p in ps:
+                p.grad = torch.empty_like(p) if p.grad is None else p.grad
+                p.grad.fill_(step - 3.0)
+            if captured and step >= 2:
+                if not recorded:
+                    record(opt, recorded)
+                    opt.step()
+                else:
+                    for call, args, kwargs in recorded:
+                        call(*args, **kwargs)
+            else:
+                opt.step()
+        ends.append([t for p in ps for t in (p.detach(), *state_of(opt, p).values())])
+        assert opt.state_dict()["param_groups"][0]["step"] == 12
+        samples = opt.n_averaged
+        assert policy is None or samples > 0
+    assert_same_bits(*ends)
+
+
+def record(opt: Any, calls: list[Any]) -> None:
+    """Keeps what the next step launches. Tables of the host are copied, as a capture does."""
+
+    def recording(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            frozen = [
+                a.clone() if isinstance(a, Tensor) and a.dtype == torch.float64 else a for a in args
+            ]
+            calls.append((function, frozen, kwargs))
+            function(*args, **kwargs)
+
+        return call
+
+    opt._launches = [
+        (table, b._replace(step=recording(b.step), advance=recording(b.advance)))
+        for table, b in opt._launches
+    ]
