@@ -89,12 +89,19 @@ def params(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
     return [nn.Parameter(t) for t in tensors]
 
 
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """The same view of the same storage on another device: strides, offset and all."""
+    storage = tensor.detach().untyped_storage().to(device=torch.device(device))
+    empty = torch.empty(0, dtype=tensor.dtype, device=device)
+    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def gradients(params: list[nn.Parameter], step: int) -> list[Tensor]:
     """Non-zero gradients of a step, in the parameters' dtypes; some in another layout."""
     generator = torch.Generator().manual_seed(1000 + step)
     grads = []
     for i, p in enumerate(params):
-        g = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)  # on the CPU
         if (i + step) % 3 == 0 and p.dim() == 4:
             g = g.contiguous(memory_format=torch.channels_last)
         if (i + step) % 4 == 0 and p.dim() == 1:  # a view off the alignment, as DDP's buckets are

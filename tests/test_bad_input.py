@@ -411,7 +411,6 @@ def test_an_empty_group_is_torchs_empty_group() -> None:
 @pytest.fixture
 def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_C", None)
-    monkeypatch.setattr(ops, "_direct", None)
 
 
 @pytest.mark.usefixtures("unbuilt")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, params, policy_for
+from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, moved, params, policy_for
 from oracle import Oracle, ulps
 from torch import Tensor, nn
 
@@ -112,17 +112,21 @@ def test_replacing_torch_sgd_changes_nothing_but_the_time(
             assert ulps(value, state_of(torch_opt, q)[name]) <= 16, (i, name)
 
 
-def run(dtype: torch.dtype, rule: str, average: str, **options: Any) -> list[Tensor]:
-    """Everything that STEPS steps write: parameters and state."""
+def run(
+    dtype: torch.dtype, rule: str, average: str, device: str = "cpu", **options: Any
+) -> list[Tensor]:
+    """Everything that STEPS steps write: parameters and state, brought to the CPU."""
     cls, rule_options, _ = RULES[rule]
     ps = params(dtype)
     ps.append(nn.Parameter(torch.linspace(-1, 1, 70_000, dtype=torch.float64).to(dtype)))
+    if device != "cpu":
+        ps = [nn.Parameter(moved(p, device)) for p in ps]
     opt = cls(ps, **rule_options, average=policy_for(average, dtype), **options)
     for step in range(STEPS):
         for p, g in zip(ps, gradients(ps, step), strict=True):
-            p.grad = g
+            p.grad = g if device == "cpu" else moved(g, device)
         opt.step()
-    return [t for p in ps for t in (p.detach(), *state_of(opt, p).values())]
+    return [t.cpu() for p in ps for t in (p.detach(), *state_of(opt, p).values())]
 
 
 def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:

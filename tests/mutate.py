@@ -1,0 +1,199 @@
+"""Breaks the mathematics in one place at a time and counts what no test notices.
+
+    python tests/mutate.py [part of a file's name ...]
+
+Each mutant is a copy of the tree under build/mutants with one edit. C++ is run by the emulated CUDA
+kernels (tests/emulation.py) against the reference, whose own mutants the literal algorithms of the
+tests must catch. The exit status is the number of survivors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MUTANTS = ROOT / "build" / "mutants"
+TREE = ("csrc", "rbwa_fused", "triton_kernels", "tests", "pyproject.toml", "README.md", "docs")
+
+UPDATE = [
+    ("T g = k.s * e.g;", "T g = e.g;"),
+    ("g + k.lambda * e.theta", "g - k.lambda * e.theta"),
+    ("e.m = k.mu * e.m + k.c * g;", "e.m = k.mu * e.m + g;"),
+    ("e.m = k.mu * e.m + k.c * g;", "e.m = e.m + k.c * g;"),
+    ("k.gamma * e.m;", "e.m;"),
+    ("k.alpha * g + m : m", "g + m : m"),
+    ("k.alpha != T(0)", "k.alpha == T(0)"),
+    ("k.kappa * (g - e.previous)", "k.kappa * (g + e.previous)"),
+    ("k.kappa * (g - e.previous)", "(g - e.previous)"),
+    ("e.z = k.mu * e.z", "e.z = e.z"),
+    ("e.previous = g;", "e.previous = e.g;"),
+    ("k.delta * e.z", "e.z"),
+    ("e.theta - k.eta * direction", "e.theta + k.eta * direction"),
+    ("k.w * (x - a)", "k.w * (a - x)"),
+    ("k.w == T(1) ? x", "k.w == T(1) ? a"),
+    ("k.w != T(0)", "k.w == T(0)"),
+    ("k.current ? e.theta : e.a", "e.a"),
+    ("k.write_back ? e.a : x", "x"),
+    ("  e.theta = x;\n", ""),
+]
+BODY = [
+    ("eta * a.scale", "eta"),
+    ("first ? group.first : group.usual", "group.usual"),
+    ("narrow(e.theta, chunk.theta[i]);", ""),
+    ("if constexpr (momentum) narrow(e.m, chunk.m[i]);", ""),
+    ("narrow(e.z, chunk.z[i]);", ""),
+    ("narrow(e.previous, chunk.previous[i]);", ""),
+    ("if constexpr (averaged) narrow(e.a, chunk.a[i]);", ""),
+    ("e.g = u.unscale * e.g;", ""),
+    ("narrow(e.g, chunk.g[i]);", ""),
+    ("if (u.scaled) store_gradient(chunk.g + v * count, g_bytes, g[f]);", ""),
+    ("u.unscale = T(1) / static_cast<T>(*launch.grad_scale)", "u.unscale = T(1)"),
+    ("done = chunk.n - chunk.n % count", "done = chunk.n"),
+    ("done = chunk.n - chunk.n % count", "done = 0"),
+    ("i < chunk.n; i += kThreads", "i + 1 < chunk.n; i += kThreads"),
+    ("if (v >= whole) continue;", "if (v > whole) continue;"),
+    ("first < whole; first += flight * kThreads", "first < whole; first += kThreads"),
+    ("all % kVectorBytes == 0", "true"),
+    ("<= block ? low : high", "< block ? low : high"),
+    ("s.length - begin < launch.chunk", "s.length - begin > launch.chunk"),
+    ("*launch.found_inf != 0", "*launch.found_inf == 1"),
+    ("launch.marks[2 * s.index + 1] = 1;", ""),
+    ("launch.marks[2 * s.index] == 0", "launch.marks[2 * s.index] != 0"),
+    ("if (bytes == 8) return load_pieces<8>", "if (bytes == 8) return load_pieces<16>"),
+    ("static_cast<T>(*group.lr) : row.eta", "row.eta : row.eta"),
+    ("if (s.g == nullptr) return run<Rule::kSample, true>(chunk, k, u, thread);", ""),
+]
+AVERAGE_H = [
+    ("static_cast<double>(n + 1)", "static_cast<double>(n)"),
+    ("1.0 - policy.decay", "policy.decay"),
+    ("(step - 1) / epoch_steps + 1", "step / epoch_steps + 1"),
+    ("(step - 1) % epoch_steps", "step % epoch_steps"),
+    ("past <= 0", "past < 0"),
+    ("buffered.current = buffered.sample = 1", "buffered.sample = 1"),
+    ("past % write_back_every == 0", "true"),
+    ("return n + 1;", "return n;"),
+    ("if (d.marks[2 * i + 1] != 0) d.marks[2 * i] = 1;", ""),
+    ("sampling_of(policy, n, step + 1, rows[0], rows[1])", "0"),
+]
+LAUNCHES = [
+    ("s.row / 2, groups_.size()", "s.row, groups_.size()"),
+    ("static_cast<uint8_t>(s.row % 2)", "uint8_t{0}"),
+    ("step_.rows[2 * group + 1]", "step_.rows[2 * group]"),
+    ("chunks_ += chunks;", "chunks_ += 1;"),
+    ("(s.length + launch_.chunk - 1) / launch_.chunk", "s.length / launch_.chunk"),
+    ("T(a.current), T(a.write_back)", "T(a.write_back), T(a.current)"),
+    ("bytes_with(s) > kTableBytes", "bytes_with(s) > 2 * kTableBytes"),
+]
+REFERENCE = [
+    ("g + k.lambda_ * x if", "g - k.lambda_ * x if"),
+    ("k.mu * m.to(wide) + k.c * g", "k.mu * m.to(wide) + g"),
+    ("k.alpha * g + k.gamma * new_m if", "g + k.gamma * new_m if"),
+    ("k.kappa * (g - previous.to(wide))", "(g - previous.to(wide))"),
+    ("x = x - k.eta * direction", "x = x + k.eta * direction"),
+    ("average + k.w * (x - average)", "average - k.w * (x - average)"),
+    ("x = average if k.write_back else x", "x = x"),
+    ("previous.copy_(g)", "pass"),
+]
+RULES = [
+    ('c = 1.0 if first else 1.0 - float(group["dampening"])', "c = 1.0"),
+    (
+        "Coefficients(mu, c=1.0, kappa=0.0, alpha=1.0, gamma=mu",
+        "Coefficients(mu, c=1.0, kappa=0.0, alpha=1.0, gamma=1.0",
+    ),
+    (
+        "Coefficients(beta, 1.0 - beta, kappa=0.0, alpha=0.0",
+        "Coefficients(beta, 1.0, kappa=0.0, alpha=0.0",
+    ),
+    ("c = 0.0 if first else 1.0 - beta", "c = 1.0 - beta"),
+    ("alpha=1.0 - beta, gamma=beta", "alpha=beta, gamma=beta"),
+    ("kappa = 0.0 if first else 1.0 - beta", "kappa = 1.0 - beta"),
+    ("gamma=1.0, delta=beta", "gamma=1.0, delta=1.0"),
+]
+AVERAGE = [
+    ("return 1.0 / (n + 1)", "return 1.0 / n"),
+    ("return 1.0 - weight.decay", "return weight.decay"),
+    ("divmod(step - 1, weight.steps_per_epoch)", "divmod(step, weight.steps_per_epoch)"),
+    ("(epochs + 1 - weight.start_epoch)", "(epochs - weight.start_epoch)"),
+    ("past > 0 and past % self.every == 0", "past >= 0 and past % self.every == 0"),
+    ("(step - self.start) % self.write_back_every == 0", "step % self.write_back_every == 0"),
+    ("self.every == self.write_back_every == 1", "self.write_back_every == 1"),
+]
+PLAN = [
+    ("scale=w if due else 1.0", "scale=1.0"),
+    ("due or current, current,", "due, current,"),
+    ("                n = 1\n", ""),
+    ('(-1.0 if group["maximize"] else 1.0) / scale', "1.0 / scale"),
+    ("else 1.0) / scale", "else 1.0)"),
+    ("self.n_averaged = self._next_n_averaged", "pass"),
+]
+
+CUDA = ("test_cuda.py",)
+PYTHON = ("test_update.py", "test_methods.py", "test_optimizer.py")
+CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...]]] = [
+    ("csrc/update.h", UPDATE, CUDA),
+    ("csrc/step_cuda_body.h", BODY, CUDA),
+    ("csrc/average.h", AVERAGE_H, CUDA),
+    ("csrc/launches.cpp", LAUNCHES, CUDA),
+    ("rbwa_fused/reference.py", REFERENCE, PYTHON),
+    ("rbwa_fused/rules.py", RULES, PYTHON),
+    ("rbwa_fused/average.py", AVERAGE, PYTHON),
+    ("rbwa_fused/plan.py", PLAN, PYTHON),
+]
+
+
+def survives(number: int, file: str, old: str, new: str, tests: tuple[str, ...]) -> bool:
+    """Whether all tests pass with that edit, or without one if ``old`` is empty."""
+    copy = MUTANTS / str(number)
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    text = (copy / file).read_text()
+    if old not in text:
+        raise LookupError(f"{file} has no {old!r}")
+    (copy / file).write_text(text.replace(old, new) if old else text)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    paths = [f"tests/{name}" for name in tests]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy), "MAX_JOBS": "1"}
+    done = subprocess.run(
+        [*command, *paths], cwd=copy, env=environment, capture_output=True, timeout=600
+    )
+    shutil.rmtree(copy, ignore_errors=True)
+    return done.returncode == 0
+
+
+def main() -> int:
+    """Runs the mutants two at a time."""
+    wanted = sys.argv[1:] or [""]
+    edits = [
+        (file, old, new, tests)
+        for file, mutants, tests in CASES
+        for old, new in mutants
+        if any(part in file for part in wanted)
+    ]
+    survivors = 0
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for file, _, _, tests in {edit[3]: edit for edit in edits}.values():
+            if not survives(len(edits), file, "", "", tests):
+                raise SystemExit(f"{', '.join(tests)} fail without a mutant")
+        jobs = [pool.submit(survives, i, *edit) for i, edit in enumerate(edits)]
+        for (file, old, new, _), job in zip(edits, jobs, strict=True):
+            alive = job.result()
+            survivors += alive
+            print(f"{'SURVIVED' if alive else 'killed  '} {file}: {old.strip()} -> {new.strip()}")
+            sys.stdout.flush()
+    print(f"{survivors} of {len(edits)} mutants survived")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""What only a GPU can show: the kernels' own bits, streams, AMP and graphs. `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from cases import AVERAGES, DTYPES, RULES, gradients, moved, params, policy_for
+from test_update import assert_same_bits, run, state_of
+from torch import Tensor, nn
+
+import rbwa_fused as rf
+from rbwa_fused import ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GPU = torch.device("cuda", 0)
+BACKENDS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(ops.unavailable(name, GPU) is not None, reason="not there")
+    )
+    for name in ("cuda", "triton")
+]
+NAMED = [name for name, policy in AVERAGES.items() if policy is None or not policy.custom]
+CASES = list(itertools.product(DTYPES, RULES, AVERAGES))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "rule", "average"), CASES, ids=str)
+def test_every_case_has_the_bits_of_the_cpu(
+    dtype: torch.dtype, rule: str, average: str, backend: str
+) -> None:
+    on_gpu = run(dtype, rule, average, device="cuda", backend=backend)
+    assert_same_bits(on_gpu, run(dtype, rule, average))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_run_has_the_same_bits(backend: str) -> None:
+    runs = [
+        run(torch.bfloat16, "explicit", "ema", device="cuda", backend=backend, flatten=flat)
+        for flat in (True, False, True)
+    ]
+    assert_same_bits(runs[0], runs[1])
+    assert_same_bits(runs[0], runs[2])
+
+
+def small(device: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 33), nn.ReLU(), nn.Linear(33, 5)).to(device)
+
+
+def overflowing(opt: Any, scale: float, skip: bool, device: str) -> None:
+    """A step as torch.amp.GradScaler takes it."""
+    opt.grad_scale = torch.tensor([scale], device=device)
+    opt.found_inf = torch.tensor([2.0 if skip else 0.0], device=device)
+    try:
+        opt.step()
+    finally:
+        del opt.grad_scale, opt.found_inf
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("average", NAMED)
+@pytest.mark.parametrize("rule", ["momentum", "rsgdm", "explicit"])
+def test_a_skipped_step_skips_everything_without_a_synchronisation(
+    rule: str, average: str, backend: str
+) -> None:
+    ends = []
+    counts = []
+    for device, name in (("cpu", "cpu"), ("cuda", backend)):
+        cls, options, _ = RULES[rule]
+        policy = policy_for(average, torch.float32)
+        ps = [nn.Parameter(moved(p, device)) for p in params(torch.float32)]
+        opt = cls(ps, **options, average=policy, backend=name)
+        for step in range(1, 11):
+            skip = step in (1, 4, 5)
+            for p, g in zip(ps, gradients(ps, step), strict=True):
+                p.grad = moved(g * (torch.inf if skip else 8.0), device)
+            if step == 7 and device == "cuda":  # by now nothing is made anew
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            overflowing(opt, 8.0, skip, device)
+        torch.cuda.set_sync_debug_mode("default")
+        ends.append([t.cpu() for p in ps for t in (p.detach(), *state_of(opt, p).values())])
+        counts.append((opt.n_averaged, opt.state_dict()["param_groups"][0]["step"]))
+    assert counts[0] == counts[1] and counts[0][1] == 7
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grad_scaler_trains_through_an_overflow(backend: str) -> None:
+    model = small("cuda")
+    opt = rf.FusedSGD(model.parameters(), 0.05, 0.9, average=rf.ema(0.9), backend=backend)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40, growth_interval=1000)
+    x, y = torch.randn(64, 20, device="cuda"), torch.randn(64, 5, device="cuda")
+    losses = []
+    for _ in range(60):
+        opt.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = nn.functional.mse_loss(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(opt)
+        scaler.update()
+        losses.append(loss.item())
+    taken = opt.state_dict()["param_groups"][0]["step"]
+    assert 0 < taken < 60 and opt.n_averaged == taken
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.skipif(ops.unavailable("cuda", GPU) is not None, reason="not there")
+@pytest.mark.parametrize("average", NAMED)
+def test_a_captured_step_replays_under_a_schedule(average: str) -> None:
+    ends = []
+    for device in ("cpu", "cuda"):
+        captured = device == "cuda"
+        ps = [nn.Parameter(moved(p, device)) for p in params(torch.float32)]
+        lr = torch.tensor(0.1, device=device)
+        opt = rf.FusedSGD(ps, lr, momentum=0.5, average=AVERAGES[average], capturable=captured)
+        for p in ps:
+            p.grad = torch.empty_like(p)
+        graph = torch.cuda.CUDAGraph()
+        for step in range(12):
+            lr.fill_(0.1 / (1 + step))
+            for p in ps:
+                p.grad.fill_(step - 3.0)
+            if captured and step == 3:
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                torch.cuda.current_stream().synchronize()
+                with torch.cuda.graph(graph, stream=side):
+                    opt.step()
+            if captured and step >= 3:
+                graph.replay()
+            else:
+                opt.step()
+        ends.append([t.cpu() for p in ps for t in (p.detach(), *state_of(opt, p).values())])
+        assert opt.state_dict()["param_groups"][0]["step"] == 12
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_is_one_kernel_on_the_current_stream(backend: str) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    ps = [nn.Parameter(torch.randn(1000 + i, device="cuda")) for i in range(50)]
+    groups = [{"params": [p], "lr": 0.01 * i} for i, p in enumerate(ps)]
+    opt = rf.FusedSGD(groups, momentum=0.9, average=rf.ema(0.9), backend=backend)
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    for _ in range(3):
+        opt.step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with profile(activities=[ProfilerActivity.CUDA]) as found, torch.cuda.stream(stream):
+        opt.step()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in found.events() if "Memcpy" not in e.name and "step" in e.name]
+    assert len(kernels) == 1, kernels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_averaged_weights_are_exchanged_and_come_back(backend: str) -> None:
+    model = small("cuda").to(memory_format=torch.preserve_format)
+    opt = rf.FusedSGD(model.parameters(), 0.1, average=rf.ema(0.5), backend=backend)
+    for _ in range(3):
+        model(torch.randn(4, 20, device="cuda")).sum().backward()
+        opt.step()
+    weights = [p.detach().clone() for p in model.parameters()]
+    averages = [opt.state[p]["average"].clone() for p in model.parameters()]
+    with opt.averaged():
+        inside: list[Tensor] = [p.detach().clone() for p in model.parameters()]
+    assert_same_bits(inside, averages)
+    assert_same_bits([p.detach() for p in model.parameters()], weights)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_of_more_than_2_to_the_31_elements(backend: str) -> None:
+    count = 2**31 + 4099
+    free, _ = torch.cuda.mem_get_info()
+    if free < 3 * count * 2 + 2**30:
+        pytest.skip("needs 14 GB")
+    p = nn.Parameter(torch.zeros(count, dtype=torch.bfloat16, device="cuda"))
+    opt = rf.FusedSGD([p], lr=1.0, backend=backend)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert bool((p == -1.0).all())
+
+
+def test_the_command_checks_the_gpu_backends() -> None:
+    command = [sys.executable, "-m", "rbwa_fused"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "check cuda           ok" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_is_stepped_from_the_first() -> None:
+    p = nn.Parameter(torch.ones(100, device="cuda:1"))
+    opt = rf.FusedSGD([p], lr=0.5)
+    p.grad = torch.ones_like(p)
+    with torch.cuda.device(0):
+        opt.step()
+    assert p.tolist() == [0.5] * 100

@@ -1,0 +1,134 @@
+"""The compiled CUDA kernels, read: wide accesses, no spills, no float64, enough loads in flight."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from rbwa_fused import ops
+
+if ops._C_cuda is None:
+    pytest.skip("the CUDA kernels are not built here", allow_module_level=True)
+
+ARCHITECTURES = [
+    name for name in ("sm_80", "sm_90") if f"{name[-2]}.{name[-1]}" in ops._C_cuda.ARCHITECTURES
+]
+NAME = r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)L4Rule(\d)ELb(\d)"  # as g++ mangles it
+SIZES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
+PLAIN, MOMENTUM, DIFFERENCE = 1, 2, 3  # enum Rule
+THREADS = 256
+REGISTERS = 65536  # of a multiprocessor, handed out to a thread by eights
+MOST_THREADS = 2048
+IN_FLIGHT = 64 * 1024  # bytes of loads a multiprocessor needs to hide the memory's latency
+
+
+class Kernel(NamedTuple):
+    """One compiled step: storage of parameter and average, enum Rule, averaged, registers, code."""
+
+    storage: str
+    average: str
+    rule: int
+    averaged: bool
+    registers: int
+    code: str
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """What a thread has loaded before it uses the first of it (step_cuda_body.h)."""
+        size = SIZES[self.storage]
+        vectors = 2 + (self.rule >= MOMENTUM) + 2 * (self.rule == DIFFERENCE)
+        if self.averaged:
+            vectors += SIZES[self.average] // size
+        return 16 * vectors * (1 if size == 2 else 2)
+
+
+def cuobjdump(*args: str) -> str:
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton")
+        found = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    command = [found, *args, ops._C_cuda.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def kernels(architecture: str) -> list[Kernel]:
+    usage = cuobjdump("-res-usage", "-arch", architecture)
+    registers = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", usage))
+    found = []
+    for part in cuobjdump("-sass", "-arch", architecture).split("Function : ")[1:]:
+        name = part.split(maxsplit=1)[0]
+        kind = re.search(
+            r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)L4Rule(\d)ELb(\d)", name
+        )
+        if kind is not None:
+            storage, average, rule, averaged = kind.groups()
+            average = storage if average == "S1_" else average
+            found.append(
+                Kernel(storage, average, int(rule), averaged == "1", int(registers[name]), part)
+            )
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_there_is_a_kernel_for_every_set_of_streams(architecture: str) -> None:
+    kinds = {kernel[:4] for kernel in kernels(architecture)}
+    expected = {
+        (storage, average, rule, averaged)
+        for storage, size in SIZES.items()
+        for rule in (PLAIN, MOMENTUM, DIFFERENCE)
+        for averaged in (False, True)
+        for average in ({storage, "f"} if averaged and size == 2 else {storage})
+    }
+    assert kinds == expected and len(kernels(architecture)) == len(expected) == 30
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memory_is_read_and_written_by_128_bits(architecture: str) -> None:
+    for kernel in kernels(architecture):
+        streams = 1 + (kernel.rule >= MOMENTUM) + 2 * (kernel.rule == DIFFERENCE) + kernel.averaged
+        loads = len(re.findall(r"\bLDG\.E[.A-Z]*\.128\b", kernel.code))
+        stores = len(re.findall(r"\bSTG\.E[.A-Z]*\.128\b", kernel.code))
+        assert loads >= streams + 1, kernel[:4]  # and the gradient
+        assert stores >= streams, kernel[:4]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_goes_through_local_memory(architecture: str) -> None:
+    for kernel in kernels(architecture):
+        assert not re.findall(r"\b(?:LDL|STL)\b", kernel.code), kernel[:4]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_float64_computes_in_float64(architecture: str) -> None:
+    for kernel in kernels(architecture):
+        arithmetic = re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP)\b", kernel.code)
+        assert bool(arithmetic) == (kernel.storage == "d"), kernel[:4]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_multiply_add_is_contracted(architecture: str) -> None:
+    """It would round once where the CPU rounds twice. FFMA and DFMA remain in 1/grad_scale only."""
+    for kernel in kernels(architecture):
+        if kernel.storage != "d":
+            fused = re.findall(r"\bFFMA\b", kernel.code)
+            reciprocal = re.findall(r"\bMUFU\.RCP\b", kernel.code)
+            assert len(fused) <= 8 * len(reciprocal), kernel[:4]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_leave_room_for_enough_loads_in_flight(architecture: str) -> None:
+    for kernel in kernels(architecture):
+        of_a_block = THREADS * -(-kernel.registers // 8) * 8
+        blocks = min(REGISTERS // of_a_block, MOST_THREADS // THREADS)
+        assert blocks * THREADS * kernel.bytes_in_flight >= IN_FLIGHT, (kernel[:5], blocks)
+
+
+def test_the_module_is_small_enough_to_ship() -> None:
+    assert Path(ops._C_cuda.__file__).stat().st_size < 3e6
