@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
-TREES := rbwa_fused tests benchmarks examples setup.py
+TREES := rbwa_fused triton_kernels tests benchmarks examples setup.py
+CPP := csrc/* benchmarks/*.cpp tests/*.cpp
 
-.PHONY: demo test check format abi bench clean
+.PHONY: demo test check format abi mutants bench gpu clean
 
 demo: .venv/demo
 	$(BIN)/python -m examples.train
@@ -15,16 +16,33 @@ test: .venv/dev
 check: .venv/dev
 	$(BIN)/ruff check $(TREES)
 	$(BIN)/ruff format --check $(TREES)
-	$(BIN)/clang-format --dry-run --Werror csrc/* benchmarks/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: .venv/dev
 	$(BIN)/ruff check --fix $(TREES)
 	$(BIN)/ruff format $(TREES)
-	$(BIN)/clang-format -i csrc/* benchmarks/*.cpp
+	$(BIN)/clang-format -i $(CPP)
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.step
+
+# Breaks the mathematics in one place at a time; the exit status counts what no test noticed.
+mutants: .venv/dev
+	$(BIN)/python tests/mutate.py
+
+# On a machine with a GPU: needs torch, Triton, pytest and nvcc in PYTHON's environment, no network.
+SANITIZE := compute-sanitizer --error-exitcode 1 --print-limit 20
+gpu:
+	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; \
+		print("%d.%d" % torch.cuda.get_device_capability())') \
+		$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m rbwa_fused
+	$(PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+	$(SANITIZE) --tool memcheck $(PYTHON) tests/gpu_smoke.py
+	$(SANITIZE) --tool racecheck $(PYTHON) tests/gpu_smoke.py
+	$(SANITIZE) --tool initcheck $(PYTHON) tests/gpu_smoke.py
+	$(PYTHON) -m benchmarks.step --device cuda
 
 # One build runs on every torch from 2.10 on: built against the newest, tested under an older one.
 abi: .venv/dev

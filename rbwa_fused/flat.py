@@ -205,6 +205,8 @@ class Table:
 
         `dtypes` names those that differ from the parameter's.
         """
+        if not values:
+            return {}
         kinds: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
         for i in values:
             dtype = dtypes.get(i, self.memory[i].dtype)

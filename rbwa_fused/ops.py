@@ -160,7 +160,7 @@ def choose(backend: str, device: torch.device) -> Backend:
                 return choose(name, device)
     why = unavailable(backend, device)
     if why is not None:
-        raise RuntimeError(f"backend {backend!r} {why}")
+        raise RuntimeError(f"backend {backend!r}: {why}")
     if backend == "triton":
         from rbwa_fused.triton_kernels import step
 
@@ -175,11 +175,11 @@ def unavailable(backend: str, device: torch.device) -> str | None:
 
         return available(device)
     if backend in ("cpu", "cuda") and device.type != backend:
-        return f"does not serve parameters on {device}"
+        return f"it does not serve parameters on {device}"
     if backend == "cpu" and _C is None:
-        return f"is not there: {CPU_HINT} ({_missing})"
+        return f"{CPU_HINT} ({_missing})"
     if backend == "cuda" and _C_cuda is None:
-        return f"is not there: {CUDA_HINT} ({_missing_cuda})"
+        return f"{CUDA_HINT} ({_missing_cuda})"
     return None
 
 

@@ -1,5 +1,13 @@
 """Two threads for every test: the suite must mean the same on every machine."""
 
-import torch
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve a busy machine
+pytest.register_assert_rewrite("emulation")
+
+import torch  # noqa: E402 (reads that variable)
+from emulation import emulated_cuda  # noqa: E402, F401 (a fixture for all)
 
 torch.set_num_threads(2)

@@ -66,21 +66,21 @@ const char* advance_cuda(const Deferred& deferred, void*) {
 
 PYBIND11_MODULE(emulated_cuda, module) {
   if (!find_exchange_table()) throw py::import_error("this torch has no DLPack exchange table");
-  module.def("step", [](const py::list& params, const py::list& grads, const py::list& state,
-                        py::handle segments, py::handle shapes, py::handle rows,
-                        py::handle samplings, const py::list& lrs, py::handle samplings64,
-                        py::handle samplings32, py::handle marks, py::handle grad_scale,
-                        py::handle found_inf) {
-    step_on({{views_of(params), views_of(grads), views_of(state), view_of(segments),
-              view_of(shapes), view_of(rows), view_of(samplings)},
-             views_of(lrs),
-             view_of(samplings64),
-             view_of(samplings32),
-             view_of(marks),
-             view_of(grad_scale),
-             view_of(found_inf)},
-            kCpu, nullptr);
-  });
+  module.def("step",
+             [](const py::list& params, const py::list& grads, const py::list& state,
+                py::handle segments, py::handle shapes, py::handle rows, py::handle samplings,
+                const py::list& lrs, py::handle samplings64, py::handle samplings32,
+                py::handle marks, py::handle grad_scale, py::handle found_inf) {
+               step_on({{views_of(params), views_of(grads), views_of(state), view_of(segments),
+                         view_of(shapes), view_of(rows), view_of(samplings)},
+                        views_of(lrs),
+                        view_of(samplings64),
+                        view_of(samplings32),
+                        view_of(marks),
+                        view_of(grad_scale),
+                        view_of(found_inf)},
+                       kCpu, nullptr);
+             });
   module.def("advance", [](py::handle counts, py::handle policies, py::handle samplings64,
                            py::handle samplings32, py::handle marks, py::handle found_inf) {
     advance_on({view_of(counts), view_of(policies), view_of(samplings64), view_of(samplings32),

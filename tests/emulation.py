@@ -68,7 +68,7 @@ def backend() -> ops.Backend:
 
 @pytest.fixture
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """backend="cuda" serves CPU tensors by emulated kernels; any lr tensor counts as on a device."""
+    """backend="cuda" serves CPU tensors by emulated kernels; an lr tensor counts as on a device."""
     chosen = backend()
     choose = ops.choose
 

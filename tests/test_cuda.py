@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, params, policy_for
-from emulation import emulated_cuda  # noqa: F401 (a fixture)
 from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
 
@@ -37,7 +36,7 @@ def test_not_flattened_it_has_the_same_bits(dtype: torch.dtype) -> None:
         )
 
 
-def test_all_param_groups_are_one_launch(emulated_cuda: Any) -> None:  # noqa: F811
+def test_all_param_groups_are_one_launch(emulated_cuda: Any) -> None:
     ps = params(torch.float32)
     opt = rf.FusedSGD(
         [{"params": [p], "lr": 0.01 * i, "momentum": 0.9 * (i % 2)} for i, p in enumerate(ps)],
@@ -52,7 +51,7 @@ def test_all_param_groups_are_one_launch(emulated_cuda: Any) -> None:  # noqa: F
         assert emulated_cuda.launches() == 1
 
 
-def test_as_few_launches_as_fit_and_the_same_bits(emulated_cuda: Any) -> None:  # noqa: F811
+def test_as_few_launches_as_fit_and_the_same_bits(emulated_cuda: Any) -> None:
     ends = []
     for backend in ("cuda", "cpu"):
         ps = [nn.Parameter(torch.linspace(-1, 1, 5 + i % 7)) for i in range(1000)]
@@ -69,7 +68,7 @@ def test_as_few_launches_as_fit_and_the_same_bits(emulated_cuda: Any) -> None:  
     assert_same_bits(*ends)
 
 
-def test_dtypes_are_a_launch_each(emulated_cuda: Any) -> None:  # noqa: F811
+def test_dtypes_are_a_launch_each(emulated_cuda: Any) -> None:
     ps = [nn.Parameter(torch.ones(9, dtype=dtype)) for dtype in DTYPES * 2]
     opt = rf.FusedSGD(ps, lr=0.1, average=rf.ema(0.9), backend="cuda")
     for p in ps:
@@ -172,7 +171,7 @@ def test_a_first_step_that_was_skipped_is_first_again_after_a_checkpoint() -> No
 def test_captured_steps_count_and_read_their_learning_rate_on_the_device(
     average: str,
     emulated_cuda: Any,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A replay runs the launches of one step again, with nothing from the host."""
     ends = []

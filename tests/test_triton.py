@@ -1,0 +1,552 @@
+"""The Triton backend: interpreted on the CPU against the reference, and compiled without a GPU.
+
+Triton decides when it is imported whether it interprets, so the interpreted tests run in a process
+of their own, which `test_the_interpreted_kernels_give_the_reference` starts.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import AVERAGES, DTYPES, RULES, gradients, params, policy_for
+from torch import Tensor, nn
+
+import rbwa_fused as rf
+from rbwa_fused import flat, ops, reference, rules
+from rbwa_fused.average import weight_of
+from rbwa_fused.deferred import policy_row
+
+pytest.importorskip("triton")
+pytest.importorskip("numpy")  # what the interpreter computes with
+
+from rbwa_fused.triton_kernels import step as triton_step
+
+ROOT = str(Path(__file__).parents[1])
+INTERPRETED = os.environ.get("RBWA_TRITON_TESTS") == "interpreted"
+CPU = torch.device("cpu")
+NAMED = [name for name in AVERAGES if name not in ("custom", "same-dtype")]
+
+
+def states(opt: Any, p: Tensor) -> dict[str, Tensor]:
+    return {k: v for k, v in opt.state.get(p, {}).items() if isinstance(v, Tensor)}
+
+
+def units(a: Tensor, b: Tensor) -> int:
+    """The largest distance in representable bfloat16 numbers."""
+
+    def order(t: Tensor) -> Tensor:
+        bits = t.view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return int((order(a) - order(b)).abs().max())
+
+
+def assert_same(actual: Tensor, expected: Tensor, where: Any) -> None:
+    """Equal bits. The interpreter truncates where it stores bfloat16: one unit there."""
+    assert actual.dtype == expected.dtype
+    if actual.dtype == torch.bfloat16 and actual.numel() > 0:
+        assert units(actual, expected) <= 1, where
+    else:
+        assert torch.allclose(actual, expected, rtol=0, atol=0, equal_nan=True), where
+
+
+class Twice:
+    """A backend that takes each step by the reference and by Triton, from the same memory, compares
+    all that they wrote, and goes on from what the reference wrote."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        state: list[Tensor],
+        segments: Tensor,
+        shapes: Tensor,
+        rows: Tensor,
+        samplings: Tensor,
+        deferred: Any = None,
+    ) -> None:
+        assert deferred is None
+        live = [*(p.detach() for p in params), *(g for g in grads if g is not None), *state]
+        before = [t.clone() for t in live]
+        reference.step_(params, grads, state, segments, rows, samplings)
+        expected = [t.clone() for t in live]
+        for tensor, value in zip(live, before, strict=True):
+            tensor.copy_(value)
+        tables = (segments, shapes, rows, samplings)
+        triton_step.step_triton(params, grads, state, *tables)
+        for i, (tensor, value) in enumerate(zip(live, expected, strict=True)):
+            assert_same(tensor, value, (i, tuple(tensor.shape)))
+            tensor.copy_(value)
+        self.steps += 1
+
+
+def few(dtype: torch.dtype) -> list[nn.Parameter]:
+    """Of the cases' layouts one each; with chunks of 32 elements, several chunks and tails."""
+    every = params(dtype)
+    full = nn.Parameter(torch.linspace(-2, 2, 64, dtype=torch.float64).to(dtype))
+    return [full, *(every[i] for i in (0, 1, 7, 9, 12, 14, 15))]
+
+
+def run_twice(
+    monkeypatch: pytest.MonkeyPatch,
+    rule: str,
+    average: str,
+    dtype: torch.dtype,
+    ps: list[nn.Parameter],
+    steps: int,
+) -> None:
+    both = Twice()
+    backend = ops.Backend("triton", both.step)
+    monkeypatch.setattr(ops, "choose", lambda name, device: backend)
+    cls, options, _ = RULES[rule]
+    opt = cls(ps, **options, average=policy_for(average, dtype), backend="reference")
+    for step in range(steps):
+        for p, g in zip(ps, gradients(ps, step), strict=True):
+            p.grad = g
+        if step > 0:
+            ps[step % len(ps)].grad = None  # takes no step, but is sampled
+        opt.step()
+    assert both.steps == steps
+
+
+MOST = ["none", "mean-write-back", "same-dtype", "swa-current"]
+CASES = [
+    (torch.float32, rule, average) for rule in ("momentum", "explicit") for average in AVERAGES
+]
+CASES += [(torch.float32, rule, average) for rule in RULES for average in MOST]
+CASES += list(itertools.product(DTYPES[1:], RULES, MOST[1:3]))
+
+
+class TestInterpreted:
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize(("dtype", "rule", "average"), dict.fromkeys(CASES), ids=str)
+    def test_every_step_gives_the_bits_of_the_reference(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rule: str, average: str
+    ) -> None:
+        monkeypatch.setattr(triton_step, "CHUNK", 32)
+        run_twice(monkeypatch, rule, average, dtype, few(dtype), steps=5)
+
+    @pytest.mark.parametrize("parts", [1, 4])
+    def test_every_layout_in_chunks_as_they_are(
+        self, monkeypatch: pytest.MonkeyPatch, parts: int
+    ) -> None:
+        if parts > 1:
+            monkeypatch.setattr(triton_step, "LARGE", 1)
+            monkeypatch.setattr(triton_step, "CHUNK", 512)
+        ps = params(torch.float32)
+        run_twice(monkeypatch, "explicit", "mean-write-back", torch.float32, ps, steps=3)
+
+    def test_any_coefficients_and_infinities_do_as_in_the_reference(self) -> None:
+        random = torch.Generator().manual_seed(0)
+        numbers = torch.rand(8, 9, generator=random, dtype=torch.float64)
+        zeros = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)), dtype=torch.float64)
+        numbers[:, [1, 2, 5]] *= zeros  # lambda, mu, alpha
+        flags = (0.0, 1.0)
+        samplings = [
+            [0.5, *row] for row in itertools.product((0.0, 0.3, 1.0), (1.0,), flags, flags)
+        ]
+        samplings.append([0.7, 0.3, 0.0, 0.0, 1.0])  # not sampled, whatever else it says
+        table = flat.Table()
+        memory, grads = [], []
+        for i, (row, sampling) in enumerate(itertools.product(range(8), range(len(samplings)))):
+            memory.append(torch.randn(40, generator=random))
+            table.add(memory[-1], 0, i, row, sampling)
+            g = torch.randn(40, generator=random)
+            g[3] = -torch.inf
+            memory[-1][5] = torch.inf
+            grads.append(None if i % 7 == 0 else g)
+        every = range(len(memory))
+        table.attach("average", dict.fromkeys(every), {})
+        table.attach("momentum_buffer", dict.fromkeys(every[::2]), {})
+        for stream in ("difference_buffer", "previous_gradient"):
+            table.attach(stream, dict.fromkeys(every[::4]), {})
+        for i, buffer in enumerate(table.state):
+            buffer.copy_(torch.randn(buffer.shape, generator=random))
+            buffer[7 + i :: 128] = torch.inf
+        tables = (*table.tensors(), numbers, torch.tensor(samplings, dtype=torch.float64))
+        Twice().step(memory, grads, table.state, *tables)
+
+    def test_all_groups_of_a_pair_of_dtypes_are_one_launch(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        both = Twice()
+        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", both.step))
+        launched: list[tuple[torch.dtype, torch.dtype]] = []
+        launch = triton_step.Launch._launch
+
+        def count(self: Any, *args: Any) -> None:
+            launched.append((self.dtype, self.average_dtype))
+            launch(self, *args)
+
+        monkeypatch.setattr(triton_step.Launch, "_launch", count)
+        a, b, c, d = (nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 9, 1, 3))
+        e, f = (nn.Parameter(torch.ones(7, dtype=torch.float16)) for _ in "ef")
+        same = rf.Average(rf.Ema(0.5), dtype=torch.float16)
+        opt = rf.FusedSGD(
+            [
+                {"params": [a]},
+                {"params": [b], "lr": 0.3, "average": False},
+                {"params": [c], "momentum": 0.0, "maximize": True},
+                {"params": [d], "average": rf.mean(start=1, write_back_every=2)},
+                {"params": [e], "average": same},
+                {"params": [f]},
+            ],
+            lr=0.1,
+            momentum=0.9,
+            average=rf.ema(0.6),
+            backend="reference",
+        )
+        for _ in range(3):
+            launched.clear()
+            for p in (a, b, c, d, e, f):
+                p.grad = torch.linspace(1, 2, p.numel(), dtype=p.dtype)
+            opt.step()
+            half = (torch.float16, torch.float16), (torch.float16, torch.float32)
+            assert sorted(launched, key=str) == sorted(
+                [*half, (torch.float32, torch.float32)], key=str
+            )
+
+    def test_tables_are_copied_only_when_they_change_and_are_forgotten(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tables: list[Any] = []
+
+        def step(*args: Any, deferred: Any = None) -> None:
+            triton_step.step_triton(*args)
+            tables.append(triton_step._launches[args[3]][0].upload)
+
+        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", step))
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        opt = rf.FusedSGD([p], lr=0.5, momentum=0.5, backend="triton")
+        for lr in (0.5, 0.5, 0.5, 0.25, 0.25):
+            opt.param_groups[0]["lr"] = lr
+            opt.step()
+        _, second, third, fourth, fifth = tables
+        assert second is third and third is not fourth and fourth is fifth
+        assert p.tolist() == [1 - 0.5 * (1 + 1.5 + 1.75) - 0.25 * (1.875 + 1.9375)] * 3
+        del opt
+        gc.collect()
+        assert len(triton_step._launches) == 0
+
+    @pytest.mark.parametrize("name", NAMED)
+    def test_the_device_counts_and_weighs_as_the_host_does(self, name: str) -> None:
+        policy = AVERAGES[name]
+        counters = Counters([None, policy], segments=1)
+        step = n = 0
+        for skipped in ([1.0, 0.0, 0.0, 3.0] * 9)[1:]:
+            rows = [torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64)] * 4
+            if policy is not None:
+                *rows, n_after = [*rows[:2], *expected_rows(policy, n, step + 1)]
+            else:
+                n_after = n
+            expected = torch.stack(rows)
+            assert torch.equal(counters.samplings64, expected), step
+            assert torch.equal(counters.samplings32, expected.float()), step
+            counters.found_inf = torch.tensor([skipped])
+            triton_step.advance_triton(counters)
+            if not skipped:
+                step, n = step + 1, n_after
+            assert counters.counts.tolist() == [step, 0, n]
+
+    def test_many_policies_and_segments_are_counted_at_once(self) -> None:
+        counters = Counters([rf.ema(0.5, start=i) for i in range(5)], segments=3000)
+        counters.marks[::7, 1] = 1
+        counters.marks[5, 0] = 1
+        expected = counters.marks.clone()
+        expected[::7, 0] = 1
+        for _ in range(3):
+            triton_step.advance_triton(counters)
+        assert counters.counts.tolist() == [3, 3, 2, 1, 0, 0]
+        assert torch.equal(counters.marks, expected)
+
+    @pytest.mark.parametrize("average", ["none", "mean-write-back", "swa-current", "rbwa"])
+    def test_the_optimizer_takes_it_by_name(
+        self, average: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Steps, skipped steps, counters and averaged() through FusedSGD(backend="triton")."""
+        monkeypatch.setattr(triton_step, "CHUNK", 32)
+        ends = []
+        for backend in ("triton", "reference"):
+            ps = three(torch.float32)
+            policy = AVERAGES[average]
+            opt = rf.FusedSGD(ps, 0.1, 0.8, average=policy, backend=backend)
+            assert opt.backend == backend
+            for step in range(1, 9):
+                skip = step in (1, 4)
+                for p, g in zip(ps, gradients(ps, step), strict=True):
+                    p.grad = g * (torch.inf if skip else 4.0)
+                opt.grad_scale, opt.found_inf = torch.tensor([4.0]), torch.tensor([float(skip)])
+                opt.step()
+                del opt.grad_scale, opt.found_inf
+            assert (opt._deferred is not None) == (backend == "triton")
+            with opt.averaged():
+                inside = [p.detach().clone() for p in ps]
+            kept = [t for p in ps for t in (p.detach(), *states(opt, p).values())]
+            ends.append([*inside, *kept, torch.tensor(opt.n_averaged)])
+        for ours, theirs in zip(*ends, strict=True):
+            assert_same(ours, theirs, average)
+
+    @pytest.mark.parametrize(
+        ("rule", "average", "dtype"),
+        [
+            *(("dampening", average, torch.float32) for average in NAMED),
+            *(("explicit", "mean-write-back", dtype) for dtype in (torch.float64, torch.float16)),
+            *(("rsgdm", "rbwa", dtype) for dtype in (torch.float64, torch.float16)),
+            ("plain", "algorithm2", torch.float32),
+            ("explicit", "lookahead", torch.float32),
+        ],
+        ids=str,
+    )
+    def test_skipped_steps_leave_no_trace_and_counters_on_the_device_agree(
+        self, monkeypatch: pytest.MonkeyPatch, rule: str, average: str, dtype: torch.dtype
+    ) -> None:
+        monkeypatch.setattr(triton_step, "CHUNK", 32)
+        ours, theirs = three(dtype), three(dtype)
+        cls, options, _ = RULES[rule]
+        policy = policy_for(average, dtype)
+        second = {"lr": 0.05, "average": False, "weight_decay": 0.3}
+        opt = cls(
+            [{"params": theirs[:2]}, {"params": theirs[2:], **second}],
+            **options,
+            average=policy,
+            backend="reference",
+        )
+        device = OnDevice(ours, opt, policy)
+        for step in range(12):
+            lr = torch.tensor([options["lr"] / (1 + step)])
+            opt.param_groups[0]["lr"], device.deferred.lrs = lr.item(), [lr, None]
+            scale = None if step % 5 == 3 else torch.tensor([3.0 + step])
+            # a sum over devices, so it may be above 1; the very first step overflows too
+            skipped = torch.tensor([{0: 1.0, 4: 2.0, 7: 1.0}.get(step, 0.0)])
+            grads = gradients(ours, step)
+            for p, q, g in zip(ours, theirs, grads, strict=True):
+                p.grad, q.grad = g.clone(), g.clone()
+            if step in (0, 1, 2, 6):
+                ours[1].grad = theirs[1].grad = None  # steps first when others have a momentum
+            opt.grad_scale, opt.found_inf = scale, skipped
+            opt.step()
+            device.step(scale, skipped)
+            for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+                assert_same(p.detach(), q.detach(), (step, i))
+                if p.grad is not None and scale is not None:
+                    wide = torch.promote_types(dtype, torch.float32)
+                    unscaled = grads[i].to(wide) * (1 / scale.to(wide))
+                    assert_same(p.grad, grads[i] if skipped else unscaled.to(dtype), (step, i))
+                for name, value in states(opt, q).items():
+                    assert_same(device.state[name][i], value, (step, i, name))
+                started = "momentum_buffer" in states(opt, q)
+                assert bool(device.deferred.marks[i, 0]) == started, (step, i)
+        assert device.deferred.counts.tolist() == [9, opt.n_averaged, 0]
+
+
+class Counters(SimpleNamespace):
+    """What `advance_triton` works on, before the first step."""
+
+    def __init__(self, policies: list[rf.Average | None], segments: int) -> None:
+        rows = 2 * len(policies)
+        super().__init__(
+            counts=torch.tensor([-1] + [0] * len(policies)),
+            policies=torch.tensor([policy_row(p) for p in policies], dtype=torch.float64),
+            samplings32=torch.zeros(rows, 5),
+            samplings64=torch.zeros(rows, 5, dtype=torch.float64),
+            marks=torch.zeros(segments, 2, dtype=torch.int32),
+            grad_scale=None,
+            found_inf=None,
+            lrs=[],
+        )
+        triton_step.advance_triton(self)  # counts step 0, which no policy samples
+
+
+def expected_rows(policy: rf.Average, n: int, step: int) -> tuple[Tensor, Tensor, int]:
+    """Both rows of a policy after n samples, from its documentation, and the samples after it."""
+    current = policy.initial == "current" and n == 0 and step > policy.start
+    n += current
+    due = policy.due(step)
+    w = weight_of(policy.weight, n, step) if due else 0.0
+    written = due and policy.written_back(step)
+    buffered = [1.0, w, due or current, current, written]
+    elided = [w if due else 1.0, 0.0, 0.0, 0.0, 0.0]
+    pair = torch.tensor([buffered, elided], dtype=torch.float64)
+    return pair[0], pair[1], n + due
+
+
+def three(dtype: torch.dtype) -> list[nn.Parameter]:
+    values = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    return [nn.Parameter(values[:n].to(dtype).clone()) for n in (40, 5, 17)]
+
+
+class OnDevice:
+    """Three parameters in two groups, the first with a policy, stepped by device counters alone."""
+
+    def __init__(self, ps: list[nn.Parameter], opt: Any, policy: rf.Average | None) -> None:
+        self.params, self.opt = ps, opt
+        self.table = flat.Table()
+        for i, p in enumerate(ps):
+            group = int(i == 2)
+            elided = policy is not None and policy.elided_for(p.dtype) and group == 0
+            self.table.add(p, group, i, row=2 * group, sampling=2 * group + elided)
+        every = dict.fromkeys(range(3))
+        self.state = {name: self.table.attach(name, every, {}) for name in opt.streams}
+        if policy is not None and not policy.elided_for(ps[0].dtype):
+            dtype = policy.dtype_for(ps[0].dtype)
+            starts = dict.fromkeys(range(2))
+            self.state["average"] = self.table.attach(
+                "average", starts, dict.fromkeys(starts, dtype)
+            )
+        self.deferred = Counters([policy, None], segments=3)
+
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+        rows = []
+        for group, first in itertools.product(self.opt.param_groups, (False, True)):
+            s = -1.0 if group["maximize"] else 1.0
+            lr = 99.0 if group is self.opt.param_groups[0] else group["lr"]  # the tensor's turn
+            rows.append([s, group["weight_decay"], *self.opt.rule(group, first), lr])
+        segments, shapes = self.table.tensors()
+        self.deferred.grad_scale, self.deferred.found_inf = grad_scale, found_inf
+        triton_step.step_triton(
+            self.params,
+            [p.grad for p in self.params],
+            self.table.state,
+            segments,
+            shapes,
+            torch.tensor(rows, dtype=torch.float64),
+            torch.full((4, rules.SAMPLING.size // 8), torch.nan, dtype=torch.float64),
+            self.deferred,
+        )
+        triton_step.advance_triton(self.deferred)
+
+
+def disassemble(cubin: bytes, folder: Path) -> Counter[str]:
+    """How often each instruction stands in a kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if not tool.exists():
+        pytest.skip("this build of Triton has no disassembler")
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    text = subprocess.run([tool, "-c", file], capture_output=True, text=True, check=True).stdout
+    return Counter(re.findall(r"^\s+(?:/\*\w+\*/)?\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M))
+
+
+# dtype, dtype of averages, rule, averaged, counters on the device
+KERNELS = [
+    ("float32", "float32", "PLAIN", False, False),
+    ("float32", "float32", "MOMENTUM", False, False),
+    ("float32", "float32", "MOMENTUM", True, False),
+    ("float32", "float32", "DIFFERENCE", True, True),
+    ("bfloat16", "float32", "MOMENTUM", True, False),
+    ("bfloat16", "float32", "DIFFERENCE", True, True),
+    ("float16", "float16", "MOMENTUM", True, True),
+]
+
+
+class TestCompiled:
+    __test__ = not INTERPRETED
+
+    def test_the_interpreted_kernels_give_the_reference(self) -> None:
+        env = {**os.environ, "RBWA_TRITON_TESTS": "interpreted", "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert "passed" in done.stdout and "skipped" not in done.stdout
+
+    def test_without_the_interpreter_the_cpu_is_refused_with_the_way_out(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert "TRITON_INTERPRET=1" in (triton_step.available(CPU) or "")
+        p = torch.ones(3)
+        table = flat.Table()
+        table.add(p, 0, 0, row=0, sampling=0)
+        rows = torch.zeros(1, 9, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+            triton_step.step_triton([p], [p], [], *table.tensors(), *rows)
+        assert "mps" in (triton_step.available(torch.device("mps")) or "")
+
+    def test_nothing_needs_triton_before_a_step_does(self) -> None:
+        module = triton_step.__name__
+        code = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+before = "triton" in sys.modules
+import {module} as step, torch
+assert before or "triton" not in sys.modules
+sys.modules["triton"] = None
+assert "pip install triton" in step.available(torch.device("cuda"))
+"""
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    @pytest.mark.parametrize("parts", [1, triton_step.PARTS])
+    @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "-".join(map(str, k)))
+    def test_full_chunks_move_128_bits_an_instruction_and_spill_nothing(
+        self, kernel: tuple[str, str, str, bool, bool], parts: int, tmp_path: Path
+    ) -> None:
+        import triton
+        import triton.language as tl
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        update = sys.modules.get(f"{triton_step.__package__}.update")
+        if update is None:
+            triton_step.available(torch.device("cuda"))
+            update = sys.modules[f"{triton_step.__package__}.update"]
+        if not isinstance(update.step_kernel, triton.JITFunction):
+            pytest.skip("TRITON_INTERPRET is set")
+        dtype, average, rule, averaged, deferred = kernel
+        pointers = {"chunks": "*i32", "table": "*i64", "rows": "*fp32", "samplings": "*fp32"}
+        counting = {"marks": "*i32", "grad_scale": "*fp32", "found_inf": "*fp32"}
+        constants: dict[str, Any] = {
+            "DTYPE": getattr(tl, dtype),
+            "AVERAGE_DTYPE": getattr(tl, average),
+            "RULE": getattr(update, rule).value,
+            "AVERAGED": averaged,
+            "BLOCK": triton_step.CHUNK,
+            "PARTS": parts,
+        }
+        if deferred:
+            pointers.update(counting)
+        else:
+            constants.update(dict.fromkeys(counting))
+        source = ASTSource(
+            fn=update.step_kernel,
+            signature={**pointers, **dict.fromkeys(constants, "constexpr")},
+            constexprs=constants,
+        )
+        warps = triton_step.WARPS[parts]
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False},
+        )
+        found = disassemble(compiled.asm["cubin"], tmp_path)
+
+        own, averages = (torch.finfo(getattr(torch, name)).bits // 8 for name in (dtype, average))
+        vectors = triton_step.CHUNK // (32 * warps) * own // 16  # of a stream and thread
+        of_average = vectors * averages // own * averaged
+        streams = {"PLAIN": [2], "MOMENTUM": [2, 3], "DIFFERENCE": [2, 3, 5]}[rule]
+        loads = sum(n * vectors + of_average for n in streams)
+        stores = sum((n - 1 + deferred) * vectors + of_average for n in streams)
+        if averaged:  # a segment without a gradient
+            loads, stores = loads + vectors + of_average, stores + vectors + of_average
+        assert found["LDG.E.128"] == loads and found["STG.E.128"] == stores, found
+        forbidden = r"(LDL|STL|DADD|DMUL|DFMA|DSETP)\b"
+        if not deferred:  # the reciprocal of the loss scale is a division
+            forbidden += r"|FFMA|.*\.FTZ"
+        assert not [name for name in found if re.match(forbidden, name)], found

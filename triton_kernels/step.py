@@ -1,0 +1,326 @@
+"""The launch: what a step's tables say, brought to the device, and one kernel for all segments.
+
+A launch serves all segments of one dtype and one dtype of their averages. Its table has a row of
+ENTRY_COLUMNS numbers for each segment: the addresses of theta, g, m, z, previous and a (0: not
+touched), the length, the rows of both coefficient tables, the rule, the address of a tensor
+learning rate (0: none), and the segment's number. The coefficient tables, rounded to the
+arithmetic's dtype, follow in the same memory, so that a step costs at most one copy to the device,
+and none where nothing changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rbwa_fused.flat import DTYPE, DTYPES, LENGTH, ROW, SAMPLING, STREAMS
+
+if TYPE_CHECKING:
+    from rbwa_fused.deferred import Deferred
+
+CHUNK = 4096  # elements that a program takes
+LARGE = 100_000_000  # elements of a table from which on a program takes several chunks in turn
+PARTS = 4
+# The fewest registers without local memory on sm_90: a thread holds 8 elements, or 16.
+WARPS = {1: 16, PARTS: 8}
+MARKS_BLOCK = 1024  # segments whose marks one program advances
+MU, SAMPLE = 2, 2  # columns of the coefficient tables
+
+Grads = Sequence[Tensor | None]
+
+
+def available(device: torch.device) -> str | None:
+    """None where this backend serves tensors of a device, else the reason why it does not."""
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"Triton does not serve {device.type}"
+    interpret = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    if device.type == "cpu" and not interpret:
+        return "on the CPU its kernels only run interpreted: set TRITON_INTERPRET=1"
+    try:
+        from . import update
+    except ImportError as error:
+        return f"Triton is missing: run `pip install triton` ({error})"
+    compiled = isinstance(update.step_kernel, update.triton.JITFunction)
+    if device.type == "cpu" and compiled:
+        return "its kernels were loaded before TRITON_INTERPRET=1 was set"
+    if device.type != "cpu" and not compiled:
+        return f"TRITON_INTERPRET=1 interprets on the CPU only, not on {device.type}"
+    return None
+
+
+def step_triton(
+    params: Sequence[Tensor],
+    grads: Grads,
+    state: Sequence[Tensor],
+    segments: Tensor,
+    shapes: Tensor,
+    rows: Tensor,
+    samplings: Tensor,
+    deferred: Deferred | None = None,
+) -> None:
+    """`reference.step_` in one launch for each pair of a dtype and a dtype of averages.
+
+    Args:
+        params, grads, state, segments, shapes, rows, samplings: as `ops.step_cpu`'s, already
+            checked; the tables lie on the CPU.
+        deferred: None, or what the device decides by itself (rbwa_fused/deferred.py): samplings of
+            its own stand for `samplings`; segment i takes its row, or before its first step with
+            momentum, which marks[i] tell and note, the odd row after it; a step may be skipped.
+            Both rows of every group must be up to date then, and `advance_triton` follows.
+
+    Raises:
+        RuntimeError: where the backend does not serve the device, or the first step with a table
+            is taken while a CUDA graph is captured.
+    """
+    if not params:
+        return
+    device = params[0].device
+    with _on(device):
+        launches = _launches.get(segments)
+        if launches is None:
+            reason = available(device)
+            if reason is None and _capturing(device):
+                reason = "take a step before you capture one"
+            if reason is not None:
+                raise RuntimeError(f"backend 'triton': {reason}")
+            launches = _launches[segments] = _plan(segments, state, device)
+        addresses = [t.data_ptr() for t in state]
+        for launch in launches:
+            launch.run(params, grads, addresses, rows, samplings, deferred)
+
+
+def advance_triton(deferred: Deferred) -> None:
+    """Counts the step just taken, unless ``found_inf`` skipped it, and packs the next samplings.
+
+    Args:
+        deferred: `step_triton`'s, with all groups' counters and all segments' marks.
+    """
+    from . import advance
+
+    samplers, segments = deferred.policies.shape[0], deferred.marks.shape[0]
+    with _on(deferred.counts.device):
+        advance.advance_kernel[(1 + -(-segments // MARKS_BLOCK),)](
+            deferred.counts,
+            deferred.policies,
+            deferred.samplings32,
+            deferred.samplings64,
+            deferred.marks,
+            deferred.found_inf,
+            samplers,
+            segments,
+            SAMPLERS=1 << max(samplers - 1, 0).bit_length(),
+            BLOCK=MARKS_BLOCK,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+
+
+@dataclass
+class Upload:
+    """A launch's tables on the device, and what they ask of the kernel.
+
+    Attributes:
+        staging: the memory that they were copied from.
+        rule: the most demanding one, None where no segment has anything to do.
+    """
+
+    staging: Tensor
+    table: Tensor
+    rows: Tensor
+    samplings: Tensor
+    rule: int | None
+    averaged: bool
+
+
+@dataclass
+class Launch:
+    """The segments of one dtype and one dtype of averages.
+
+    Attributes:
+        members: of each segment its number in the segment table, and its columns there.
+        chunks: (n, 2) int32 on the device: each program's segment, and which part of it.
+        key: all that `upload` depends on.
+        captured: what captured graphs read at each replay.
+    """
+
+    dtype: torch.dtype
+    average_dtype: torch.dtype
+    members: list[tuple[int, list[int]]]
+    chunks: Tensor
+    parts: int
+    key: tuple[Any, ...] = ()
+    upload: Upload | None = None
+    captured: list[Upload] = field(default_factory=list)
+
+    def run(
+        self,
+        params: Sequence[Tensor],
+        grads: Grads,
+        addresses: list[int],
+        rows: Tensor,
+        samplings: Tensor,
+        deferred: Deferred | None,
+    ) -> None:
+        """Brings the tables up to date where something changed, and launches."""
+        theta = [params[i].data_ptr() for i, _ in self.members]
+        g = [None if (grad := grads[i]) is None else grad.data_ptr() for i, _ in self.members]
+        lrs = None
+        if deferred is not None:
+            samplings = samplings[:0]
+            lrs = [0 if lr is None else lr.data_ptr() for lr in deferred.lrs]
+        key = (theta, g, addresses, rows.tolist(), samplings.tolist(), lrs)
+        capturing = _capturing(self.chunks.device)
+        upload = self.upload
+        if upload is None or key != self.key:
+            self.upload = upload = self._upload(rows, samplings, *key)
+            self.key = () if capturing else key  # a captured copy happens only at a replay
+        if capturing:
+            self.captured.append(upload)
+        if upload.rule is not None:
+            self._launch(upload, deferred)
+
+    def _upload(
+        self,
+        rows: Tensor,
+        samplings: Tensor,
+        theta: list[int],
+        g: list[int | None],
+        addresses: list[int],
+        row_values: list[list[float]],
+        sampling_values: list[list[float]],
+        lrs: list[int] | None,
+    ) -> Upload:
+        """Packs the table and the coefficients, and copies them to the device."""
+        from .update import DIFFERENCE, MOMENTUM, PLAIN
+        from .update import SAMPLE as NO_GRADIENT
+
+        entries, rules = [], []
+        averaged = False
+        for (number, columns), theta_at, g_at in zip(self.members, theta, g, strict=True):
+            row, sampling = columns[ROW], columns[SAMPLING]
+            moving = g_at is not None and row_values[row][MU] != 0
+            # Where the device counts, it decides itself whether a sample is due.
+            sampled = lrs is not None or sampling_values[sampling][SAMPLE] != 0
+            at = {}
+            for name, column in STREAMS.items():
+                buffer, offset = columns[column : column + 2]
+                dtype = self.average_dtype if name == "average" else self.dtype
+                if buffer != -1 and (sampled if name == "average" else moving):
+                    at[name] = addresses[buffer] + offset * dtype.itemsize
+            if g_at is None:
+                rule = NO_GRADIENT.value
+            elif "difference_buffer" in at and "previous_gradient" in at:
+                rule = DIFFERENCE.value
+            else:
+                rule = (MOMENTUM if "momentum_buffer" in at else PLAIN).value
+            averaged = averaged or "average" in at
+            if g_at is not None or "average" in at:
+                rules.append(rule)
+            streams = ("momentum_buffer", "difference_buffer", "previous_gradient", "average")
+            entries += [theta_at, g_at or 0, *(at.get(name, 0) for name in streams)]
+            lr = lrs[row // 2] if lrs else 0
+            entries += [columns[LENGTH], row, sampling, rule, lr, number]
+
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        pieces = [torch.tensor(entries), rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)]
+        device = self.chunks.device
+        staging = torch.empty(
+            sum(piece.nbytes for piece in pieces),
+            dtype=torch.uint8,
+            pin_memory=device.type != "cpu",
+        )
+        for piece, part in zip(pieces, _split(staging, pieces), strict=True):
+            part.copy_(piece)
+        table, row_table, sampling_table = _split(staging.to(device, non_blocking=True), pieces)
+        return Upload(staging, table, row_table, sampling_table, max(rules, default=None), averaged)
+
+    def _launch(self, upload: Upload, deferred: Deferred | None) -> None:
+        from . import update
+
+        samplings, marks, grad_scale, found_inf = upload.samplings, None, None, None
+        if deferred is not None:
+            wide = upload.rows.dtype == torch.float64
+            samplings = deferred.samplings64 if wide else deferred.samplings32
+            marks, grad_scale = deferred.marks, deferred.grad_scale
+            found_inf = deferred.found_inf
+        update.step_kernel[(self.chunks.shape[0],)](
+            self.chunks,
+            upload.table,
+            upload.rows,
+            samplings,
+            marks,
+            grad_scale,
+            found_inf,
+            DTYPE=_triton_dtype(self.dtype),
+            AVERAGE_DTYPE=_triton_dtype(self.average_dtype),
+            RULE=max(upload.rule or 0, update.PLAIN.value),
+            AVERAGED=upload.averaged,
+            BLOCK=CHUNK,
+            PARTS=self.parts,
+            num_warps=WARPS[self.parts],
+            num_stages=1,
+            enable_fp_fusion=False,
+        )
+
+
+# One table of segments is one layout; it is forgotten with the tensor.
+_launches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _plan(segments: Tensor, state: Sequence[Tensor], device: torch.device) -> list[Launch]:
+    """Sorts segments into launches. Those without an average join others of their dtype."""
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[int, list[int]]]] = {}
+    without: dict[torch.dtype, list[tuple[int, list[int]]]] = {}
+    table = segments.tolist()
+    for number, columns in enumerate(table):
+        dtype, buffer = DTYPES[columns[DTYPE]], columns[STREAMS["average"]]
+        if buffer == -1:
+            without.setdefault(dtype, []).append((number, columns))
+        else:
+            kinds.setdefault((dtype, state[buffer].dtype), []).append((number, columns))
+    for dtype, members in without.items():
+        kind = next((kind for kind in kinds if kind[0] == dtype), (dtype, dtype))
+        kinds.setdefault(kind, []).extend(members)
+    parts = PARTS if sum(columns[LENGTH] for columns in table) >= LARGE else 1
+    return [
+        Launch(*kind, members, _chunks(members, parts * CHUNK).to(device), parts)
+        for kind, members in kinds.items()
+    ]
+
+
+def _chunks(members: list[tuple[int, list[int]]], chunk: int) -> Tensor:
+    """The table of programs. An empty segment has one, which marks its first step."""
+    lengths = torch.tensor([columns[LENGTH] for _, columns in members])
+    programs = (lengths + chunk - 1).div(chunk, rounding_mode="floor").clamp(min=1)
+    member = torch.repeat_interleave(torch.arange(len(members)), programs)
+    first = programs.cumsum(0) - programs
+    return torch.stack([member, torch.arange(len(member)) - first[member]], dim=1).int()
+
+
+def _split(memory: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of the pieces that lie in memory one after the other."""
+    sizes = [piece.nbytes for piece in like]
+    parts = memory.split(sizes)
+    return [part.view(piece.dtype) for part, piece in zip(parts, like, strict=True)]
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    from triton import language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device current, as Triton's launches need it."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,272 @@
+"""The device code: `update`, which mirrors csrc/update.h line by line, and the kernels around it.
+
+Compiled without fused multiply-adds, it gives the bits of the CPU kernels. Each program takes one
+block of elements, or a constant few in turn: a loaded bound breaks Triton 3.6's interpreter.
+"""
+
+# A branch that is decided at compile time needs an `if` of its own; constants are in capitals.
+# ruff: noqa: N803, SIM102, SIM108, SIM109
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SAMPLE = tl.constexpr(0)  # enum class Rule
+PLAIN = tl.constexpr(1)
+MOMENTUM = tl.constexpr(2)
+DIFFERENCE = tl.constexpr(3)
+
+ENTRY_COLUMNS = tl.constexpr(12)  # of the launch table, see step.py
+ROW_COLUMNS = tl.constexpr(9)  # of the coefficient tables, see csrc/step.h
+SAMPLING_COLUMNS = tl.constexpr(5)
+
+
+@triton.jit
+def update(k, theta, g, m, z, previous, a, RULE: tl.constexpr, AVERAGED: tl.constexpr):
+    """Lines (1)-(5): the new theta, m, z, previous, a.
+
+    A zero coefficient drops its term, so that an infinity spreads as far as in torch.optim.SGD.
+    """
+    s, lambda_, mu, c, kappa, alpha, gamma, delta, eta, w, current, write_back = k
+    x = theta
+    if RULE != SAMPLE:
+        g = s * g
+        g = tl.where(lambda_ != 0, g + lambda_ * theta, g)  # (1)
+        direction = g
+        if RULE == MOMENTUM or RULE == DIFFERENCE:
+            m = mu * m + c * g  # (2)
+            direction = tl.where(alpha != 0, alpha * g + gamma * m, gamma * m)
+        if RULE == DIFFERENCE:
+            z = mu * z + kappa * (g - previous)  # (2) for the gradient's difference
+            previous = g
+            direction = direction + delta * z
+        x = theta - eta * direction  # (3)
+    if AVERAGED:
+        a = tl.where(current, theta, a)
+        a = tl.where(w == 1, x, tl.where(w != 0, a + w * (x - a), a))  # (4)
+        x = tl.where(write_back, a, x)  # (5)
+    return x, m, z, previous, a
+
+
+@triton.jit
+def lanes(BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """The elements of a block. A block that is not full is a matrix of one row, because Triton lays
+    out all loads of one shape alike: as vectors, which elements off the alignment cannot be."""
+    lane = tl.arange(0, BLOCK)
+    if not FULL:
+        lane = lane[None, :]
+    return lane
+
+
+@triton.jit
+def elements(stream, begin, lane, FULL: tl.constexpr):
+    """Pointers to a block of a stream; those of a full block are promised to be aligned."""
+    start = stream + begin
+    if FULL:
+        start = tl.multiple_of(start, 16)  # bytes
+    return start + lane
+
+
+@triton.jit
+def load(at, mask, wide, FULL: tl.constexpr):
+    """A block, widened to the arithmetic's dtype. What is masked off is never stored."""
+    if FULL:
+        block = tl.load(at)
+    else:
+        block = tl.load(at, mask=mask)
+    return block.to(wide)
+
+
+@triton.jit
+def store(at, block, mask, FULL: tl.constexpr):
+    """Stores a block, rounded to nearest even."""
+    if FULL:
+        tl.store(at, block.to(at.dtype.element_ty))
+    else:
+        tl.store(at, block.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def step_block(
+    k,
+    streams,
+    unscale,
+    begin,
+    length,
+    sampled,
+    RULE: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Loads one block of a segment, updates it, stores it."""
+    wide: tl.constexpr = k[0].dtype
+    lane = lanes(BLOCK, FULL)
+    left = tl.minimum(length - begin, BLOCK).to(tl.int32)
+    mask = lane < left
+    theta_at = elements(streams[0], begin, lane, FULL)
+    theta = load(theta_at, mask, wide, FULL)
+    g = theta  # stands for every stream that the rule lacks
+    m = theta
+    z = theta
+    previous = theta
+    a = theta
+    if RULE != SAMPLE:
+        g_at = elements(streams[1], begin, lane, FULL)
+        g = load(g_at, mask, wide, FULL)
+        if unscale is not None:
+            store(g_at, g * unscale, mask, FULL)
+    if RULE == MOMENTUM or RULE == DIFFERENCE:
+        m_at = elements(streams[2], begin, lane, FULL)
+        m = load(m_at, mask, wide, FULL)
+    if RULE == DIFFERENCE:
+        z_at = elements(streams[3], begin, lane, FULL)
+        z = load(z_at, mask, wide, FULL)
+        previous_at = elements(streams[4], begin, lane, FULL)
+        previous = load(previous_at, mask, wide, FULL)
+    if AVERAGED:
+        a_mask = lane < left * sampled
+        if FULL:  # a mask that is uniform leaves the access a vector's
+            a_mask = tl.broadcast_to(sampled, lane.shape) != 0
+        a_at = elements(streams[5], begin, lane, FULL)
+        a = load(a_at, a_mask, wide, False)
+
+    theta, m, z, previous, a = update(k, theta, g, m, z, previous, a, RULE, AVERAGED)
+
+    if RULE == MOMENTUM or RULE == DIFFERENCE:
+        store(m_at, m, mask, FULL)
+    if RULE == DIFFERENCE:
+        store(z_at, z, mask, FULL)
+        store(previous_at, previous, mask, FULL)
+    if AVERAGED:
+        store(a_at, a, a_mask, False)
+    store(theta_at, theta, mask, FULL)
+
+
+@triton.jit
+def step_by_rule(
+    k,
+    streams,
+    unscale,
+    begin,
+    length,
+    sampled,
+    rule,
+    RULE: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """One branch per program on the segment's rule, among those that the launch has."""
+    if AVERAGED:
+        if (rule == SAMPLE) & (sampled != 0):
+            step_block(k, streams, unscale, begin, length, sampled, SAMPLE, True, BLOCK, FULL)
+    if rule == PLAIN:
+        step_block(k, streams, unscale, begin, length, sampled, PLAIN, AVERAGED, BLOCK, FULL)
+    if RULE == MOMENTUM or RULE == DIFFERENCE:
+        if rule == MOMENTUM:
+            step_block(k, streams, unscale, begin, length, sampled, MOMENTUM, AVERAGED, BLOCK, FULL)
+    if RULE == DIFFERENCE:
+        if rule == DIFFERENCE:
+            step_block(
+                k, streams, unscale, begin, length, sampled, DIFFERENCE, AVERAGED, BLOCK, FULL
+            )
+
+
+TABLES = ["chunks", "table", "rows", "samplings", "marks", "grad_scale", "found_inf"]
+
+
+@triton.jit(do_not_specialize_on_alignment=TABLES)
+def step_kernel(
+    chunks,
+    table,
+    rows,
+    samplings,
+    marks,
+    grad_scale,
+    found_inf,
+    DTYPE: tl.constexpr,
+    AVERAGE_DTYPE: tl.constexpr,
+    RULE: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One chunk of one segment. step.py says what the tables hold.
+
+    `marks` is None where the host counts steps; `grad_scale` and `found_inf` may be None.
+    """
+    chunk = chunks + 2 * tl.program_id(0)
+    index = tl.load(chunk + 1)
+    entry = table + tl.load(chunk).to(tl.int64) * ENTRY_COLUMNS
+    theta = tl.load(entry)
+    g = tl.load(entry + 1)
+    m = tl.load(entry + 2)
+    z = tl.load(entry + 3)
+    previous = tl.load(entry + 4)
+    a = tl.load(entry + 5)
+    length = tl.load(entry + 6)
+    row = tl.load(entry + 7)
+    sampling = samplings + tl.load(entry + 8) * SAMPLING_COLUMNS
+    rule = tl.load(entry + 9)
+    lr_at = tl.load(entry + 10)
+
+    if marks is not None:
+        if found_inf is not None:
+            rule = tl.where(tl.load(found_inf) == 0, rule, -1)
+        mark = marks + 2 * tl.load(entry + 11)
+        momentum = rule >= MOMENTUM
+        row = tl.where(momentum & (tl.load(mark) == 0), row | 1, row)
+        tl.store(mark + 1, 1, mask=momentum & (index == 0))
+
+    row_at = rows + row * ROW_COLUMNS
+    s = tl.load(row_at)
+    eta = tl.load(row_at + 8)
+    unscale = None
+    if marks is not None:
+        given = lr_at != 0
+        lr = tl.load(lr_at.to(tl.pointer_type(tl.float32)), mask=given, other=0)
+        eta = tl.where(given, lr.to(eta.dtype), eta)
+        if grad_scale is not None:
+            scale = tl.load(grad_scale).to(s.dtype)
+            if s.dtype == tl.float32:  # where / is an approximation
+                unscale = tl.div_rn(1.0, scale)
+            else:
+                unscale = 1.0 / scale
+            s = s * unscale
+    sampled = ((a != 0) & (tl.load(sampling + 2) != 0)).to(tl.int32)
+    k = (
+        s,
+        tl.load(row_at + 1),  # lambda
+        tl.load(row_at + 2),  # mu
+        tl.load(row_at + 3),  # c
+        tl.load(row_at + 4),  # kappa
+        tl.load(row_at + 5),  # alpha
+        tl.load(row_at + 6),  # gamma
+        tl.load(row_at + 7),  # delta
+        eta * tl.load(sampling),
+        tl.where(sampled != 0, tl.load(sampling + 1), 0),  # w
+        tl.load(sampling + 3) != 0,  # current
+        (sampled != 0) & (tl.load(sampling + 4) != 0),  # write_back
+    )
+    aligned = ((theta | g | m | z | previous | a) & 15) == 0
+    streams = (
+        theta.to(tl.pointer_type(DTYPE)),
+        g.to(tl.pointer_type(DTYPE)),
+        m.to(tl.pointer_type(DTYPE)),
+        z.to(tl.pointer_type(DTYPE)),
+        previous.to(tl.pointer_type(DTYPE)),
+        a.to(tl.pointer_type(AVERAGE_DTYPE)),
+    )
+    for part in range(PARTS):
+        begin = (index.to(tl.int64) * PARTS + part) * BLOCK
+        if aligned & (begin + BLOCK <= length):
+            step_by_rule(
+                k, streams, unscale, begin, length, sampled, rule, RULE, AVERAGED, BLOCK, True
+            )
+        else:
+            step_by_rule(
+                k, streams, unscale, begin, length, sampled, rule, RULE, AVERAGED, BLOCK, False
+            )
