@@ -44,14 +44,17 @@ gpu:
 	$(SANITIZE) --tool initcheck $(PYTHON) tests/gpu_smoke.py
 	$(PYTHON) -m benchmarks.step --device cuda
 
-# One build runs on every torch from 2.10 on: built against the newest, tested under an older one.
+# One build runs on every torch from 2.10 on: built against the newest, tested under an older one,
+# and with the oldest Triton that the kernels are meant for.
 abi: .venv/dev
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/abi .
 	$(PYTHON) -m venv .venv-abi
-	.venv-abi/bin/pip install -q torch==2.13.0 numpy pytest
+	.venv-abi/bin/pip install -q torch==2.13.0 triton==3.6.0 numpy pytest
 	.venv-abi/bin/pip install -q --no-deps --force-reinstall build/abi/rbwa_fused-*.whl
 	cd tests && ../.venv-abi/bin/python -P -m rbwa_fused
 	cd tests && ../.venv-abi/bin/python -P -m pytest -q test_update.py test_methods.py test_ops.py
+	cd tests && RBWA_TRITON_TESTS=interpreted TRITON_INTERPRET=1 \
+		../.venv-abi/bin/python -P -m pytest -q test_triton.py
 
 clean:
 	rm -rf .venv .venv-abi build *.egg-info rbwa_fused/*.so

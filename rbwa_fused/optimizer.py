@@ -35,10 +35,11 @@ class FusedSGD(FusedOptimizer):
         maximize (bool): ascend (default: False).
         average (Average, optional): a policy such as ``rbwa_fused.ema()``; a group may have its
             own, or False for none (default: None).
-        backend (str): "auto", "cpu" or "reference" (default: "auto").
+        backend (str): "auto", "cpu", "cuda", "triton" or "reference" (default: "auto").
         flatten (bool): move parameters into flat buffers; the results are the same bits either
             way (default: True).
-        capturable (bool): promise that nothing in ``step`` needs the host; refuses custom weights
+        capturable (bool): on a GPU, let the device count steps and read a float32 tensor ``lr``
+            that lies there, so that a captured CUDA graph replays rightly; refuses custom weights
             (default: False).
 
     Raises:
