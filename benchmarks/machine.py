@@ -46,8 +46,12 @@ def free_memory() -> int:
 
 def slug() -> str:
     """Processor and cores in a form that file names take."""
-    words = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return f"{words}-{cores()}-cores"
+    return f"{words(cpu_name())}-{cores()}-cores"
+
+
+def words(name: str) -> str:
+    """Small letters and digits, with hyphens for all else."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def description(threads: int) -> dict[str, str | int | float]:
@@ -61,11 +65,12 @@ def description(threads: int) -> dict[str, str | int | float]:
         "torch": torch.__version__,
         "rbwa_fused": rbwa_fused.__version__,
         "instruction set": import_module("rbwa_fused._C").cpu_capability(),
-        **{peer: found for peer in PEERS if (found := _version(peer)) is not None},
+        **{peer: found for peer in PEERS if (found := version_of(peer)) is not None},
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -34,6 +34,10 @@ class Problem:
         return next(self.model.parameters()).dtype
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def numel(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
@@ -55,7 +59,7 @@ class Problem:
 
 
 def with_gradients(model: nn.Module, lrs: tuple[float, ...] = (LR,), seed: int = 0) -> Problem:
-    """A model, and random gradients for it.
+    """A model, and random gradients for it, drawn where it is.
 
     Raises:
         ValueError: if the parameters cannot be dealt out evenly to the learning rates.
@@ -63,11 +67,15 @@ def with_gradients(model: nn.Module, lrs: tuple[float, ...] = (LR,), seed: int =
     params = list(model.parameters())
     if len(params) % len(lrs):
         raise ValueError(f"{len(params)} parameters cannot be dealt out to {len(lrs)} groups")
-    generator = torch.Generator().manual_seed(seed)
+    device = params[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def gradient(p: Tensor) -> Tensor:
+        drawn = torch.randn(p.shape, generator=generator, device=device)
+        return drawn.mul_(GRADIENT_SCALE).to(p.dtype)
 
     def gradients() -> list[Tensor]:
-        drawn = [torch.randn(p.shape, generator=generator) for p in params]
-        return [g.mul_(GRADIENT_SCALE).to(p.dtype) for g, p in zip(drawn, params, strict=True)]
+        return [gradient(p) for p in params]
 
     return Problem(model, (gradients(), gradients()), lrs)
 

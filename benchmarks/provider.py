@@ -32,6 +32,7 @@ class Provider:
         moved: bytes that an element's step reads and writes, without and with a sample of the
             average; None where they cannot be said.
         period: steps between samples.
+        eager_steps: the first steps, which are not taken in the way that is timed.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Provider:
     state: Callable[[], Sequence[Tensor]]
     moved: Callable[[], tuple[float, float] | None]
     period: int = 1
+    eager_steps: int = 0
     steps: int = field(default=0, init=False)
 
     def prepare(self) -> bool:
@@ -86,7 +88,7 @@ def check(provider: Provider, problem: Problem) -> str | None:
     through unchanged, as they are shared. Integers, as which the ceiling moves 16-bit streams,
     mean nothing and pass.
     """
-    steps = max(CHECKED_STEPS, provider.period)
+    steps = max(provider.eager_steps + CHECKED_STEPS, provider.period)
     start = [sample(p) for p in provider.params]
     shared = [g for both in problem.gradients for g in both]
     versions = [g._version for g in shared]

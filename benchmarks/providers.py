@@ -6,11 +6,11 @@ process that times them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,50 +30,45 @@ Difference = Literal["implicit", "explicit"]
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its name, its group, how to build it, and the module it cannot do without."""
+    """One row: its name, its group, how to build it, the module it cannot do without, and whether
+    a CUDA graph replays it."""
 
     name: str
     kind: Kind
     build: Build
     needs: str | None = None
+    captured: bool = False
 
     def available(self) -> bool:
         return self.needs is None or find_spec(self.needs) is not None
 
 
-def ours(maths: Maths, average: rf.Average | None = None, flatten: bool = True) -> Build:
-    """A builder for FusedSGD, or for implicit RSGDM where the maths are RSGDM's."""
-    return _ours(maths, average, flatten, "implicit")
+def ours(
+    maths: Maths,
+    average: rf.Average | None = None,
+    *,
+    flatten: bool = True,
+    difference: Difference = "implicit",
+    backend: str = "cpu",
+    capturable: bool = False,
+) -> Build:
+    """A builder for FusedSGD, or for RSGDM where the maths are RSGDM's."""
 
-
-def ours_explicit(maths: Maths) -> Build:
-    """A builder for RSGDM with the paper's three buffers."""
-    return _ours(maths, None, True, "explicit")
-
-
-def _ours(maths: Maths, average: rf.Average | None, flatten: bool, difference: Difference) -> Build:
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
+        options: dict[str, Any] = {
+            "momentum": 0.0 if maths.rule == "plain" else MOMENTUM,
+            "weight_decay": WEIGHT_DECAY,
+            "average": average,
+            "backend": backend,
+            "flatten": flatten,
+            "capturable": capturable,
+        }
         opt: torch.optim.Optimizer
         if maths.rule == "rsgdm":
-            opt = rf.RSGDM(
-                problem.groups(model),
-                momentum=MOMENTUM,
-                weight_decay=WEIGHT_DECAY,
-                difference=difference,
-                average=average,
-                backend="cpu",
-                flatten=flatten,
-            )
+            opt = rf.RSGDM(problem.groups(model), difference=difference, **options)
         else:
-            opt = rf.FusedSGD(
-                problem.groups(model),
-                momentum=0.0 if maths.rule == "plain" else MOMENTUM,
-                weight_decay=WEIGHT_DECAY,
-                average=average,
-                backend="cpu",
-                flatten=flatten,
-            )
+            opt = rf.FusedSGD(problem.groups(model), **options)
         params: list[Tensor] = list(model.parameters())
 
         def averages() -> list[Tensor] | None:
@@ -104,33 +99,57 @@ def _ours(maths: Maths, average: rf.Average | None, flatten: bool, difference: D
     return build
 
 
+def averaging(weight: Callable[[int], float], every: int = 1, back: bool = False) -> Maths:
+    """SGD with momentum and an average."""
+    return Maths("momentum", Average(weight, every, back))
+
+
+# What each of our rows computes, and the policy that asks for it.
+METHODS: dict[str, tuple[Maths, rf.Average | None]] = {
+    "SGD, no momentum": (Maths("plain"), None),
+    "SGD + momentum": (Maths("momentum"), None),
+    "RBWA": (averaging(today.mean, back=True), rf.rbwa(STEPS_PER_EPOCH, start_epoch=0)),
+    "RBWA, no momentum": (
+        Maths("plain", Average(today.mean, written_back=True)),
+        rf.rbwa(STEPS_PER_EPOCH, start_epoch=0),
+    ),
+    "RBWA-E": (
+        averaging(today.ema(today.RBWA_E_BETA), back=True),
+        rf.rbwa_e(today.RBWA_E_BETA, steps_per_epoch=STEPS_PER_EPOCH, start_epoch=0),
+    ),
+    "RSGDM": (Maths("rsgdm"), None),
+    "EMA": (averaging(today.ema(today.EMA_DECAY)), rf.ema(today.EMA_DECAY)),
+    "EMA every 10": (
+        averaging(today.ema(today.EMA_DECAY), every=10),
+        rf.ema(today.EMA_DECAY, every=10),
+    ),
+    "SWA": (averaging(today.mean), rf.swa(start=0, every=1)),
+}
+
+
+def _row(name: str, **options: Any) -> Row:
+    """A row of ours under its method's name, with what is different about it behind a comma."""
+    method = next(m for m in (name, name.rpartition(", ")[0]) if m in METHODS)
+    return Row(name, "ours", ours(*METHODS[method], **options))
+
+
 def _rows() -> list[Row]:
-    plain, momentum, rsgdm = Maths("plain"), Maths("momentum"), Maths("rsgdm")
-    plain_rbwa = Maths("plain", Average(today.mean, written_back=True))
-
-    def averaging(weight: Callable[[int], float], every: int = 1, back: bool = False) -> Maths:
-        return Maths("momentum", Average(weight, every, back))
-
-    mean, ema, rbwa_e = today.mean, today.ema(today.EMA_DECAY), today.ema(today.RBWA_E_BETA)
-    fast_rbwa = rf.rbwa(STEPS_PER_EPOCH, start_epoch=0)
-    fast_rbwa_e = rf.rbwa_e(today.RBWA_E_BETA, steps_per_epoch=STEPS_PER_EPOCH, start_epoch=0)
-    fast_ema = rf.ema(today.EMA_DECAY)
     return [
         Row(BASELINE, "baseline", today.torch_sgd("fused")),
         Row("torch SGD for-loop", "baseline", today.torch_sgd("for-loop")),
         Row("torch SGD foreach", "baseline", today.torch_sgd("foreach")),
-        Row("SGD, no momentum", "ours", ours(plain)),
-        Row("SGD + momentum", "ours", ours(momentum)),
-        Row("SGD + momentum, flatten=False", "ours", ours(momentum, flatten=False)),
-        Row("RBWA", "ours", ours(averaging(mean, back=True), fast_rbwa)),
-        Row("RBWA, no momentum", "ours", ours(plain_rbwa, fast_rbwa)),
-        Row("RBWA-E", "ours", ours(averaging(rbwa_e, back=True), fast_rbwa_e)),
-        Row("RSGDM", "ours", ours(rsgdm)),
-        Row("RSGDM, explicit", "ours", ours_explicit(rsgdm)),
-        Row("EMA", "ours", ours(averaging(ema), fast_ema)),
-        Row("EMA, flatten=False", "ours", ours(averaging(ema), fast_ema, flatten=False)),
-        Row("EMA every 10", "ours", ours(averaging(ema, 10), rf.ema(today.EMA_DECAY, every=10))),
-        Row("SWA", "ours", ours(averaging(mean), rf.swa(start=0, every=1))),
+        _row("SGD, no momentum"),
+        _row("SGD + momentum"),
+        _row("SGD + momentum, flatten=False", flatten=False),
+        _row("RBWA"),
+        _row("RBWA, no momentum"),
+        _row("RBWA-E"),
+        _row("RSGDM"),
+        _row("RSGDM, explicit", difference="explicit"),
+        _row("EMA"),
+        _row("EMA, flatten=False", flatten=False),
+        _row("EMA every 10"),
+        _row("SWA"),
         Row("fused + AveragedModel (mean)", "today", today.averaged_model("mean")),
         Row("fused + AveragedModel (EMA)", "today", today.averaged_model("ema")),
         Row("fused + timm ModelEmaV3", "today", today.timm_ema, needs="timm"),
@@ -159,18 +178,18 @@ HOST_ROWS: tuple[str, ...] = (
 HOST_GROUP_ROWS: tuple[str, ...] = (BASELINE, "SGD + momentum", "RBWA", "EMA")
 
 
-def selected(patterns: list[str]) -> list[Row]:
+def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
     """The rows that match one of the patterns (all if there are none), and always the baseline.
 
     Raises:
         ValueError: for a pattern that matches nothing.
     """
     for pattern in patterns:
-        if not any(fnmatch(row.name, pattern) for row in ROWS):
+        if not any(fnmatch(row.name, pattern) for row in rows):
             raise ValueError(f"no row matches {pattern!r}")
     return [
         row
-        for row in ROWS
+        for row in rows
         if not patterns
         or row.name == BASELINE
         or any(fnmatch(row.name, pattern) for pattern in patterns)

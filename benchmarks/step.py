@@ -1,8 +1,9 @@
 """What one optimizer step costs: ``python -m benchmarks.step`` (see docs/benchmarks.md).
 
-Every figure is a ratio within one process: the median time of a row's step over that of
+On the CPU every figure is a ratio within one process: the median time of a row's step over that of
 ``torch.optim.SGD(fused=True, momentum=0.9, weight_decay=5e-4)``, interleaved with it. The tables
-show the median and the range of these ratios over fresh processes.
+show the median and the range of these ratios over fresh processes. ``--device cuda`` measures on a
+GPU, in one process, see gpu.py.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from tqdm import tqdm
+from benchmarks.progress import bar
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MODEL = "resnet18"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -36,20 +39,39 @@ def stop(message: str) -> NoReturn:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(prog="python -m benchmarks.step", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="resnet18", help="any classifier of torchvision")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    models = (
+        f"cpu: any classifier of torchvision (default: {MODEL}); cuda: resnet18, resnet50, gpt2, "
+        "transformer-1b, one or several (default: all)"
+    )
+    parser.add_argument("--model", action="extend", nargs="+", metavar="NAME", help=models)
+    backend = "cuda: measure this one of ours only (default: both where available)"
+    parser.add_argument("--backend", choices=("cuda", "triton"), help=backend)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--processes", type=int, default=8, help="fresh processes")
+    parser.add_argument("--threads", type=int, default=2, help="cpu only")
+    processes = "fresh processes (cpu only; cuda takes one)"
+    parser.add_argument("--processes", type=int, default=8, help=processes)
     parser.add_argument("--repeats", type=int, default=50, help="rounds in each process")
     only = "rows to measure beside the baseline, such as 'RBWA*'; may be repeated"
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=only)
-    parser.add_argument("--no-host", dest="host", action="store_false", help="no host times")
+    parser.add_argument(
+        "--no-host", dest="host", action="store_false", help="no host table (cpu only)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/…)")
     args = parser.parse_args(argv)
     for name in ("threads", "processes", "repeats"):
         if getattr(args, name) < 1:
             stop(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.device == "cpu" and args.backend is not None:
+        stop("--backend is for --device cuda")
     return args
+
+
+def cpu_model(names: list[str] | None) -> str:
+    """The one model that the CPU measures."""
+    if names is not None and len(names) > 1:
+        stop(f"--device cpu takes one --model, not {len(names)}")
+    return MODEL if names is None else names[0]
 
 
 def available_rows(patterns: list[str]) -> tuple[tuple[str, ...], str | None]:
@@ -102,6 +124,28 @@ def writable(out: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the tables and writes the results."""
     args = arguments(argv)
+    if args.device == "cuda":
+        on_gpu(args)
+    else:
+        on_cpu(args)
+
+
+def on_gpu(args: argparse.Namespace) -> None:
+    """All models, in this process; ends with status 1 if a row of ours was wrong."""
+    from benchmarks import gpu
+
+    try:
+        plan = gpu.planned(args)
+    except ValueError as error:
+        stop(str(error))
+    name = f"{plan.device.slug()}-{date.today().isoformat()}.json"
+    if gpu.main(plan, writable(args.out or RESULTS / name)) != 0:
+        raise SystemExit(1)
+
+
+def on_cpu(args: argparse.Namespace) -> None:
+    """One model, in fresh processes."""
+    model = cpu_model(args.model)
     if find_spec("torchvision") is None:
         stop("torchvision is needed, for the shapes of its models")
     if find_spec("rbwa_fused._C") is None:
@@ -110,20 +154,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     from benchmarks.process import HOST_TICKS, Settings, in_fresh_process
 
     try:
-        problem.known_model(args.model)
+        problem.known_model(model)
         rows, library = available_rows(args.only)
     except ValueError as error:
         stop(str(error))
-    check_memory(args.model, args.dtype, len(rows))
+    check_memory(model, args.dtype, len(rows))
     description = machine.description(args.threads)
     out = writable(args.out or RESULTS / f"{machine.slug()}-{description['date']}.json")
 
     results = []
     ticks = args.repeats + (HOST_TICKS if args.host else 0)
-    with tqdm(total=args.processes * ticks, unit="round") as bar:
+    with bar(args.processes * ticks, "round") as progress:
         for seed in range(args.processes):
             settings = Settings(
-                model=args.model,
+                model=model,
                 dtype=args.dtype,
                 threads=args.threads,
                 rounds=args.repeats,
@@ -133,14 +177,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 host=args.host,
             )
             try:
-                results.append(in_fresh_process(settings, bar.update))
+                results.append(in_fresh_process(settings, progress.update))
             except RuntimeError as error:
-                bar.close()
+                progress.close()
                 stop(str(error))
-    print(report.tables(description, args.model, args.dtype, results))
+    print(report.tables(description, model, args.dtype, results))
     measured = {
         "machine": description,
-        "settings": {"model": args.model, "dtype": args.dtype, "repeats": args.repeats},
+        "settings": {"model": model, "dtype": args.dtype, "repeats": args.repeats},
         "processes": results,
     }
     out.write_text(json.dumps(measured, indent=1) + "\n")

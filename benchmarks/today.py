@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.check import Average, Maths
-from benchmarks.problem import MOMENTUM, WEIGHT_DECAY, Problem
+from benchmarks.problem import LR, MOMENTUM, WEIGHT_DECAY, Problem
 from benchmarks.provider import Kind, Provider, use_gradients_of
 
 EMA_DECAY = 0.999
@@ -28,7 +28,7 @@ TIMM_DECAY = 0.9999  # ModelEmaV3's default, from the initial weights on
 FUSED = 5  # theta, g, m; theta, m
 SEPARATE = 11  # g + decay theta: 3, m *= mu: 2, m += g: 3, theta -= lr m: 3
 LERP = 3
-MEAN = 10  # (theta - a): 3, / (n + 1): 2, a + …: 3, copied into a: 2
+MEAN = 10  # without foreach: (theta - a): 3, / (n + 1): 2, a + …: 3, copied into a: 2
 COPY = 2
 RSGDM = 20  # the seven passes of rsgdm_foreach: 3 + 3 + 3 + 3 + 2 + 3 + 3
 
@@ -67,7 +67,7 @@ def _provider(
     problem: Problem,
     name: str,
     model: nn.Module,
-    opt: torch.optim.SGD,
+    opt: torch.optim.Optimizer,
     accesses: int | None,
     kind: Kind = "today",
     step: Callable[[], object] | None = None,
@@ -135,13 +135,56 @@ def averaged_model(
             if written_back:
                 torch._foreach_copy_(live, shadow)
 
-        accesses = FUSED + (MEAN if means else LERP) + (COPY if written_back else 0)
+        on_cpu = problem.device.type == "cpu"  # where AveragedModel has no foreach for means
+        accesses = FUSED + (MEAN if means and on_cpu else LERP) + (COPY if written_back else 0)
         average = Average(mean if means else ema(decay), written_back=written_back)
         return _provider(
             problem, name, model, opt, accesses, step=step, average=average, averaged=averaged
         )
 
     return build
+
+
+def foreach_lerp(written_back: bool) -> Callable[[Problem, str], Provider]:
+    """Fused SGD and an EMA by hand: one foreach call, from the initial weights on. With RBWA-E's
+    decay another one writes it back."""
+    weight = 1 - (RBWA_E_BETA if written_back else EMA_DECAY)
+
+    def build(problem: Problem, name: str) -> Provider:
+        model = problem.copy()
+        opt = _sgd(problem, model)
+        averaged = problem.copy()
+        live: list[Tensor] = list(model.parameters())
+        shadow: list[Tensor] = list(averaged.parameters())
+
+        @torch.no_grad()
+        def step() -> None:
+            opt.step()
+            torch._foreach_lerp_(shadow, live, weight)
+            if written_back:
+                torch._foreach_copy_(live, shadow)
+
+        return _provider(
+            problem,
+            name,
+            model,
+            opt,
+            FUSED + LERP + (COPY if written_back else 0),
+            step=step,
+            average=Average(lambda n: weight, written_back=written_back),
+            averaged=averaged,
+        )
+
+    return build
+
+
+def apex_sgd(problem: Problem, name: str) -> Provider:
+    """apex's FusedSGD."""
+    from apex.optimizers import FusedSGD
+
+    model = problem.copy()
+    opt = FusedSGD(problem.groups(model), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    return _provider(problem, name, model, opt, FUSED, "baseline")
 
 
 def timm_ema(problem: Problem, name: str) -> Provider:

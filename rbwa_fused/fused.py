@@ -1,8 +1,8 @@
-"""FusedOptimizer: param groups, state, and the step that hands both to a kernel.
+"""FusedOptimizer: the step that hands parameters, gradients and tables to a kernel.
 
-`_update` is the data path: gradients are gathered, the rows of the coefficient table brought up
-to date (plan.py), and one call of the backend (ops.py) steps every parameter of a device. Flat
-buffers and segment tables are flat.py's.
+`_update` is the data path: gradients are gathered, the rows of the coefficient tables brought up
+to date (plan.py), and one call of the backend (ops.py) steps every parameter of a device. What the
+tables hold is layout.py's.
 """
 
 from __future__ import annotations
@@ -15,169 +15,29 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    ParamsT,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
+from rbwa_fused.layout import LaidOut
 from rbwa_fused.plan import GroupPlan, Plan
 
-Group = dict[str, Any]
 Grads = list[Tensor | None]
 Gathered = tuple[flat.Table, ops.Backend, Grads]
-Counters = list[tuple[int, float | None]]  # of each group: samples, beta of implicit RSGDM
 NONE = type(None)
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(LaidOut):
     """Base of FusedSGD and RSGDM: everything but the rule and its hyperparameters.
 
     A subclass gives a ``rule`` (rules.py), the name under which checkpoints remember it, the
     ``streams`` of state that it keeps, and the ``hyperparameters`` of a group that it reads.
+
+    A parameter's first step with momentum passes through these hands: `_start` gives it a buffer
+    and points its segment at the group's first-step row, the kernel runs, `_finish` points it back.
+    A segment whose group has momentum but which has had no gradient yet waits in `table.lacking`.
+    Where the device counts, its `marks` say all this instead (deferred.py).
     """
-
-    rule: rules.Rule
-    rule_name: str
-    streams: tuple[str, ...] = ("momentum_buffer",)
-    hyperparameters: Callable[[Group], tuple[Any, ...]]
-    _step_supports_amp_scaling = True
-    _plan: Plan | None = None
-    _warned = False  # that the reference runs
-    _evaluating: evaluate.Exchange | None = None
-    _deferred: dict[torch.device, Deferred] | None = None  # where the host does not count
-
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: Group,
-        *,
-        backend: str,
-        flatten: bool,
-        capturable: bool,
-    ) -> None:
-        self._backend_name = backend
-        self._flatten = flatten
-        self._capturable = capturable
-        self._steps = 0
-        self._check_hyperparameters(defaults)
-        checks.average(defaults, capturable)
-        super().__init__(params, defaults)
-        self.register_state_dict_post_hook(checkpoint.export)
-        self._build(self.param_groups, move=flatten)
-
-    # ---- param groups, tables, state -----------------------------------------------------------
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Adds a group; its average starts with its own first sample. See torch.optim.Optimizer."""
-        self._refuse_inside_averaged("add_param_group")
-        checks.duplicates(param_group)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_hyperparameters(group)
-            checks.average(group, self._capturable)
-            checks.params(group)
-            for device in {p.device for p in group["params"]}:
-                ops.choose(self._backend_name, device)
-        except BaseException:
-            self.param_groups.pop()
-            raise
-        if self._plan is not None:
-            self._add(self._plan, [group], move=self._flatten)
-
-    @classmethod
-    def _check_hyperparameters(cls, group: Group) -> None:
-        rules.check(group)
-
-    def _build(self, groups: list[Group], move: bool, counters: Counters | None = None) -> None:
-        """Makes tables and rows anew and takes over the state and the counters there are."""
-        self._plan = plan = Plan(self.rule, self._check_hyperparameters, self.hyperparameters)
-        self._deferred = None
-        self._tables: dict[tuple[torch.device, int], flat.Table] = {}
-        self._add(plan, groups, move, counters)
-
-    def _add(
-        self, plan: Plan, groups: list[Group], move: bool, counters: Counters | None = None
-    ) -> None:
-        known = [p for table in self._tables.values() for p in table.params]
-        new = [p for group in groups for p in group["params"]]
-        turns, alone = flat.turns(known + new)
-        turn_of = dict(zip(known + new, turns, strict=True))
-        if move:
-            flat.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
-        for group, counted in zip(groups, counters or [(0, None)] * len(groups), strict=True):
-            group_plan = plan.add(group, *counted)
-            for index, p in enumerate(group["params"]):
-                table = self._tables.setdefault((p.device, turn_of[p]), flat.Table())
-                row, sampling = group_plan.row(first=False), group_plan.sampling(p)
-                table.add(p, group_plan.index, index, row, sampling)
-        self.backend = ops.choose(self._backend_name, torch.device("cpu")).name if not new else ""
-        self._launches: list[tuple[flat.Table, ops.Backend]] = []
-        for (device, _), table in sorted(self._tables.items(), key=lambda item: item[0][1]):
-            backend = ops.choose(self._backend_name, device)
-            self.backend = backend.name
-            self._launches.append((table, backend))
-            if self.backend == "reference" and self._backend_name == "auto" and not self._warned:
-                self._warned = True
-                ops.warn_of_reference(device)
-            self._take_over_state(plan, table, set(new))
-        custom = any(p.policy is not None and p.policy.custom for p in plan.groups)
-        self._may_defer = not custom and all(b.advance is not None for _, b in self._launches)
-        plan.starting = True
-        self._known_state, self._known_size = self.state, len(self.state)
-
-    def _take_over_state(self, plan: Plan, table: flat.Table, new: set[Tensor]) -> None:
-        for stream in flat.STREAMS:
-            values: dict[int, Tensor | None] = {}
-            for i, p in enumerate(table.params):
-                held = self.state.get(p, {}) if p in new else {}
-                if stream == "average" and not plan.groups[table.groups[i]].buffered(p):
-                    held.pop(stream, None)  # the parameter itself has become its average
-                if held.get(stream) is not None:
-                    values[i] = held[stream]
-            self._attach(plan, table, stream, values)
-
-    def _attach(
-        self, plan: Plan, table: flat.Table, stream: str, values: dict[int, Tensor | None]
-    ) -> None:
-        dtypes = {}
-        for i in values if stream == "average" else ():
-            policy = plan.groups[table.groups[i]].policy
-            if policy is not None:
-                dtypes[i] = policy.dtype_for(table.params[i].dtype)
-        for i, view in table.attach(stream, values, dtypes).items():
-            self.state[table.params[i]][stream] = view
-        self._known_size = len(self.state)
-
-    def _rebuild(self, counters: Counters | None = None) -> None:
-        """Follows parameters that were converted, and state that was replaced."""
-        for group in self.param_groups:
-            checks.params(group)
-            checks.state(group, self.state)
-        for p in self._settle():
-            for stream in self.streams:
-                self.state[p].pop(stream, None)
-        self._build(self.param_groups, move=False, counters=counters or self._counters())
-
-    def _counters(self) -> Counters:
-        """Of each group, as the plan that knows its parameters counts them. Where the state was
-        cleared, averages in buffers start again."""
-        plans = self._plan.groups if self._plan is not None else []
-        plan_of = {p: plan for plan in plans for p in plan.params}
-        cleared = not self.state and self._known_size > 0
-        counters: Counters = []
-        for group in self.param_groups:
-            plan = next((plan_of[p] for p in group["params"] if p in plan_of), None)
-            if plan is None:
-                counters.append((0, None))
-                continue
-            starts_again = cleared and any(plan.buffered(p) for p in plan.params)
-            n_averaged = 0 if starts_again else plan.n_averaged
-            counters.append((n_averaged, None if cleared else plan.beta))
-        return counters
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -259,7 +119,7 @@ class FusedOptimizer(Optimizer):
             scale = 1.0 if grad_scale is None else float(grad_scale.item())
             plan.sample(self._steps + 1)
             plan.update(scale)
-        if plan.starting or self.backend == "reference":
+        if plan.starting or not self._kernels_check:
             if not all(checks.fit(table, grads, self.param_groups) for table, _, grads in gathered):
                 return False
             for table, _, grads in gathered:
@@ -330,22 +190,6 @@ class FusedOptimizer(Optimizer):
             param.copy_(memory)
         return True
 
-    # ---- counters on the device ----------------------------------------------------------------
-
-    def _defer(self, plan: Plan) -> dict[torch.device, Deferred]:
-        """Hands the counters over to the devices, for as long as the tables stay as they are."""
-        plan.sample(self._steps + 1)
-        started: dict[torch.device, list[bool]] = {}
-        for table, _ in self._launches:
-            started.setdefault(table.params[0].device, []).extend(
-                "momentum_buffer" in self.state.get(p, {}) for p in table.params
-            )
-        samplings = plan.tensors[1]
-        return {
-            device: Deferred.of(plan.samplers, samplings, self._steps, marks, device)
-            for device, marks in started.items()
-        }
-
     def _launch_deferred(
         self,
         plan: Plan,
@@ -377,29 +221,6 @@ class FusedOptimizer(Optimizer):
             assert advance is not None
             advance(deferred)
         return True
-
-    def _settle(self) -> list[Tensor]:
-        """Reads the device's counters, if it counts. Returns parameters whose momentum buffers have
-        not had their first step, since all steps so far were skipped."""
-        if self._deferred is None or self._plan is None:
-            return []
-        deferred = next(iter(self._deferred.values()))
-        self._steps, *samples = deferred.counts.tolist()
-        for sampler, n_averaged in zip(self._plan.samplers, samples, strict=True):
-            sampler.n_averaged = n_averaged
-        waiting = []
-        marks = {device: d.marks[:, 0].tolist() for device, d in self._deferred.items()}
-        for table, _ in self._launches:
-            for p in table.params:
-                if not marks[p.device].pop(0) and p.numel() > 0:
-                    waiting.append(p)
-        return waiting
-
-    def _writes_back(self, group: GroupPlan, param: Tensor) -> bool:
-        """Whether this step may write the average to a parameter that has no gradient."""
-        if self._deferred is not None:
-            return group.policy is not None and group.policy.write_back_every > 0
-        return group.sampler.written_back and group.buffered(param)
 
     def _finish(
         self, plan: Plan, table: flat.Table, grads: Grads, absent: bool, scale: float
@@ -451,10 +272,6 @@ class FusedOptimizer(Optimizer):
         Buffers are the model's own; every tensor is a copy.
         """
         return evaluate.averaged_state_dict(self, model)
-
-    def _refuse_inside_averaged(self, what: str) -> None:
-        if self._evaluating is not None:
-            raise RuntimeError(f"{what}() inside averaged(), where the averaged weights are live")
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

@@ -68,10 +68,16 @@ class Step(Protocol):
 
 
 class Backend(NamedTuple):
-    """A backend's name and its operators. Without `advance` it cannot defer."""
+    """A backend's name and its operators.
+
+    Attributes:
+        checks: whether `step` itself refuses gradients that do not fit, before it changes anything.
+        advance: counts a step on the device; without it the backend cannot defer.
+    """
 
     name: str
     step: Step
+    checks: bool
     advance: Callable[[Deferred], None] | None = None
 
 
@@ -123,9 +129,9 @@ def _advance_cuda(d: Deferred) -> None:
     )
 
 
-CPU = Backend("cpu", _door(getattr(_C, "step", None)))
-CUDA = Backend("cuda", _door(getattr(_C_cuda, "step", None)), _advance_cuda)
-REFERENCE = Backend("reference", _step_reference)
+CPU = Backend("cpu", _door(getattr(_C, "step", None)), checks=True)
+CUDA = Backend("cuda", _door(getattr(_C_cuda, "step", None)), True, _advance_cuda)
+REFERENCE = Backend("reference", _step_reference, checks=False)
 
 
 def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
@@ -164,7 +170,7 @@ def choose(backend: str, device: torch.device) -> Backend:
     if backend == "triton":
         from rbwa_fused.triton_kernels import step
 
-        return Backend("triton", step.step_triton, step.advance_triton)
+        return Backend("triton", step.step_triton, False, step.advance_triton)
     return CPU if backend == "cpu" else CUDA
 
 

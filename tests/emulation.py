@@ -63,7 +63,7 @@ def backend() -> ops.Backend:
     def advance(d: Deferred) -> None:
         module.advance(d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf)
 
-    return ops.Backend("cuda", step, advance)
+    return ops.Backend("cuda", step, True, advance)
 
 
 @pytest.fixture

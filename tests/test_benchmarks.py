@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
 
+import gpu_smoke
 import pytest
 import torch
+from emulation import emulated_cuda  # noqa: F401 (a fixture)
 from torch import nn
 
 pytest.importorskip("rbwa_fused._C")
 pytest.importorskip("torchvision")
 
-from benchmarks import ceiling, report, step
+import rbwa_fused as rf
+from benchmarks import (
+    ceiling,
+    device,
+    gpu,
+    gpu_measure,
+    gpu_report,
+    gpu_rows,
+    graph,
+    progress,
+    report,
+    shapes,
+    step,
+    today,
+)
 from benchmarks.check import Average, Maths
+from benchmarks.gpu_timing import LEAST_ROUNDS, Series, copy_bandwidth
+from benchmarks.gpu_timing import interleaved as interleaved_on
 from benchmarks.problem import Problem, small_tensors, with_gradients
 from benchmarks.provider import Provider, check
 from benchmarks.providers import BASELINE, HOST_GROUP_ROWS, HOST_ROWS, ROWS, Row, named, selected
@@ -231,6 +254,11 @@ def test_bad_options_take_one_line(
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
+def test_the_cpu_takes_one_model() -> None:
+    with pytest.raises(SystemExit, match="takes one --model, not 2"):
+        step.main(["--model", "resnet18", "resnet34"])
+
+
 def test_missing_torchvision_takes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="torchvision is needed"):
@@ -255,3 +283,414 @@ def test_rows_of_missing_packages_are_skipped_and_named(
 
 def test_the_baseline_is_always_measured() -> None:
     assert [row.name for row in selected(["RBWA"])] == [BASELINE, "RBWA"]
+
+
+# ---- on a GPU, with the CPU and its clock in its place ------------------------------------------
+
+
+class Host:
+    """The CPU as a device that takes every step at once."""
+
+    device = torch.device("cpu")
+    spins = evictions = captures = 0
+    waits: BaseException | None = None  # what a step that waits raises
+
+    def mark(self) -> float:
+        return perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def spin(self, seconds: float) -> None:
+        self.spins += 1
+
+    def evict(self) -> None:
+        self.evictions += 1
+
+    def synchronize(self) -> None:
+        pass
+
+    def no_waiting(self) -> Any:
+        if self.waits is not None:
+            raise self.waits
+        return nullcontext()
+
+    def capture(self, step: Any) -> Any:
+        self.captures += 1
+        return step
+
+    def launches(self, step: Any) -> int | None:
+        step()
+        return 7
+
+    def free_bytes(self) -> int:
+        return 10**9
+
+    def release(self) -> None:
+        pass
+
+    def description(self) -> dict[str, str | int | float]:
+        return {"gpu": "none"}
+
+    def slug(self) -> str:
+        return "none"
+
+
+@pytest.fixture(autouse=True)
+def known_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gigabyte is not copied in every test."""
+    monkeypatch.setattr(gpu_measure, "copy_bandwidth", lambda device: 100.0)
+
+
+GPU_ROWS = gpu_rows.rows(("cuda",), Host())
+GPU_NAMES = [row.name for row in GPU_ROWS]
+TINY = shapes.Layout([(8, 3, 3, 3), (8,), (33, 129)], [(8,), ()])
+
+
+def gpu_row(name: str) -> Row:
+    (row,) = (row for row in GPU_ROWS if row.name == name)
+    return row
+
+
+def tiny_on(dtype: torch.dtype = torch.float32) -> Problem:
+    return shapes.problem(TINY, dtype, Host.device)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_built_in_shapes_are_those_of_torchvision(name: str) -> None:
+    from torchvision.models import get_model
+
+    with torch.device("meta"):
+        model = get_model(name, weights=None)
+    layout = shapes.MODELS[name]()
+    assert layout.parameters == [tuple(p.shape) for p in model.parameters()]
+    assert layout.buffers == [tuple(b.shape) for b in model.buffers()]
+
+
+def test_transformers_have_the_size_that_they_are_named_after() -> None:
+    gpt2 = shapes.MODELS["gpt2"]()
+    assert (gpt2.numel, len(gpt2.parameters)) == (124_439_808, 148)
+    assert 1.0e9 < shapes.MODELS["transformer-1b"]().numel < 1.05e9
+
+
+def test_built_in_weights_have_the_dtype_and_their_counters_are_integers() -> None:
+    model = shapes.Weights(TINY, torch.bfloat16, Host.device)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert [b.dtype for b in model.buffers()] == [torch.bfloat16, torch.int64]
+    assert all(p.std() > 0.05 for p in model.parameters())
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+@pytest.mark.parametrize("row", GPU_ROWS, ids=GPU_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_gpu_row_computes_what_it_says(row: Row, dtype: torch.dtype) -> None:
+    needed(row)
+    problem = tiny_on(dtype)
+    assert check(row.build(problem, row.name), problem) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("EMA: fused + foreach lerp", 32), ("RBWA-E: fused + lerp + copy back", 40)]
+)
+def test_bytes_of_averages_by_hand(name: str, count: int) -> None:
+    assert gpu_row(name).build(tiny_on(), name).bytes_per_element() == count
+
+
+def test_the_table_has_ours_on_both_backends_and_captures_where_it_can() -> None:
+    names = {row.name for row in gpu_rows.rows(("cuda", "triton"), Host())}
+    for method in gpu_rows.OURS:
+        assert {f"{method}, cuda", f"{method}, triton"} <= names
+    for method in gpu_rows.OURS_CAPTURED:
+        assert f"{method}, cuda, graph" in names and f"{method}, triton, graph" not in names
+    assert {f"{row.name}, graph" for row in gpu_rows.TODAY} <= names
+
+
+def test_a_step_is_captured_once_for_each_set_of_gradients_and_replayed_with_it() -> None:
+    replayed: list[int] = []
+
+    class Recording(Host):
+        def capture(self, step: Any) -> Any:
+            self.captures += 1
+            captured = self.captures
+            return lambda: replayed.append(captured)
+
+    problem = tiny_on()
+    provider = graph.captured(today.torch_sgd("fused"), Recording())(problem, "captured")
+    for _ in range(7):
+        provider.prepare()
+        provider.step()
+    assert replayed == [1, 2, 1, 2, 1]
+
+
+def measured(host: Host, rows: list[Row], rounds: int = LEAST_ROUNDS) -> dict[str, Any]:
+    return gpu_measure.measure(host, TINY, torch.float32, rows, rounds)
+
+
+def test_a_row_that_waits_is_skipped_and_the_others_are_timed() -> None:
+    host = Host()
+    host.waits = RuntimeError("called a synchronizing CUDA operation\nand a stack")
+    rows = gpu_rows.rows((), host)
+    result = measured(host, rows)
+    assert set(result["rows"]) == {row.name for row in gpu_rows.TODAY}
+    assert result["skipped"]["torch SGD fused, graph"] == "called a synchronizing CUDA operation"
+    assert not result["wrong"]
+
+
+def test_what_failed_first_is_the_reason() -> None:
+    def ending(first: str, then: str) -> BaseException:
+        try:
+            try:
+                raise RuntimeError(first)
+            finally:
+                raise ValueError(then)
+        except ValueError as error:
+            return error
+
+    error = ending("operation not permitted when stream is capturing", "capture was invalidated")
+    assert gpu_measure.reason(error) == "operation not permitted when stream is capturing"
+
+
+def broken(problem: Problem, name: str) -> Provider:
+    return replace(gpu_row(BASELINE).build(problem, name), kind="ours", maths=Maths("rsgdm"))
+
+
+def test_a_wrong_row_of_ours_is_not_timed_and_ends_with_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [gpu_row(BASELINE), Row("wrong", "ours", broken)]
+    plan = gpu.Plan(Host(), {"tiny": TINY}, torch.float32, rows, LEAST_ROUNDS)
+    out = tmp_path / "result.json"
+    assert gpu.main(plan, out) == 1
+    assert "WRONG: wrong, not timed" in capsys.readouterr().out
+    (problem,) = json.loads(out.read_text())["problems"]
+    assert problem["wrong"] == ["wrong"] and set(problem["rows"]) == {BASELINE}
+    assert "parameter is off by" in problem["skipped"]["wrong"]
+
+
+def test_a_wrong_baseline_stops_the_run() -> None:
+    with pytest.raises(gpu_measure.WrongError):
+        measured(Host(), [Row(BASELINE, "ours", broken)])
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_gpu_run_prints_its_tables_and_writes_every_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = Host()
+    rows = selected(["EMA*", "torch*"], gpu_rows.rows(("cuda",), host))
+    plan = gpu.Plan(host, {"a": TINY, "b": TINY}, torch.float32, rows, LEAST_ROUNDS)
+    out = tmp_path / "result.json"
+    assert gpu.main(plan, out) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert [problem["model"] for problem in written["problems"]] == ["a", "b"]
+    for problem in written["problems"]:
+        assert list(problem["rows"]) == [row.name for row in rows]
+        for name, row in problem["rows"].items():
+            assert printed.count(f"| {name} ") == 2
+            assert row["launches"] == 7 and row["rounds"] == LEAST_ROUNDS
+            assert row["cold ms"] > 0 and row["warm ms"] > 0 and row["host ms"] > 0
+        assert problem["rows"][BASELINE]["ratio"] == 1.0
+    assert host.spins == host.evictions == 2 * (LEAST_ROUNDS + 1) * len(rows)
+
+
+def test_every_clock_sees_every_tenth_step() -> None:
+    problem = tiny_on()
+    seen: dict[str, set[int]] = {}
+
+    class Spy(Host):
+        def mark(self) -> float:
+            return provider.steps
+
+        def seconds(self, start: float, end: float) -> float:
+            return 1.0 if provider.steps else 0.0
+
+    provider = replace(gpu_row(BASELINE).build(problem, "rare"), period=10)
+    assert check(provider, problem) is None
+    adding = Series.add
+
+    def add(self: Series, seconds: float, sampled: bool) -> None:
+        seen.setdefault(str(id(self)), set()).add(sampled)
+        adding(self, seconds, sampled)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Series, "add", add)
+        interleaved_on(Spy(), [provider], LEAST_ROUNDS, 0, limit=0.0)
+    assert sum(kinds == {False, True} for kinds in seen.values()) == 3
+
+
+def test_rounds_end_with_the_time_but_never_too_early() -> None:
+    provider = gpu_row(BASELINE).build(tiny_on(), BASELINE)
+    times = interleaved_on(Host(), [provider], 1000, 0, limit=0.0)
+    assert times[BASELINE]["rounds"] == LEAST_ROUNDS
+
+
+def test_rare_samples_weigh_as_they_occur() -> None:
+    series = Series([1.0, 1.0, 3.0], [11.0])
+    assert series.ms(10) == pytest.approx(2000.0)
+    assert Series([0.002]).ms(1) == 2.0
+
+
+def test_a_share_of_the_copy_follows_from_stated_bytes_and_the_cold_time() -> None:
+    provider = gpu_row(BASELINE).build(tiny_on(), BASELINE)  # 20 bytes a parameter
+    times = {"cold ms": 0.5, "warm ms": 0.1, "host ms": 9.0}
+    row = gpu_measure.figures(times, provider, 100_000_000, 5000.0, baseline_ms=0.25)
+    assert row["GB/s"] == pytest.approx(4000.0)
+    assert row["of copy"] == pytest.approx(0.8)
+    assert row["ratio"] == 2.0
+
+
+def test_a_copy_counts_what_it_reads_and_what_it_writes() -> None:
+    class Second(Host):
+        def seconds(self, start: float, end: float) -> float:
+            return 1e-3
+
+    assert copy_bandwidth(Second(), size=10**6) == pytest.approx(2.0)
+
+
+def test_launches_are_the_kernels_of_a_trace() -> None:
+    events = [{"cat": kind} for kind in ("kernel", "gpu_memcpy", "kernel", "gpu_user_annotation")]
+    assert device.kernels(json.dumps({"traceEvents": [{"ph": "M"}, *events]})) == 2
+    assert device.kernels(json.dumps({"traceEvents": events[1:2]})) is None
+
+
+def test_groups_fit_beside_the_baseline() -> None:
+    baseline, ema = gpu_row(BASELINE), gpu_row("EMA, cuda")
+    replayed = gpu_row("EMA, cuda, graph")
+    rows = [baseline, ema, ema, replayed, ema]
+    # 14 copies: 3 temporary, 3 of the baseline, 3 a row and 5 of a captured one.
+    groups, too_large = gpu_measure.in_groups(rows, torch.float32, 1000, free=62_300)
+    assert groups == [[ema, ema], [replayed, ema]] and not too_large
+    groups, too_large = gpu_measure.in_groups(rows, torch.float32, 1000, free=40_000)
+    assert groups == [[ema], [ema], [ema]] and too_large == [replayed]
+    assert gpu_measure.in_groups([baseline], torch.float32, 1000, 40_000) == ([[]], [])
+    assert gpu_measure.in_groups([baseline], torch.float32, 1000, 20_000) == ([], [])
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    class Small(Host):
+        def free_bytes(self) -> int:
+            return 1000
+
+    rows = [gpu_row(BASELINE), gpu_row("torch SGD foreach")]
+    result = {"model": "tiny", **measured(Small(), rows)}
+    assert not result["rows"]
+    printed = gpu_report.tables({}, [result], rows)
+    assert "tiny: not measured" in printed
+    assert "skipped: torch SGD foreach (does not fit into 0 GB)" in printed
+
+
+def test_the_gpu_table_shows_what_was_measured() -> None:
+    row = {
+        "cold ms": 0.0524,
+        "warm ms": 0.04,
+        "host ms": 0.0151,
+        "rounds": 50,
+        "ratio": 1.0,
+        "bytes per parameter": 20.0,
+        "GB/s": 4465.6,
+        "of copy": 0.951,
+        "launches": 1,
+    }
+    unknown = {**row, "bytes per parameter": None, "GB/s": None, "of copy": None, "launches": None}
+    result = {
+        "model": "resnet18",
+        "parameters": 11_700_000,
+        "tensors": 62,
+        "dtype": "float32",
+        "copy GB/s": 4696.0,
+        "baseline cold ms": [0.0524, 0.0531],
+        "rows": {BASELINE: row, "EMA, cuda": unknown},
+        "skipped": {"apex FusedSGD": "amp_C is not installed"},
+        "wrong": [],
+    }
+    printed = gpu_report.tables({"gpu": "some"}, [result], GPU_ROWS)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
+    assert [BASELINE, "52.4", "40.0", "15.1", "20", "4466", "95%", "1", "1.00"] in lines
+    assert ["EMA, cuda", "52.4", "40.0", "15.1", "-", "-", "-", "-", "1.00"] in lines
+    assert "resnet18, 11.7M parameters in 62 tensors, float32; 50 rounds" in printed
+    assert "torch SGD fused in each group: 52.4, 53.1 us" in printed
+    assert "skipped: apex FusedSGD (amp_C is not installed)" in printed
+
+
+def test_nothing_on_a_gpu_needs_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with progress.bar(3, "row") as silent:
+        silent.update()
+    assert isinstance(silent, progress.Silent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda", "--model", "resnet19"], "unknown model: resnet19"),
+        (["--device", "cuda", "--repeats", "9"], "--repeats must be at least 10 on cuda, not 9"),
+        (["--device", "cuda"], "torch sees no CUDA device"),
+        (["--backend", "triton"], "--backend is for --device cuda"),
+    ],
+)
+def test_bad_options_of_a_gpu_take_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        step.main(arguments)
+    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_a_backend_that_is_missing_is_named_and_refused_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = {"cuda": None, "triton": "is not there"}
+    monkeypatch.setattr("rbwa_fused.ops.unavailable", lambda name, device: missing[name])
+    assert gpu.backends(None, Host.device) == ("cuda",)
+    assert "skipped: rbwa_fused on triton (is not there)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="backend 'triton' is not there"):
+        gpu.backends("triton", Host.device)
+
+
+def test_the_smoke_test_passes_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_smoke.main(["--device", "cpu", "--backend", "cpu"]) == 0
+    assert capsys.readouterr().out == "ok\n"
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_smoke_test_passes_on_the_emulated_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_smoke.main(["--device", "cpu", "--backend", "cuda"]) == 0
+    assert capsys.readouterr().out == "ok\n"
+
+
+def test_the_smoke_test_fails_where_one_element_differs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = rf.ops.CPU
+
+    def wrong(params: list[torch.Tensor], *tables: Any, **options: Any) -> None:
+        right.step(params, *tables, **options)
+        params[-1].view(-1)[-1] += 1
+
+    monkeypatch.setattr(rf.ops, "CPU", right._replace(step=wrong))
+    monkeypatch.setattr(gpu_smoke, "DTYPES", [torch.float32])
+    assert gpu_smoke.main(["--device", "cpu", "--backend", "cpu"]) == 1
+    assert "WRONG: torch.float32, plain, none: 1 tensors differ" in capsys.readouterr().out
+
+
+def test_results_name_the_gpu_and_the_versions_but_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("nvidia-smi")
+
+    cuda = object.__new__(device.Cuda)
+    cuda._facts = SimpleNamespace(
+        name="NVIDIA H200",
+        multi_processor_count=132,
+        major=9,
+        minor=0,
+        total_memory=150_000_000_000,
+        L2_cache_size=62_914_560,
+    )
+    monkeypatch.setattr("subprocess.run", absent)
+    facts = cuda.description()
+    assert cuda.slug() == "nvidia-h200" and facts["driver"] == "unknown"
+    assert facts["multiprocessors"] == 132 and facts["L2 MB"] == 62.9
+    assert {"cuda", "torch", "triton", "rbwa_fused", "date"} <= facts.keys()
+    assert not any("/" in str(fact) for fact in facts.values())

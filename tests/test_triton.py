@@ -110,7 +110,7 @@ def run_twice(
     steps: int,
 ) -> None:
     both = Twice()
-    backend = ops.Backend("triton", both.step)
+    backend = ops.Backend("triton", both.step, False)
     monkeypatch.setattr(ops, "choose", lambda name, device: backend)
     cls, options, _ = RULES[rule]
     opt = cls(ps, **options, average=policy_for(average, dtype), backend="reference")
@@ -185,7 +185,7 @@ class TestInterpreted:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         both = Twice()
-        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", both.step))
+        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", both.step, False))
         launched: list[tuple[torch.dtype, torch.dtype]] = []
         launch = triton_step.Launch._launch
 
@@ -230,7 +230,7 @@ class TestInterpreted:
             triton_step.step_triton(*args)
             tables.append(triton_step._launches[args[3]][0].upload)
 
-        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", step))
+        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", step, False))
         p = nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
         opt = rf.FusedSGD([p], lr=0.5, momentum=0.5, backend="triton")
@@ -274,6 +274,19 @@ class TestInterpreted:
             triton_step.advance_triton(counters)
         assert counters.counts.tolist() == [3, 3, 2, 1, 0, 0]
         assert torch.equal(counters.marks, expected)
+
+    def test_a_gradient_that_changes_its_layout_later_is_still_read_rightly(self) -> None:
+        ends = []
+        for backend in ("triton", "reference"):
+            p = nn.Parameter(torch.arange(6.0).reshape(3, 2).t())
+            opt = rf.FusedSGD([p], lr=1.0, backend=backend)
+            for step in range(3):
+                p.grad = torch.arange(6.0).reshape(2, 3)
+                if step == 0:
+                    p.grad = torch.empty_like(p).copy_(p.grad)
+                opt.step()
+            ends.append(p.detach())
+        assert_same(*ends, "weights")
 
     @pytest.mark.parametrize("average", ["none", "mean-write-back", "swa-current", "rbwa"])
     def test_the_optimizer_takes_it_by_name(

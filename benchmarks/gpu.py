@@ -1,0 +1,109 @@
+"""The benchmark of benchmarks.step on a GPU: what is measured on what, in one process.
+
+Launches are counted after all timing, since a profiler leaves its hooks in the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_report, gpu_rows, shapes
+from benchmarks.device import Cuda, Device
+from benchmarks.gpu_measure import LIMIT, count_launches, measure
+from benchmarks.gpu_timing import LEAST_ROUNDS
+from benchmarks.progress import bar
+from benchmarks.providers import Row, selected
+from rbwa_fused import ops
+
+BACKENDS = ("cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and on what."""
+
+    device: Device
+    layouts: dict[str, shapes.Layout]
+    dtype: torch.dtype
+    rows: list[Row]
+    rounds: int
+
+
+def backends(asked: str | None, device: torch.device) -> tuple[str, ...]:
+    """The backend that was asked for, or all that there are; those that are missing are said.
+
+    Raises:
+        ValueError: if the one that was asked for is missing.
+    """
+    names = BACKENDS if asked is None else (asked,)
+    missing = {name: why for name in names if (why := ops.unavailable(name, device)) is not None}
+    if asked is not None and missing:
+        raise ValueError(f"backend {asked!r} {missing[asked]}")
+    for name, why in missing.items():
+        print(f"skipped: rbwa_fused on {name} ({why})")
+    return tuple(name for name in names if name not in missing)
+
+
+def planned(args: argparse.Namespace) -> Plan:
+    """What the command line of benchmarks.step asks for.
+
+    Raises:
+        ValueError: for a model, a row or a backend that there is not, or too few rounds.
+    """
+    models = args.model or list(shapes.MODELS)
+    for name in models:
+        if name not in shapes.MODELS:
+            raise ValueError(f"unknown model: {name} (expected one of {', '.join(shapes.MODELS)})")
+    if args.repeats < LEAST_ROUNDS:
+        raise ValueError(f"--repeats must be at least {LEAST_ROUNDS} on cuda, not {args.repeats}")
+    if not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device")
+    device = Cuda()
+    rows = selected(args.only, gpu_rows.rows(backends(args.backend, device.device), device))
+    layouts = {name: shapes.MODELS[name]() for name in models}
+    return Plan(device, layouts, getattr(torch, args.dtype), rows, args.repeats)
+
+
+def run(plan: Plan, write: Callable[[list[dict[str, Any]]], object]) -> list[dict[str, Any]]:
+    """Measures every model. `write` gets the results twice, first without launches."""
+    device, results = plan.device, []
+    gc.collect()
+    gc.freeze()  # what exists now is not looked at again whenever a group is freed
+    try:
+        with bar(len(plan.layouts) * (len(plan.rows) - 1), "row") as progress:
+            for name, layout in plan.layouts.items():
+                found = measure(device, layout, plan.dtype, plan.rows, plan.rounds, progress.update)
+                results.append({"model": name, **found})
+                device.release()
+        write(results)
+        for layout, result in zip(plan.layouts.values(), results, strict=True):
+            if result["rows"]:
+                count_launches(device, layout, plan.rows, result)
+                device.release()
+        write(results)
+    finally:
+        gc.unfreeze()
+    return results
+
+
+def main(plan: Plan, out: Path) -> int:
+    """Measures, prints the tables, writes the results; 1 if a row of ours was wrong."""
+    description = plan.device.description()
+    settings = {"rounds": plan.rounds, "seconds a group": LIMIT}
+
+    def write(problems: list[dict[str, Any]]) -> None:
+        measured = {"machine": description, "settings": settings, "problems": problems}
+        out.write_text(json.dumps(measured, indent=1) + "\n")
+
+    results = run(plan, write)
+    print(gpu_report.tables(description, results, plan.rows))
+    print(f"\nwritten: {out}")
+    return int(any(result["wrong"] for result in results))

@@ -1,0 +1,47 @@
+"""A provider under a CUDA graph: its step is captured once for each set of gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.device import Device, Step
+from benchmarks.problem import Problem
+from benchmarks.provider import Provider
+from benchmarks.providers import Build
+
+EAGER_STEPS = 2  # one that makes the state, one that must not wait for the device
+
+
+def captured(build: Build, device: Device) -> Build:
+    """A builder for the same provider, which replays its steps from the third on.
+
+    Building it captures nothing; its first steps do, and raise RuntimeError where they cannot.
+    """
+
+    def build_row(problem: Problem, name: str) -> Provider:
+        provider = build(problem, name)
+        eager, use_eagerly = provider.step, provider.use_gradients
+        replays: dict[int, Step] = {}
+        taken = current = 0
+
+        def use_gradients(which: int) -> None:
+            nonlocal current
+            current = which
+            use_eagerly(which)  # a graph reads those that were in place when it was captured
+
+        def step() -> None:
+            nonlocal taken
+            taken += 1
+            if taken < EAGER_STEPS:
+                eager()
+            elif taken == EAGER_STEPS:
+                with device.no_waiting():  # a failed capture is harder to recover from
+                    eager()
+            else:
+                if current not in replays:
+                    replays[current] = device.capture(eager)
+                replays[current]()
+
+        return replace(provider, step=step, use_gradients=use_gradients, eager_steps=EAGER_STEPS)
+
+    return build_row
