@@ -102,6 +102,23 @@ void step_python(const py::list& params, const py::list& grads, const py::list& 
   step(tables);
 }
 
+void step_deferred_python(const py::list& params, const py::list& grads, const py::list& state,
+                          py::handle segments, py::handle shapes, py::handle rows,
+                          py::handle samplings, const py::list& lrs, py::handle samplings64,
+                          py::handle samplings32, py::handle marks, py::handle grad_scale,
+                          py::handle found_inf) {
+  const CudaTables tables{{views_of(params), views_of(grads), views_of(state), view_of(segments),
+                           view_of(shapes), view_of(rows), view_of(samplings)},
+                          views_of(lrs),
+                          view_of(samplings64),
+                          view_of(samplings32),
+                          view_of(marks),
+                          view_of(grad_scale),
+                          view_of(found_inf)};
+  const py::gil_scoped_release release;
+  step(tables);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rbwa_fused, library) {
@@ -128,5 +145,7 @@ PYBIND11_MODULE(_C_cuda, module) {
   module.attr("POLICY_COLUMNS") = kPolicyColumns;
   if (find_exchange_table()) {
     module.def("step", &step_python, "torch.ops.rbwa_fused.step_ without the dispatcher.");
+    module.def("step_deferred", &step_deferred_python,
+               "torch.ops.rbwa_fused.step_deferred_ without the dispatcher.");
   }
 }

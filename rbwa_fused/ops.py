@@ -81,9 +81,11 @@ class Backend(NamedTuple):
     advance: Callable[[Deferred], None] | None = None
 
 
-def _door(direct: Callable[..., None] | None) -> Step:
-    """The compiled step: through the extension module, or through the dispatcher where that is
-    missing or a profiler wants to see it."""
+def _door(module: Any) -> Step:
+    """The compiled step: through the extension module, or through the dispatcher where that has no
+    such door or a profiler wants to see it."""
+    direct = getattr(module, "step", None)
+    direct_deferred = getattr(module, "step_deferred", None)
 
     def step(
         params: list[Tensor],
@@ -98,9 +100,11 @@ def _door(direct: Callable[..., None] | None) -> Step:
         tables = (params, grads, state, segments, shapes, rows, samplings)
         if deferred is not None:
             d = deferred
-            torch.ops.rbwa_fused.step_deferred_.default(
-                *tables, d.lrs, d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf
-            )
+            own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
+            if direct_deferred is None or torch.autograd._profiler_enabled():
+                torch.ops.rbwa_fused.step_deferred_.default(*tables, d.lrs, *own)
+            else:
+                direct_deferred(*tables, list(d.lrs), *own)
         elif direct is None or torch.autograd._profiler_enabled():
             torch.ops.rbwa_fused.step_.default(*tables)
         else:
@@ -129,8 +133,8 @@ def _advance_cuda(d: Deferred) -> None:
     )
 
 
-CPU = Backend("cpu", _door(getattr(_C, "step", None)), checks=True)
-CUDA = Backend("cuda", _door(getattr(_C_cuda, "step", None)), True, _advance_cuda)
+CPU = Backend("cpu", _door(_C), checks=True)
+CUDA = Backend("cuda", _door(_C_cuda), True, _advance_cuda)
 REFERENCE = Backend("reference", _step_reference, checks=False)
 
 

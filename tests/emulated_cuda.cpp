@@ -66,7 +66,15 @@ const char* advance_cuda(const Deferred& deferred, void*) {
 
 PYBIND11_MODULE(emulated_cuda, module) {
   if (!find_exchange_table()) throw py::import_error("this torch has no DLPack exchange table");
-  module.def("step",
+  module.def(
+      "step", [](const py::list& params, const py::list& grads, const py::list& state,
+                 py::handle segments, py::handle shapes, py::handle rows, py::handle samplings) {
+        CudaTables tables{};
+        tables.step = {views_of(params), views_of(grads), views_of(state),   view_of(segments),
+                       view_of(shapes),  view_of(rows),   view_of(samplings)};
+        step_on(tables, kCpu, nullptr);
+      });
+  module.def("step_deferred",
              [](const py::list& params, const py::list& grads, const py::list& state,
                 py::handle segments, py::handle shapes, py::handle rows, py::handle samplings,
                 const py::list& lrs, py::handle samplings64, py::handle samplings32,

@@ -51,19 +51,10 @@ def backend() -> ops.Backend:
     """`ops.CUDA`, with the compiled module exchanged for the emulated one."""
     module = emulated(*filter(None, os.environ.get("RBWA_TEST_SANITIZERS", "").split(",")))
 
-    def step(*tables: Any, deferred: Deferred | None = None) -> None:
-        if deferred is None:
-            module.step(*tables, [], None, None, None, None, None)
-        else:
-            d = deferred
-            lrs = list(d.lrs)
-            scale = d.grad_scale
-            module.step(*tables, lrs, d.samplings64, d.samplings32, d.marks, scale, d.found_inf)
-
     def advance(d: Deferred) -> None:
         module.advance(d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf)
 
-    return ops.Backend("cuda", step, True, advance)
+    return ops.Backend("cuda", ops._door(module), True, advance)
 
 
 @pytest.fixture
