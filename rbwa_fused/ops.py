@@ -84,8 +84,8 @@ class Backend(NamedTuple):
 def _door(module: Any) -> Step:
     """The compiled step: through the extension module, or through the dispatcher where that has no
     such door or a profiler wants to see it."""
-    direct = getattr(module, "step", None)
-    direct_deferred = getattr(module, "step_deferred", None)
+    direct: Any = getattr(module, "step", None)
+    direct_deferred: Any = getattr(module, "step_deferred", None)
 
     def step(
         params: list[Tensor],
@@ -97,18 +97,20 @@ def _door(module: Any) -> Step:
         samplings: Tensor,
         deferred: Deferred | None = None,
     ) -> None:
+        observed = direct is None or torch.autograd._profiler_enabled()
+        if deferred is None and not observed:
+            direct(params, grads, state, segments, shapes, rows, samplings)
+            return
         tables = (params, grads, state, segments, shapes, rows, samplings)
-        if deferred is not None:
-            d = deferred
-            own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
-            if direct_deferred is None or torch.autograd._profiler_enabled():
-                torch.ops.rbwa_fused.step_deferred_.default(*tables, d.lrs, *own)
-            else:
-                direct_deferred(*tables, list(d.lrs), *own)
-        elif direct is None or torch.autograd._profiler_enabled():
+        if deferred is None:
             torch.ops.rbwa_fused.step_.default(*tables)
+            return
+        d = deferred
+        own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
+        if observed:
+            torch.ops.rbwa_fused.step_deferred_.default(*tables, d.lrs, *own)
         else:
-            direct(*tables)
+            direct_deferred(*tables, list(d.lrs), *own)
 
     return step
 

@@ -132,6 +132,31 @@ PLAN = [
     ("self.n_averaged = self._next_n_averaged", "pass"),
 ]
 
+TRITON = [
+    ("g = s * g\n", "g = g\n"),
+    ("g + lambda_ * theta, g)", "g - lambda_ * theta, g)"),
+    ("m = mu * m + c * g", "m = mu * m + g"),
+    ("alpha * g + gamma * m, gamma * m", "g + gamma * m, gamma * m"),
+    ("kappa * (g - previous)", "kappa * (g + previous)"),
+    ("direction + delta * z", "direction + z"),
+    ("x = theta - eta * direction", "x = theta + eta * direction"),
+    ("a + w * (x - a)", "a - w * (x - a)"),
+    ("a = tl.where(current, theta, a)", "a = a"),
+    ("x = tl.where(write_back, a, x)", "x = x"),
+    ("eta * tl.load(sampling)", "eta"),
+    ("row | 1, row)", "row, row)"),
+    ("tl.load(found_inf) == 0", "tl.load(found_inf) != 1"),
+    ("store(g_at, g * unscale, mask, FULL)", "store(g_at, g, mask, FULL)"),
+    ("store(z_at, z, mask, FULL)", "pass"),
+]
+COUNTERS = [
+    ("1.0 / tl.where(due, k + 1, 1)", "1.0 / tl.where(due, k + 2, 1)"),
+    ("1.0 - decay", "decay"),
+    ("(step - 1) % steps_per_epoch", "step % steps_per_epoch"),
+    ("n + due.to(tl.int64)", "n"),
+    ("tl.store(marks + 2 * segment, mark, mask=mask)", "pass"),
+]
+
 CUDA = ("test_cuda.py",)
 PYTHON = ("test_update.py", "test_methods.py", "test_optimizer.py")
 CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...]]] = [
@@ -139,6 +164,8 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...]]] = [
     ("csrc/step_cuda_body.h", BODY, CUDA),
     ("csrc/average.h", AVERAGE_H, CUDA),
     ("csrc/launches.cpp", LAUNCHES, CUDA),
+    ("triton_kernels/update.py", TRITON, ("test_triton.py",)),
+    ("triton_kernels/advance.py", COUNTERS, ("test_triton.py",)),
     ("rbwa_fused/reference.py", REFERENCE, PYTHON),
     ("rbwa_fused/rules.py", RULES, PYTHON),
     ("rbwa_fused/average.py", AVERAGE, PYTHON),

@@ -77,6 +77,17 @@ def test_dtypes_are_a_launch_each(emulated_cuda: Any) -> None:
     assert emulated_cuda.launches() == len(DTYPES)
 
 
+def test_a_large_model_takes_larger_chunks(emulated_cuda: Any) -> None:
+    count = 100_000_003
+    p = nn.Parameter(torch.zeros(count, dtype=torch.bfloat16))
+    opt = rf.FusedSGD([p], lr=0.5, backend="cuda", flatten=False)
+    p.grad = torch.ones_like(p)
+    emulated_cuda.threads_run()
+    opt.step()
+    assert emulated_cuda.threads_run() == -(-count // 16384) * 256
+    assert bool((p == -0.5).all())
+
+
 class Scaler:
     """What torch.amp.GradScaler does around a step."""
 
