@@ -62,7 +62,7 @@ clean:
 
 .venv/torch:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q 'setuptools>=77' ninja torch torchvision
+	$(BIN)/pip install -q 'setuptools>=77' ninja pybind11 torch torchvision
 	touch $@
 
 .venv/demo: .venv/torch $(SOURCES)

@@ -39,6 +39,15 @@ def cuda_home() -> str | None:
     return os.path.normpath(found[1]) if found else None
 
 
+def pybind11() -> list[str]:
+    """The folder of pybind11's own headers; torch's copy refuses the stable ABI before 2.12."""
+    try:
+        from pybind11 import get_include
+    except ImportError:
+        return []
+    return [get_include()]
+
+
 def extensions() -> list:
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         print("rbwa_fused: no C++ compiler found; installing without compiled kernels")
@@ -49,6 +58,7 @@ def extensions() -> list:
             "rbwa_fused._C",
             ["csrc/ops.cpp", "csrc/tables.cpp", "csrc/step_cpu.cpp"],
             depends=depends,
+            include_dirs=pybind11(),
             extra_compile_args=FLAGS,
         )
     ]
@@ -61,6 +71,7 @@ def extensions() -> list:
                 "rbwa_fused._C_cuda",
                 [f"csrc/{name}" for name in names],
                 depends=depends,
+                include_dirs=pybind11(),
                 extra_compile_args={"cxx": [*FLAGS, told], "nvcc": NVCC_FLAGS},
             )
         )

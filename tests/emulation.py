@@ -25,6 +25,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 @functools.cache
 def emulated(*sanitizers: str) -> Any:
     """The compiled module; `sanitizers` are g++'s, such as "address"."""
+    import pybind11
     from torch.utils.cpp_extension import load
 
     folder = ROOT / "build" / "-".join(("emulated", torch.__version__, *sanitizers))
@@ -35,6 +36,7 @@ def emulated(*sanitizers: str) -> Any:
         "emulated_cuda",
         [str(ROOT / source) for source in [*SOURCES, "csrc/tables.cpp"]],
         extra_cflags=[*FLAGS, TARGET, f"-I{ROOT / 'csrc'}", *sanitize],
+        extra_include_paths=[pybind11.get_include()],
         extra_ldflags=sanitize,
         build_directory=str(folder),
         is_python_module=False,
