@@ -82,8 +82,9 @@ class Average:
     Args:
         weight: :class:`Mean`, :class:`Ema`, :class:`Algorithm2`, or a function
             ``weight(n, step) -> float`` in [0, 1] of the samples so far (n >= 1) and the step,
-            called on the host; it must depend on these two alone, as it may be asked again for
-            the same step. The first sample is always a copy.
+            called on the host, which under AMP on a GPU waits for the device then; it must depend
+            on these two alone, as it may be asked again for the same step. The first sample is
+            always a copy.
         start (int, steps, >= 0): the first ``start`` steps are not averaged (default: 0).
         every (int, steps, >= 1): samples are taken after steps start + every, start + 2 every, …
             (default: 1).
