@@ -85,6 +85,8 @@ def params(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
         random(41)[1:],  # off the alignment, and its storage is larger
         random(12, 7)[:, ::2],  # not dense
         random(300)[3:103].view(10, 10),
+        random(700),  # the last vectors of a block: 16 bytes of float64, of float32
+        random(1100),
     ]
     return [nn.Parameter(t) for t in tensors]
 

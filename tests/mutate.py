@@ -161,7 +161,7 @@ CUDA = ("test_cuda.py",)
 PYTHON = ("test_update.py", "test_methods.py", "test_optimizer.py")
 CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...]]] = [
     ("csrc/update.h", UPDATE, CUDA),
-    ("csrc/step_cuda_body.h", BODY, CUDA),
+    ("csrc/step_cuda_body.h", BODY, (*CUDA, "test_sanitized.py")),
     ("csrc/average.h", AVERAGE_H, CUDA),
     ("csrc/launches.cpp", LAUNCHES, CUDA),
     ("triton_kernels/update.py", TRITON, ("test_triton.py",)),

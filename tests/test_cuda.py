@@ -36,6 +36,21 @@ def test_not_flattened_it_has_the_same_bits(dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("offset", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_off_the_alignment_are_read_as_they_lie(dtype: torch.dtype, offset: int) -> None:
+    ends = []
+    for backend in ("cuda", "cpu"):
+        p = nn.Parameter(torch.linspace(-1, 1, 5000, dtype=torch.float64).to(dtype))
+        opt = rf.FusedSGD([p], 0.1, 0.9, weight_decay=0.1, backend=backend)
+        for step in range(3):
+            gradient = torch.linspace(-2, 3, 5000 + offset, dtype=torch.float64).to(dtype)
+            p.grad = (gradient * (step + 1))[offset:]
+            Scaler(opt, 2.0).step(skip=False)
+        ends.append([p.detach(), opt.state[p]["momentum_buffer"], p.grad])
+    assert_same_bits(*ends)
+
+
 def test_all_param_groups_are_one_launch(emulated_cuda: Any) -> None:
     ps = params(torch.float32)
     opt = rf.FusedSGD(
