@@ -197,7 +197,7 @@ class Average:
     def elided_for(self, dtype: torch.dtype) -> bool:
         """Whether the average *is* the parameter: sampled and written back at every step, in the
         parameter's own dtype. It then needs no buffer; see docs/equivalences.md."""
-        return self.every == self.write_back_every == 1 and self.dtype_for(dtype) == dtype
+        return self.write_back_every == 1 and self.dtype_for(dtype) == dtype
 
 
 def structure(policy: str | None) -> tuple[str | None, ...]:

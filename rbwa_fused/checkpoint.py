@@ -151,7 +151,7 @@ def _check_state(
     policy = plan.policy
     # A model converted between the steps of RBWA may bring a buffer that it needs no more, or none
     # where it needs one now: its average is the parameter in either case.
-    if policy is None or not policy.write_back_every == policy.every == 1:
+    if policy is None or policy.write_back_every != 1:
         if "average" in held and policy is None:
             raise ValueError(f"the checkpoint has an average for {name}, which keeps none")
         if "average" not in held and policy is not None and n_averaged > 0:

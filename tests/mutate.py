@@ -121,7 +121,7 @@ AVERAGE = [
     ("(epochs + 1 - weight.start_epoch)", "(epochs - weight.start_epoch)"),
     ("past > 0 and past % self.every == 0", "past >= 0 and past % self.every == 0"),
     ("(step - self.start) % self.write_back_every == 0", "step % self.write_back_every == 0"),
-    ("self.every == self.write_back_every == 1", "self.write_back_every == 1"),
+    ("self.write_back_every == 1 and", "self.write_back_every >= 1 and"),
 ]
 PLAN = [
     ("scale=w if due else 1.0", "scale=1.0"),

@@ -233,3 +233,8 @@ def test_a_group_added_later_starts_its_own_average() -> None:
     assert opt.n_averaged == 4
     assert opt.state[p]["average"].tolist() == [2.5] * 3  # (1 + 2 + 3 + 4) / 4
     assert opt.state[q]["average"].tolist() == [1.5] * 3  # (1 + 2) / 2
+
+
+def test_samples_are_due_after_start_and_not_at_it() -> None:
+    policy = rf.mean(start=3, every=2)
+    assert [step for step in range(10) if policy.due(step)] == [5, 7, 9]
