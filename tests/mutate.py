@@ -188,6 +188,8 @@ def survives(number: int, file: str, old: str, new: str, tests: tuple[str, ...])
     if old not in text:
         raise LookupError(f"{file} has no {old!r}")
     (copy / file).write_text(text.replace(old, new) if old else text)
+    # As installed, or the installation's would be found.
+    shutil.copytree(copy / "triton_kernels", copy / "rbwa_fused" / "triton_kernels")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     paths = [f"tests/{name}" for name in tests]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy), "MAX_JOBS": "1"}
