@@ -23,11 +23,12 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 @functools.cache
-def emulated(*sanitizers: str) -> Any:
-    """The compiled module; `sanitizers` are g++'s, such as "address"."""
+def emulated() -> Any:
+    """The compiled module, with g++'s sanitizers if RBWA_TEST_SANITIZERS names some."""
     import pybind11
     from torch.utils.cpp_extension import load
 
+    sanitizers = list(filter(None, os.environ.get("RBWA_TEST_SANITIZERS", "").split(",")))
     folder = ROOT / "build" / "-".join(("emulated", torch.__version__, *sanitizers))
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -51,7 +52,7 @@ def emulated(*sanitizers: str) -> Any:
 
 def backend() -> ops.Backend:
     """`ops.CUDA`, with the compiled module exchanged for the emulated one."""
-    module = emulated(*filter(None, os.environ.get("RBWA_TEST_SANITIZERS", "").split(",")))
+    module = emulated()
 
     def advance(d: Deferred) -> None:
         module.advance(d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf)
