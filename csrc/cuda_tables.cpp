@@ -27,9 +27,9 @@ void step_on(const CudaTables& tables, DLDevice device, void* stream) {
   CudaStep step{};
   step.rows = static_cast<const Row*>(tables.step.rows.data);
   step.samplings = static_cast<const Sampling*>(tables.step.samplings.data);
-  step.sampling_count = numel_of(tables.step.samplings) / kSamplingColumns;
+  const int64_t samplings = numel_of(tables.step.samplings);
   STD_TORCH_CHECK(2 * group_count * kRowColumns == numel_of(tables.step.rows) &&
-                      step.sampling_count < (1 << 16),
+                      samplings / kSamplingColumns < (1 << 16),
                   "step_: two rows a param group, and at most 65,535 samplings");
   step.lrs.assign(group_count, nullptr);
   STD_TORCH_CHECK(tables.lrs.empty() || static_cast<int64_t>(tables.lrs.size()) == group_count,
@@ -37,7 +37,6 @@ void step_on(const CudaTables& tables, DLDevice device, void* stream) {
   for (size_t i = 0; i < tables.lrs.size(); ++i) {
     step.lrs[i] = on_device<const float>(tables.lrs[i], device, kFloat, 1, "lrs");
   }
-  const int64_t samplings = step.sampling_count * kSamplingColumns;
   const int64_t marks = 2 * static_cast<int64_t>(segments.size());
   step.device_samplings =
       on_device<const double>(tables.samplings, device, kDouble, samplings, "samplings64");

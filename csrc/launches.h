@@ -9,9 +9,8 @@
 
 // What a step needs beside segments and the host's coefficient tables; addresses on the device.
 struct CudaStep {
-  const Row* rows;            // two a group
-  const Sampling* samplings;  // of the host
-  int64_t sampling_count;
+  const Row* rows;                 // two a group
+  const Sampling* samplings;       // of the host
   std::vector<const float*> lrs;   // one a group, or null: the row has it
   const double* device_samplings;  // null: the host's count
   const float* device_samplings_float;

@@ -9,7 +9,6 @@ paper; Lookahead, Zhang et al. 2019; Switch-EMA, Li et al. 2024.
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from rbwa_fused.flat import DTYPES
+from rbwa_fused.rules import number
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def weight_of(weight: Weight, n: int, step: int) -> float:
     if isinstance(weight, Algorithm2):
         epochs, batch = divmod(step - 1, weight.steps_per_epoch)
         return 1.0 / ((epochs + 1 - weight.start_epoch) * batch + 1)
-    value = _number(f"weight(n={n}, step={step})", weight(n, step))
+    value = number(f"weight(n={n}, step={step})", weight(n, step))
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"Invalid weight(n={n}, step={step}): {value} (expected 0 <= weight <= 1)")
     return value
@@ -279,7 +279,7 @@ def lookahead(k: int = 5, alpha: float = 0.5) -> Average:
     The slow weights start at the initial weights.
     """
     k = _integer("k", k, least=1)
-    alpha = _number("alpha", alpha)
+    alpha = number("alpha", alpha)
     if not 0.0 < alpha <= 1.0:
         raise ValueError(f"Invalid alpha: {alpha} (expected 0 < alpha <= 1)")
     return Average(Ema(1.0 - alpha), every=k, write_back_every=k, initial="current")
@@ -303,17 +303,8 @@ def _integer(name: str, value: int, *, least: int) -> int:
     return value
 
 
-def _number(name: str, value: float) -> float:
-    try:
-        if not isinstance(value, str | bytes):
-            return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    raise TypeError(f"Invalid {name}: {value!r} (expected a number)")
-
-
 def _fraction(name: str, value: float) -> float:
-    number = _number(name, value)
-    if not 0.0 <= number < 1.0 or math.isnan(number):
+    fraction = number(name, value)
+    if not 0.0 <= fraction < 1.0:
         raise ValueError(f"Invalid {name}: {value} (expected 0 <= {name} < 1)")
-    return number
+    return fraction

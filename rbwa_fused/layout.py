@@ -64,6 +64,8 @@ class LaidOut(Optimizer):
         """Adds a group; its average starts with its own first sample. See torch.optim.Optimizer."""
         self._refuse_inside_averaged("add_param_group")
         checks.duplicates(param_group)
+        if self._deferred is not None:
+            self._rebuild()  # the host counts again, so that the group can be counted in
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

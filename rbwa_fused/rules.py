@@ -98,9 +98,9 @@ def check(group: Group) -> None:
         ("momentum", "momentum value"),
         ("weight_decay", "weight_decay value"),
     ):
-        if not _number(name, group[name]) >= 0.0:
+        if not number(name, group[name]) >= 0.0:
             raise ValueError(f"Invalid {words}: {group[name]}")
-    dampening = _number("dampening", group.get("dampening", 0.0))
+    dampening = number("dampening", group.get("dampening", 0.0))
     if dampening != dampening:
         raise ValueError(f"Invalid dampening value: {group['dampening']}")
     if group.get("nesterov", False) and (group["momentum"] <= 0 or dampening != 0):
@@ -127,7 +127,8 @@ def check_beta(group: Group) -> None:
         raise ValueError(f"Invalid momentum value: {group['momentum']} (expected below 1)")
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """A number as a float, or TypeError with the argument's name."""
     try:
         if not isinstance(value, str | bytes):
             return float(value)

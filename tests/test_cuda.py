@@ -193,6 +193,23 @@ def test_a_first_step_that_was_skipped_is_first_again_after_a_checkpoint() -> No
     assert_same_bits(*ends)
 
 
+def test_a_group_added_while_the_device_counts_is_counted_with_the_others() -> None:
+    ends = []
+    for backend in ("cuda", "cpu"):
+        first, second = (nn.Parameter(torch.ones(n)) for n in (5, 7))
+        opt = rf.FusedSGD([first], 0.1, 0.5, average=rf.mean(), backend=backend)
+        for step in range(1, 8):
+            if step == 4:
+                opt.add_param_group({"params": [second], "lr": 0.3})
+            for p in (first, second):
+                p.grad = torch.full_like(p, float(step))
+            Scaler(opt, 1.0).step(skip=step in (1, 3, 4))
+        counts = [group["n_averaged"] for group in opt.state_dict()["param_groups"]]
+        assert counts == [4, 3]
+        ends.append([t for p in (first, second) for t in (p.detach(), *state_of(opt, p).values())])
+    assert_same_bits(*ends)
+
+
 @pytest.mark.parametrize("average", NAMED)
 def test_captured_steps_count_and_read_their_learning_rate_on_the_device(
     average: str,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from rbwa_fused import ops
+from rbwa_fused.deferred import POLICY_COLUMNS
 
 if ops._C_cuda is None:
     pytest.skip("the CUDA kernels are not built here", allow_module_level=True)
@@ -128,6 +129,10 @@ def test_registers_leave_room_for_enough_loads_in_flight(architecture: str) -> N
         of_a_block = THREADS * -(-kernel.registers // 8) * 8
         blocks = min(REGISTERS // of_a_block, MOST_THREADS // THREADS)
         assert blocks * THREADS * kernel.bytes_in_flight >= IN_FLIGHT, (kernel[:5], blocks)
+
+
+def test_python_and_cpp_agree_on_a_policy() -> None:
+    assert ops._C_cuda.POLICY_COLUMNS == POLICY_COLUMNS
 
 
 def test_the_module_is_small_enough_to_ship() -> None:
