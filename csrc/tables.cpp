@@ -104,20 +104,26 @@ std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_a
     };
     const bool momentum = rows[segment.row].mu != 0;
     const View& param = tables.params[i];
-    DLDataType type = param.dtype;
-    DLDataType a_type{};
+    const DLDataType type = param.dtype;
+    DLDataType theta_type{}, a_type{};
     segment.dtype = dtype_of(type);
-    segment.theta = param.data;
-    segment.m = momentum ? stream(kMomentum, &type) : nullptr;
-    segment.z = momentum ? stream(kDifference, &type) : nullptr;
-    segment.previous = momentum ? stream(kPrevious, &type) : nullptr;
+    const bool master = column[kMaster] != -1;
+    if (!master) theta_type = type;
+    segment.theta = master ? stream(kMaster, &theta_type) : param.data;
+    segment.param = master ? param.data : nullptr;
+    segment.theta_dtype = dtype_of(theta_type);
+    STD_TORCH_CHECK(!master || (same(theta_type, kFloat) && type.bits == 16),
+                    "step_: the master of segment ", i, " must be float32, of a 16-bit parameter");
+    segment.m = momentum ? stream(kMomentum, &theta_type) : nullptr;
+    segment.z = momentum ? stream(kDifference, &theta_type) : nullptr;
+    segment.previous = momentum ? stream(kPrevious, &theta_type) : nullptr;
     const bool sampled = every_average || samplings[segment.sampling].sample != 0;
     segment.a = sampled ? stream(kAverage, &a_type) : nullptr;
-    segment.a_dtype = segment.a ? dtype_of(a_type) : segment.dtype;
-    STD_TORCH_CHECK(
-        segment.a_dtype == segment.dtype || (segment.a_dtype == Dtype::kFloat32 && type.bits == 16),
-        "step_: the average of segment ", i,
-        " must have the parameter's dtype, or float32 for a 16-bit parameter");
+    segment.a_dtype = segment.a ? dtype_of(a_type) : segment.theta_dtype;
+    STD_TORCH_CHECK(segment.a_dtype == segment.theta_dtype ||
+                        (segment.a_dtype == Dtype::kFloat32 && type.bits == 16),
+                    "step_: the average of segment ", i,
+                    " must have the parameter's dtype, or float32 for a 16-bit parameter");
 
     const int64_t* sizes = all_shapes + column[kShape];
     const bool same_dtype = static_cast<int64_t>(segment.dtype) == column[kDtype];

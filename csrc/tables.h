@@ -31,7 +31,8 @@ enum SegmentColumn {
   kAverage = kMomentum + 2,
   kDifference = kAverage + 2,
   kPrevious = kDifference + 2,
-  kSegmentColumns = kPrevious + 2,
+  kMaster = kPrevious + 2,
+  kSegmentColumns = kMaster + 2,
 };
 
 struct Tables {

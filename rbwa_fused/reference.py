@@ -82,7 +82,8 @@ def step_(
 ) -> None:
     """The step for every segment of the tables (flat.py); gradients in their parameters' layout.
 
-    Coefficients are rounded to the arithmetic of their segment first, as in the kernels.
+    Coefficients are rounded to the arithmetic of their segment first, as in the kernels. A master
+    follows a parameter that somebody has written to since it was rounded from it.
     """
     for param, grad, columns in zip(params, grads, segments.tolist(), strict=True):
         length = columns[LENGTH]
@@ -95,11 +96,16 @@ def step_(
         streams: dict[str, Tensor | None] = dict.fromkeys(STREAMS)
         for name, column in STREAMS.items():
             buffer, offset = columns[column : column + 2]
-            touched = sample != 0 if name == "average" else k.mu != 0
+            touched = sample != 0 if name == "average" else k.mu != 0 or name == "master_param"
             if buffer != -1 and touched:
                 streams[name] = state[buffer][offset : offset + length]
-        m, a, z, previous = streams.values()
-        update(k, theta, g, m, z, previous, a)
+        m, a, z, previous, master = streams.values()
+        if master is None:
+            update(k, theta, g, m, z, previous, a)
+        else:
+            master.copy_(torch.where(master.to(theta.dtype) == theta, master, theta.float()))
+            update(k, master, g, m, z, previous, a)
+            theta.copy_(master)
 
 
 def _in_memory_order(tensor: Tensor, length: int) -> Tensor:
