@@ -250,6 +250,8 @@ class Table:
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The tables `segments` (n, COLUMNS) and `shapes` (1-d) of csrc/ops.cpp, int64."""
         if self._tensors is None:
-            segments = torch.tensor(self._columns, dtype=torch.int64).reshape(-1, COLUMNS)
-            self._tensors = segments, torch.tensor(self._shapes, dtype=torch.int64)
+            # On the host, whatever torch.set_default_device says.
+            columns = torch.tensor(self._columns, dtype=torch.int64, device="cpu")
+            shapes = torch.tensor(self._shapes, dtype=torch.int64, device="cpu")
+            self._tensors = columns.reshape(-1, COLUMNS), shapes
         return self._tensors

@@ -164,6 +164,22 @@ def test_a_skipped_step_skips_everything_and_costs_no_look(
             assert held.keys() == other["state"][key].keys()
 
 
+def test_counters_do_not_follow_the_default_device() -> None:
+    ends = []
+    for default in ("cpu", "meta"):
+        p = nn.Parameter(torch.ones(5))
+        one, none, g = torch.ones(1), torch.zeros(1), torch.ones(5)
+        with torch.device(default):
+            opt = rf.FusedSGD([p], 0.1, 0.5, average=rf.ema(0.5), backend="cuda")
+            for found_inf in (one, none, none):
+                p.grad = g.clone()
+                opt.grad_scale, opt.found_inf = one, found_inf
+                opt.step()
+        assert opt.n_averaged == 2
+        ends.append([p.detach(), *state_of(opt, p).values()])
+    assert_same_bits(*ends)
+
+
 def test_a_custom_weight_is_counted_by_the_host() -> None:
     policy = Average(lambda n, step: 1 / (n + 1))
     ours, opt = scaled_run(torch.float32, "momentum", policy, "cuda")
