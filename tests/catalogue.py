@@ -74,7 +74,8 @@ def _errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
     return errors
 
 
-def _info(cls: Any, inputs: Any) -> OptimizerInfo:
+def _info(cls: Any, inputs: Any, *later: str) -> OptimizerInfo:
+    """`later`: what a state dict of another class, or an older one, may lack."""
     sgd = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
     return OptimizerInfo(
         cls,
@@ -82,14 +83,14 @@ def _info(cls: Any, inputs: Any) -> OptimizerInfo:
         optim_error_inputs_func=_errors,
         scheduler_inputs=sgd.scheduler_inputs,
         supported_impls=(),
-        not_og_supported_flags=("maximize", "nesterov", "average", "rule", "step", "n_averaged"),
+        not_og_supported_flags=("maximize", "average", "step", "n_averaged", *later),
         supports_complex=False,
         has_capturable_arg=True,
     )
 
 
-SGD = _info(rf.FusedSGD, _inputs_of_sgd)
-INFOS = [SGD, _info(rf.RSGDM, _inputs_of_rsgdm)]
+SGD = _info(rf.FusedSGD, _inputs_of_sgd, "nesterov", "dampening", "rule")
+INFOS = [SGD, _info(rf.RSGDM, _inputs_of_rsgdm, "implicit_momentum")]
 
 
 def inputs(info: OptimizerInfo, device: str, **only: Any) -> Iterator[dict[str, Any]]:
