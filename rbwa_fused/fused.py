@@ -55,7 +55,7 @@ class FusedOptimizer(LaidOut):
             or _global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()
         ):
-            return self._observed_step(closure)
+            return self._observed_step(*(() if closure is None else (closure,)))
         return self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch then leaves `step` unwrapped
