@@ -32,7 +32,7 @@ import rbwa_fused as rf
 torch.backends.__allow_nonbracketed_mutation_flag = True
 
 # What only a constructor takes; all else may stand in a param group.
-OF_THE_CONSTRUCTOR = ("backend", "flatten", "capturable", "difference")
+OF_THE_CONSTRUCTOR = ("backend", "flatten", "capturable", "difference", "master_weights")
 
 # The part that `foreach` and `fused` have in torch's tests: other ways to the same result.
 IMPLEMENTATIONS: list[dict[str, Any]] = [{}, {"flatten": False}, {"backend": "reference"}]
@@ -45,10 +45,13 @@ def _averages() -> list[OptimizerInput]:
         "rbwa": rf.rbwa(steps_per_epoch=2, start_epoch=0),
         "lookahead": rf.lookahead(k=2),
     }
-    return [
-        OptimizerInput(None, {"lr": 1e-2, "momentum": 0.9, "average": policy}, name)
+    usual = {"lr": 1e-2, "momentum": 0.9}
+    given = [
+        OptimizerInput(None, {**usual, "average": policy}, name)
         for name, policy in policies.items()
     ]
+    masters = {**usual, "average": policies["ema"], "master_weights": True}
+    return [*given, OptimizerInput(None, masters, "master weights")]
 
 
 def _inputs_of_sgd(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:

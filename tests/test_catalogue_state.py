@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import INFOS, Problem, inputs, instantiate, same_bits, trained
+from catalogue import INFOS, OF_THE_CONSTRUCTOR, Problem, inputs, instantiate, same_bits, trained
 from torch import nn
 from torch.testing._internal.common_optimizers import OptimizerInfo, optims
 from torch.testing._internal.common_utils import TestCase, parametrize
@@ -238,7 +238,7 @@ class TestState(TestCase):
             text = repr(optim_info.optim_cls(Problem(device).params, **kwargs))
             assert text.startswith(f"{optim_info.name} (\nParameter Group 0\n")
             for key, value in kwargs.items():
-                if key not in ("backend", "flatten", "difference"):
+                if key not in OF_THE_CONSTRUCTOR:
                     assert f"    {key}: {value}\n" in text
 
     @optims(INFOS)

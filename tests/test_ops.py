@@ -130,17 +130,6 @@ def test_exchange_refuses_tensors_that_differ() -> None:
         assert torch.equal(a[0], torch.ones(3))
 
 
-def test_the_profiler_sees_the_step_and_the_operator() -> None:
-    p = nn.Parameter(torch.ones(3))
-    opt = rf.FusedSGD([p], lr=0.5)
-    p.grad = torch.ones(3)
-    with torch.autograd.profiler.profile() as profile:
-        opt.step()
-    names = {event.name for event in profile.function_events}
-    assert {"Optimizer.step#FusedSGD.step", "rbwa_fused::step_"} <= names
-    assert p.tolist() == [0.5] * 3
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits_are_rounded_to_nearest_even_everywhere(dtype: torch.dtype) -> None:
     everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
