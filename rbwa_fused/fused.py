@@ -239,7 +239,11 @@ class FusedOptimizer(LaidOut):
             ]
         increment_version(written)
         if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in written if p.grad is not None], 1.0 / scale)
+            # A tensor: a number would be rounded to 16 bits before it multiplies 16-bit gradients.
+            inverse = torch.tensor(1.0 / scale, dtype=torch.float64)
+            for p in written:
+                if p.grad is not None:
+                    (p.grad if p.grad.dim() > 0 else p.grad.view(1)).mul_(inverse)
 
     # ---- averaged weights ----------------------------------------------------------------------
 

@@ -156,6 +156,22 @@ def test_sixteen_bit_gradients_are_unscaled_before_they_are_rounded() -> None:
     assert p.tolist() == [-(2.0**-8)] * 3  # 2^-28 is 0 in float16
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (40,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1000.0, 2.0**26])
+def test_gradients_are_left_unscaled_to_the_last_bit(
+    scale: float, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    p = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    opt = rf.FusedSGD([p], lr=1.0)
+    p.grad = torch.full_like(p, 1542.0)
+    expected = (p.grad.to(wide) * torch.tensor(1.0 / scale, dtype=wide)).to(dtype)
+    opt.grad_scale, opt.found_inf = torch.tensor(scale), torch.tensor(0.0)
+    opt.step()
+    assert torch.equal(p.grad, expected)  # 2^-26 is 0 in float16, 2^-26 * 1542 is not
+
+
 def test_hooks_run_in_torchs_order_and_see_the_closure() -> None:
     seen = []
     net = model()
