@@ -177,6 +177,8 @@ class FusedOptimizer(LaidOut):
         deferred: Deferred | None = None,
     ) -> bool:
         """Steps one table. False, with nothing changed, where a parameter was converted."""
+        if table.copies and not all(map(table.fits, range(len(table.params)))):
+            return False  # the kernel would see the copy alone, in its old dtype
         for param, memory in table.copies:
             memory.copy_(param)
         tables = (table.memory, grads, table.state, *table.tensors(), *plan.tensors)

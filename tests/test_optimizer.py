@@ -231,6 +231,22 @@ def test_a_model_converted_to_float64_trains_on_with_its_state(average: rf.Avera
     assert average is None or opt.n_averaged == 4
 
 
+def test_a_frozen_slice_that_was_converted_is_not_rounded_to_its_old_dtype() -> None:
+    p, q = nn.Parameter(torch.zeros(4, 2)[:, 0]), nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    opt = rf.FusedSGD([p, q], lr=0.1, average=rf.ema(0.5))
+    for step in range(3):
+        if step == 1:
+            p.data = torch.full((4, 2), 1 / 3, dtype=torch.float64)[:, 0]
+            p.grad = None
+        else:
+            p.grad = torch.zeros_like(p)
+        q.grad = torch.ones_like(q)
+        opt.step()
+        if step == 1:
+            assert p.tolist() == [1 / 3] * 4
+            assert opt.state[p]["average"].dtype == torch.float64
+
+
 def test_state_that_a_user_clears_starts_again() -> None:
     runs = []
     for clear in (lambda o: o.state.clear(), lambda o: setattr(o, "state", type(o.state)(dict))):
