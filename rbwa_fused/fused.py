@@ -185,6 +185,8 @@ class FusedOptimizer(LaidOut):
         deferred: Deferred | None = None,
     ) -> bool:
         """Steps one table. False, with nothing changed, where a parameter was converted."""
+        if table.copies and not all(map(table.fits, range(len(table.params)))):
+            return False  # the kernel would see the copy alone, in its old dtype
         for param, memory in table.copies:
             memory.copy_(param)
         tables = (table.memory, grads, table.state, *table.tensors(), *plan.tensors)
@@ -247,7 +249,11 @@ class FusedOptimizer(LaidOut):
             ]
         increment_version(written)
         if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in written if p.grad is not None], 1.0 / scale)
+            # A tensor: a number would be rounded to 16 bits before it multiplies 16-bit gradients.
+            inverse = torch.tensor(1.0 / scale, dtype=torch.float64, device="cpu")
+            for p in written:
+                if p.grad is not None:
+                    (p.grad if p.grad.dim() > 0 else p.grad.view(1)).mul_(inverse)
 
     # ---- averaged weights ----------------------------------------------------------------------
 

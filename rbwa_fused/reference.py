@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rbwa_fused.flat import LENGTH, ROW, SAMPLING, STREAMS
 
+MU = 2  # column of the table of rows
+
 
 class Coefficients(NamedTuple):
     """What the tables say of one segment; the names of csrc/update.h."""
@@ -93,10 +95,11 @@ def step_(
         scale, w, sample, *flags = samplings[columns[SAMPLING]].to(wide)
         *rule, eta = rows[columns[ROW]].to(wide)
         k = Coefficients(*torch.stack([*rule, eta * scale, w, *flags]).tolist())
+        momentum = rows[columns[ROW], MU] != 0  # also where the arithmetic rounds it to 0
         streams: dict[str, Tensor | None] = dict.fromkeys(STREAMS)
         for name, column in STREAMS.items():
             buffer, offset = columns[column : column + 2]
-            touched = sample != 0 if name == "average" else k.mu != 0 or name == "master_param"
+            touched = {"average": sample != 0, "master_param": True}.get(name, momentum)
             if buffer != -1 and touched:
                 streams[name] = state[buffer][offset : offset + length]
         m, a, z, previous, master = streams.values()

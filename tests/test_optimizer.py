@@ -115,6 +115,22 @@ def test_sixteen_bit_gradients_are_unscaled_before_they_are_rounded() -> None:
     assert p.tolist() == [-(2.0**-8)] * 3  # 2^-28 is 0 in float16
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (40,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1000.0, 2.0**26])
+def test_gradients_are_left_unscaled_to_the_last_bit(
+    scale: float, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    p = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    opt = rf.FusedSGD([p], lr=1.0)
+    p.grad = torch.full_like(p, 1542.0)
+    expected = (p.grad.to(wide) * torch.tensor(1.0 / scale, dtype=wide)).to(dtype)
+    opt.grad_scale, opt.found_inf = torch.tensor(scale), torch.tensor(0.0)
+    opt.step()
+    assert torch.equal(p.grad, expected)  # 2^-26 is 0 in float16, 2^-26 * 1542 is not
+
+
 @pytest.mark.parametrize("average", [None, rf.ema(0.5), rf.rbwa(1, 0)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_put_elsewhere_are_reached_there(kind: str, average: rf.Average | None) -> None:
@@ -153,6 +169,22 @@ def test_a_model_converted_to_float64_trains_on_with_its_state(average: rf.Avera
                 gap = opt.state[p]["momentum_buffer"] - expected
                 assert gap.abs().max() < 0.01 * 2  # weight decay adds 0.01 theta
     assert average is None or opt.n_averaged == 4
+
+
+def test_a_frozen_slice_that_was_converted_is_not_rounded_to_its_old_dtype() -> None:
+    p, q = nn.Parameter(torch.zeros(4, 2)[:, 0]), nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    opt = rf.FusedSGD([p, q], lr=0.1, average=rf.ema(0.5))
+    for step in range(3):
+        if step == 1:
+            p.data = torch.full((4, 2), 1 / 3, dtype=torch.float64)[:, 0]
+            p.grad = None
+        else:
+            p.grad = torch.zeros_like(p)
+        q.grad = torch.ones_like(q)
+        opt.step()
+        if step == 1:
+            assert p.tolist() == [1 / 3] * 4
+            assert opt.state[p]["average"].dtype == torch.float64
 
 
 def test_state_that_a_user_clears_starts_again() -> None:
