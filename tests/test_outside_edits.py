@@ -255,3 +255,12 @@ def test_exchange_refuses_another_layout() -> None:
     exchange = torch.ops.rbwa_fused.exchange_.default
     with pytest.raises(RuntimeError, match="layout"):
         exchange([torch.zeros(2, 3)], [torch.arange(6.0).reshape(3, 2).t()])
+
+
+def test_exchange_refuses_memory_between_its_elements() -> None:
+    exchange = torch.ops.rbwa_fused.exchange_.default
+    gaps = torch.zeros(8)
+    for left in (gaps[::2], torch.zeros(1).expand(4)):
+        with pytest.raises(RuntimeError, match="not dense"):
+            exchange([left], [torch.empty_strided(left.shape, left.stride()).fill_(1.0)])
+    assert not gaps.any()
