@@ -86,6 +86,8 @@ class LaidOut(Optimizer):
     def _check_hyperparameters(cls, group: Group) -> None:
         rules.check(group)
 
+    # dynamo cannot follow a table's making; torch hides its own `add_param_group` from it, too.
+    @torch._disable_dynamo
     def _build(self, groups: list[Group], move: bool, counters: Counters | None = None) -> None:
         """Makes tables and rows anew and takes over the state and the counters there are."""
         self._plan = plan = Plan(
@@ -95,6 +97,7 @@ class LaidOut(Optimizer):
         self._tables: dict[tuple[torch.device, int], flat.Table] = {}
         self._add(plan, groups, move, counters)
 
+    @torch._disable_dynamo
     def _add(
         self, plan: Plan, groups: list[Group], move: bool, counters: Counters | None = None
     ) -> None:

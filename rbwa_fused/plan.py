@@ -39,7 +39,6 @@ class Table:
     def __len__(self) -> int:
         return len(self._bytes) // self._row.size
 
-    @torch._disable_dynamo  # which cannot trace a tensor over a bytearray
     def grow(self, rows: int) -> None:
         """Appends rows of zeros; the tensor is another one then."""
         self._bytes = self._bytes + bytearray(rows * self._row.size)

@@ -28,7 +28,11 @@ class Run:
         self.device = device
         self.nets = [self._net(seed) for seed in (0, 1)]
         self.opts = [info.optim_cls(net.parameters(), **deepcopy(kwargs)) for net in self.nets]
-        self.scaler = torch.amp.GradScaler(device, init_scale=128.0, growth_interval=1, enabled=on)
+        self.grads: list[Tensor | None] = []
+        self.kind = torch.device(device).type
+        self.scaler = torch.amp.GradScaler(
+            self.kind, init_scale=128.0, growth_interval=1, enabled=on
+        )
 
     def _net(self, seed: int) -> nn.Sequential:
         torch.manual_seed(seed)
@@ -47,16 +51,19 @@ class Run:
             if self.scaler.is_enabled() or not (step in OVERFLOWS and i == 0):
                 self.scaler.step(self.opts[i])
         self.scaler.update()
+        if step not in OVERFLOWS:  # unscaled in place, as torch asks of who scales for itself
+            self.grads += [p.grad for i in which or (0,) for p in self.nets[i].parameters()]
         for opt in self.opts:
             opt.zero_grad()
 
     def result(self) -> list[Any]:
-        """Weights and state of both models."""
+        """Gradients, and weights and state of both models."""
         params = [list(net.parameters()) for net in self.nets]
         states = [opt.state for opt in self.opts]
         return [
-            [[p.detach() for p in ps], [state.get(p, {}) for p in ps]]
-            for ps, state in zip(params, states, strict=True)
+            self.grads,
+            [p.detach() for ps in params for p in ps],
+            [state.get(p, {}) for ps, state in zip(params, states, strict=True) for p in ps],
         ]
 
 
@@ -66,7 +73,7 @@ def usual(run: Run, step: int) -> None:
 
 
 def under_autocast(run: Run, step: int) -> None:
-    with torch.autocast(run.device.split(":")[0], dtype=torch.bfloat16):
+    with torch.autocast(run.kind, dtype=torch.bfloat16):
         loss = run.loss(step)
     run.scaler.scale(loss).backward()
     run.step(step)
