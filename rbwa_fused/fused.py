@@ -7,6 +7,7 @@ tables hold is layout.py's.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -246,8 +247,9 @@ class FusedOptimizer(LaidOut):
     @property
     def n_averaged(self) -> int:
         """Samples in the average, of the group that has most."""
-        self._settle()
-        return max((n_averaged for n_averaged, _ in self._counters()), default=0)
+        opt = self._itself
+        opt._settle()
+        return max((n_averaged for n_averaged, _ in opt._counters()), default=0)
 
     def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """The averaged weights are live inside the context, the training weights again after it.
@@ -264,14 +266,14 @@ class FusedOptimizer(LaidOut):
             >>> with opt.averaged():
             ...     evaluate(model)
         """
-        return evaluate.averaged(self)
+        return evaluate.averaged(self._itself)
 
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """A plain state dict of the model holding the averaged weights, in the weights' dtypes.
 
         Buffers are the model's own; every tensor is a copy.
         """
-        return evaluate.averaged_state_dict(self, model)
+        return evaluate.averaged_state_dict(self._itself, model)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -282,8 +284,9 @@ class FusedOptimizer(LaidOut):
             ValueError: for another rule, another kind of policy, write-back, ``initial`` or dtype,
                 other shapes or groups. The optimizer is as it was then.
         """
-        self._refuse_inside_averaged("load_state_dict")
-        checkpoint.load(self, state_dict)
+        opt = self._itself
+        opt._refuse_inside_averaged("load_state_dict")
+        checkpoint.load(opt, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_averaged("pickle or deepcopy")
@@ -299,6 +302,7 @@ class FusedOptimizer(LaidOut):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         counters = state.pop("counters")
+        self._weak_self = weakref.ref(self)
         super().__setstate__(state)
         self.register_state_dict_post_hook(checkpoint.export)
         self._build(self.param_groups, self._flatten, counters)
