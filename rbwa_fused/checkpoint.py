@@ -85,6 +85,8 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         else:
             state[key] = held
     assert opt._plan is not None
+    if not opt._describes(opt._plan):
+        opt._rebuild()
     for plan, saved in zip(opt._plan.groups, saved_groups, strict=True):
         for i, p in enumerate(plan.group["params"]):
             name = f"parameter {i} of group {plan.index}"

@@ -21,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.layout import LaidOut
-from rbwa_fused.plan import GroupPlan, Plan
+from rbwa_fused.plan import Plan
 
 Grads = list[Tensor | None]
 Gathered = tuple[flat.Table, ops.Backend, Grads]
@@ -86,8 +86,7 @@ class FusedOptimizer(LaidOut):
         if (
             self.state is not self._known_state
             or len(self.state) != self._known_size
-            or len(plan.groups) != len(self.param_groups)
-            or not all(map(GroupPlan.describes, plan.groups, self.param_groups))
+            or not self._describes(plan)
         ):
             return False
         gathered: list[Gathered] = []

@@ -168,6 +168,12 @@ class LaidOut(Optimizer):
                 self.state[p].pop(stream, None)
         self._build(self.param_groups, move=False, counters=counters or self._counters())
 
+    def _describes(self, plan: Plan) -> bool:
+        """Whether the plan is of the groups that there are, with the parameters in them."""
+        return len(plan.groups) == len(self.param_groups) and all(
+            map(GroupPlan.describes, plan.groups, self.param_groups)
+        )
+
     def _counters(self) -> Counters:
         """Of each group, as the plan that knows its parameters counts them. Where the state was
         cleared, averages in buffers start again."""
