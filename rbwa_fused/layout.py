@@ -56,7 +56,7 @@ class LaidOut(Optimizer):
         self._steps = 0
         self._check_hyperparameters(defaults)
         checks.average(defaults, capturable)
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **dict.fromkeys(checkpoint.OURS)})
         self.register_state_dict_post_hook(checkpoint.export)
         self._build(self.param_groups, move=flatten)
 
