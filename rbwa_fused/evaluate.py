@@ -53,6 +53,7 @@ class Exchange:
                 average.copy_(kept)
         written = [p for p, _ in self.pairs]
         torch.autograd.graph.increment_version(written)
+        torch.clear_autocast_cache()  # of 16-bit copies, which does not look at versions
 
 
 def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
