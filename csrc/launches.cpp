@@ -26,9 +26,10 @@ class Packer {
     if (bytes_with(s) > kTableBytes || chunks_ + chunks > kMostChunks) error = flush();
     const auto [group, new_group] = group_of_.try_emplace(s.row / 2, groups_.size());
     if (new_group) groups_.push_back(group_at(s.row / 2));
-    segments_.push_back({s.theta, const_cast<void*>(s.g), s.m, s.a, s.z, s.previous, s.length,
-                         static_cast<int32_t>(chunks_), index, static_cast<uint16_t>(group->second),
-                         sampling_at(s.sampling), static_cast<uint8_t>(s.row % 2)});
+    segments_.push_back({s.theta, s.param, const_cast<void*>(s.g), s.m, s.a, s.z, s.previous,
+                         s.length, static_cast<int32_t>(chunks_), index,
+                         static_cast<uint16_t>(group->second), sampling_at(s.sampling),
+                         static_cast<uint8_t>(s.row % 2)});
     chunks_ += chunks;
     return error;
   }
@@ -116,19 +117,20 @@ const char* pack(const Streams& streams, const std::vector<Segment>& segments,
 }  // namespace
 
 const char* step_in_launches(const std::vector<Segment>& segments, const CudaStep& step) {
-  std::map<std::tuple<Dtype, Dtype>, std::vector<int32_t>> kinds;
+  std::map<std::tuple<Dtype, Dtype, Dtype>, std::vector<int32_t>> kinds;
   int64_t elements = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
     const Segment& s = segments[i];
     elements += s.length;
     if (s.g != nullptr || s.a != nullptr) {
-      const Dtype average = s.a != nullptr ? s.a_dtype : s.dtype;
-      kinds[{s.dtype, average}].push_back(static_cast<int32_t>(i));
+      const Dtype average = s.a != nullptr ? s.a_dtype : s.theta_dtype;
+      kinds[{s.dtype, s.theta_dtype, average}].push_back(static_cast<int32_t>(i));
     }
   }
   // A 16-bit parameter without an average goes with those that have a float32 one.
   for (const Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
-    const auto own = kinds.find({dtype, dtype}), wide = kinds.find({dtype, Dtype::kFloat32});
+    const auto own = kinds.find({dtype, dtype, dtype});
+    const auto wide = kinds.find({dtype, dtype, Dtype::kFloat32});
     if (own == kinds.end() || wide == kinds.end()) continue;
     const bool movable = std::all_of(own->second.begin(), own->second.end(),
                                      [&](int32_t i) { return segments[i].a == nullptr; });
@@ -138,7 +140,7 @@ const char* step_in_launches(const std::vector<Segment>& segments, const CudaSte
   }
   const int64_t chunk = elements < kLargeModel ? kSmallChunk : kLargeChunk;
   for (const auto& [kind, members] : kinds) {
-    Streams streams{std::get<0>(kind), std::get<1>(kind), Rule::kPlain, false};
+    Streams streams{std::get<0>(kind), std::get<1>(kind), std::get<2>(kind), Rule::kPlain, false};
     for (const int32_t i : members) {
       const Segment& s = segments[i];
       streams.averaged |= s.a != nullptr;

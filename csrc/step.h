@@ -5,9 +5,11 @@
 
 enum class Dtype : int32_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 
-// One parameter tensor. A null pointer is a stream that this segment lacks.
+// One parameter tensor. A null pointer is a stream that this segment lacks. A 16-bit parameter may
+// have a float32 master: `theta` is the master then, and `param` what it is rounded to.
 struct Segment {
   void* theta;
+  void* param;
   const void* g;
   void* m;
   void* a;
@@ -16,7 +18,8 @@ struct Segment {
   int64_t length;  // elements
   int64_t row;     // of the coefficient tables
   int64_t sampling;
-  Dtype dtype;  // of theta, g, m, z, previous
+  Dtype dtype;        // of the parameter and g
+  Dtype theta_dtype;  // of theta, m, z, previous: the same, or float32 for a master
   Dtype a_dtype;
 };
 

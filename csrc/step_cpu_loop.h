@@ -85,44 +85,67 @@ void range_full(const Segment& s, const Coefficients<T>& k, int64_t begin, int64
   loop<rule, averaged, T>(k, at(s.theta), g, at(s.m), at(s.z), at(s.previous), at(s.a), n);
 }
 
-// One stream of a 16-bit segment, widened for a tile and narrowed back.
+// One stream of a segment whose parameter has 16 bits: widened for a tile and narrowed back, or
+// float32 already, which needs neither.
 template <typename S>
 struct Stream {
   float tile[kTile];
-  S* data;
+  S* data = nullptr;
+  float* wide = nullptr;
 
-  Stream(void* start, int64_t begin) : data(start ? static_cast<S*>(start) + begin : nullptr) {}
-  void load(int64_t at, int64_t n) { widen(data + at, tile, n); }
-  void store(int64_t at, int64_t n) { narrow(tile, data + at, n); }
+  Stream(void* start, Dtype dtype, int64_t begin) {
+    if (start == nullptr) return;
+    if (dtype == Dtype::kFloat32) {
+      wide = static_cast<float*>(start) + begin;
+    } else {
+      data = static_cast<S*>(start) + begin;
+    }
+  }
+  float* load(int64_t at, int64_t n) {
+    if (wide != nullptr) return wide + at;
+    widen(data + at, tile, n);
+    return tile;
+  }
+  void store(int64_t at, int64_t n) {
+    if (wide == nullptr) narrow(tile, data + at, n);
+  }
 };
+
+// The masters of a tile follow the parameters.
+template <typename S>
+void follow(float* master, const S* param, int64_t n) {
+  S rounded[kTile];
+  float of_master[kTile], of_param[kTile];
+  narrow(master, rounded, n);
+  widen(rounded, of_master, n);
+  widen(param, of_param, n);
+  for (int64_t i = 0; i < n; ++i) master[i] = followed(master[i], of_master[i], of_param[i]);
+}
 
 template <Rule rule, bool averaged, typename S>
 void range_16bit(const Segment& s, const Coefficients<float>& k, int64_t begin, int64_t n) {
-  Stream<S> theta(s.theta, begin), g(const_cast<void*>(s.g), begin), m(s.m, begin), z(s.z, begin),
-      previous(s.previous, begin), a(s.a, begin);
-  const bool a_is_float = s.a_dtype == Dtype::kFloat32;
+  constexpr bool momentum = rule == Rule::kMomentum || rule == Rule::kDifference;
+  Stream<S> theta(s.theta, s.theta_dtype, begin), g(const_cast<void*>(s.g), s.dtype, begin),
+      m(s.m, s.theta_dtype, begin), z(s.z, s.theta_dtype, begin),
+      previous(s.previous, s.theta_dtype, begin), a(s.a, s.a_dtype, begin);
+  S* param = s.param != nullptr ? static_cast<S*>(s.param) + begin : nullptr;
   for (int64_t at = 0; at < n; at += kTile) {
     const int64_t size = n - at < kTile ? n - at : kTile;
-    theta.load(at, size);
-    if constexpr (rule != Rule::kSample) g.load(at, size);
-    if constexpr (rule == Rule::kMomentum || rule == Rule::kDifference) m.load(at, size);
-    if constexpr (rule == Rule::kDifference) z.load(at, size), previous.load(at, size);
-    float* average = a.tile;
-    if constexpr (averaged) {
-      if (a_is_float) {
-        average = static_cast<float*>(s.a) + begin + at;
-      } else {
-        a.load(at, size);
-      }
-    }
-    loop<rule, averaged, float>(k, theta.tile, g.tile, m.tile, z.tile, previous.tile, average,
-                                size);
-    if constexpr (averaged) {
-      if (!a_is_float) a.store(at, size);
-    }
+    float* theta_at = theta.load(at, size);
+    float *g_at = nullptr, *m_at = nullptr, *z_at = nullptr, *previous_at = nullptr,
+          *a_at = nullptr;
+    if constexpr (rule != Rule::kSample) g_at = g.load(at, size);
+    if constexpr (momentum) m_at = m.load(at, size);
+    if constexpr (rule == Rule::kDifference) z_at = z.load(at, size);
+    if constexpr (rule == Rule::kDifference) previous_at = previous.load(at, size);
+    if constexpr (averaged) a_at = a.load(at, size);
+    if (param != nullptr) follow(theta_at, param + at, size);
+    loop<rule, averaged, float>(k, theta_at, g_at, m_at, z_at, previous_at, a_at, size);
+    if constexpr (averaged) a.store(at, size);
     if constexpr (rule == Rule::kDifference) z.store(at, size), previous.store(at, size);
-    if constexpr (rule == Rule::kMomentum || rule == Rule::kDifference) m.store(at, size);
+    if constexpr (momentum) m.store(at, size);
     theta.store(at, size);
+    if (param != nullptr) narrow(theta_at, param + at, size);
   }
 }
 

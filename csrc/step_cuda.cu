@@ -6,9 +6,9 @@
 
 namespace {
 
-template <typename S, typename A, Rule most, bool averaged, typename T>
+template <typename S, typename W, typename A, Rule most, bool averaged, typename T>
 __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Launch<T> launch) {
-  step_thread<S, A, most, averaged>(launch, blockIdx.x, threadIdx.x);
+  step_thread<S, W, A, most, averaged>(launch, blockIdx.x, threadIdx.x);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -46,36 +46,42 @@ const char* words(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template <typename S, typename A, Rule most, bool averaged>
+template <typename S, typename W, typename A, Rule most, bool averaged>
 const char* launch_kernel(const void* launch, int64_t blocks, cudaStream_t stream) {
   using T = typename Arithmetic<S>::type;
-  step_kernel<S, A, most, averaged, T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+  step_kernel<S, W, A, most, averaged, T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
       *static_cast<const Launch<T>*>(launch));
   return words(cudaGetLastError());
 }
 
-template <typename S, typename A, bool averaged>
+template <typename S, typename W, typename A, bool averaged>
 const char* with_rule(Rule rule, const void* launch, int64_t blocks, cudaStream_t stream) {
   switch (rule) {
     case Rule::kDifference:
-      return launch_kernel<S, A, Rule::kDifference, averaged>(launch, blocks, stream);
+      return launch_kernel<S, W, A, Rule::kDifference, averaged>(launch, blocks, stream);
     case Rule::kMomentum:
-      return launch_kernel<S, A, Rule::kMomentum, averaged>(launch, blocks, stream);
+      return launch_kernel<S, W, A, Rule::kMomentum, averaged>(launch, blocks, stream);
     default:
-      return launch_kernel<S, A, Rule::kPlain, averaged>(launch, blocks, stream);
+      return launch_kernel<S, W, A, Rule::kPlain, averaged>(launch, blocks, stream);
   }
 }
 
 template <typename S>
 const char* with_average(const Streams& s, const void* launch, int64_t blocks,
                          cudaStream_t stream) {
-  if (!s.averaged) return with_rule<S, S, false>(s.rule, launch, blocks, stream);
   if constexpr (sizeof(S) == 2) {
-    if (s.a_dtype == Dtype::kFloat32) {
-      return with_rule<S, float, true>(s.rule, launch, blocks, stream);
+    if (s.theta_dtype == Dtype::kFloat32) {
+      if (!s.averaged) return with_rule<S, float, float, false>(s.rule, launch, blocks, stream);
+      return with_rule<S, float, float, true>(s.rule, launch, blocks, stream);
     }
   }
-  return with_rule<S, S, true>(s.rule, launch, blocks, stream);
+  if (!s.averaged) return with_rule<S, S, S, false>(s.rule, launch, blocks, stream);
+  if constexpr (sizeof(S) == 2) {
+    if (s.a_dtype == Dtype::kFloat32) {
+      return with_rule<S, S, float, true>(s.rule, launch, blocks, stream);
+    }
+  }
+  return with_rule<S, S, S, true>(s.rule, launch, blocks, stream);
 }
 
 }  // namespace

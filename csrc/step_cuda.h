@@ -22,6 +22,7 @@ constexpr int kTableBytes = 32'688;  // beside the rest of Launch
 // A segment as the kernel sees it. `first_chunk` counts the launch's chunks before it.
 struct CudaSegment {
   void* theta;
+  void* param;
   void* g;
   void* m;
   void* a;
@@ -68,8 +69,8 @@ static_assert(sizeof(Launch<float>) <= kLaunchBytes && sizeof(Launch<double>) <=
 
 // What distinguishes one compiled kernel from another: the streams of memory.
 struct Streams {
-  Dtype dtype, a_dtype;
-  Rule rule;  // the one with most buffers among the segments
+  Dtype dtype, theta_dtype, a_dtype;  // as in Segment
+  Rule rule;                          // the one with most buffers among the segments
   bool averaged;
 };
 

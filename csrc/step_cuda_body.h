@@ -89,17 +89,22 @@ RBWA_INLINE int widest(const void* address) {
   return low == 0 ? kVectorBytes : static_cast<int>(low & (~low + 1));
 }
 
-// One chunk of one segment: addresses of its first element, and how many there are.
-template <typename S, typename A>
+// One chunk of one segment: addresses of its first element, and how many there are. S is the
+// storage of parameter and gradient, W that of what the step works on: S, or float for a master.
+template <typename S, typename W, typename A>
 struct Chunk {
-  S* theta;
+  W* theta;
+  S* param;  // only beside a master
   S* g;
-  S* m;
-  S* z;
-  S* previous;
+  W* m;
+  W* z;
+  W* previous;
   A* a;
   int64_t n;
 };
+
+template <typename S, typename W>
+constexpr bool kHasMaster = sizeof(S) != sizeof(W);
 
 // `unscale` is what the gradient is multiplied by and stored again, if `scaled`.
 template <typename T>
@@ -108,12 +113,17 @@ struct Unscale {
   T unscale;
 };
 
-template <Rule rule, bool averaged, typename S, typename A, typename T>
-RBWA_INLINE void one(const Chunk<S, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+template <Rule rule, bool averaged, typename S, typename W, typename A, typename T>
+RBWA_INLINE void one(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                      int64_t i) {
   constexpr bool momentum = rule == Rule::kMomentum || rule == Rule::kDifference;
   Element<T> e{};
   e.theta = widen(chunk.theta[i]);
+  if constexpr (kHasMaster<S, W>) {
+    S rounded;
+    narrow(e.theta, rounded);
+    e.theta = followed(e.theta, widen(rounded), widen(chunk.param[i]));
+  }
   if constexpr (rule != Rule::kSample) {
     e.g = widen(chunk.g[i]);
     if (u.scaled) {
@@ -129,6 +139,7 @@ RBWA_INLINE void one(const Chunk<S, A>& chunk, const Coefficients<T>& k, const U
   if constexpr (averaged) e.a = widen(chunk.a[i]);
   update<rule, averaged>(k, e);
   narrow(e.theta, chunk.theta[i]);
+  if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.param[i]);
   if constexpr (momentum) narrow(e.m, chunk.m[i]);
   if constexpr (rule == Rule::kDifference) {
     narrow(e.z, chunk.z[i]);
@@ -137,39 +148,54 @@ RBWA_INLINE void one(const Chunk<S, A>& chunk, const Coefficients<T>& k, const U
   if constexpr (averaged) narrow(e.a, chunk.a[i]);
 }
 
+// As many elements of a stream as fill one vector of a gradient's, in `count` vectors of its own.
+template <typename X, int count>
+struct Vectors {
+  static constexpr int kWidth = kVectorBytes / sizeof(X);
+  Vector<X, kWidth> part[count];
+
+  RBWA_INLINE void load(const X* stream, int64_t v) {
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      part[j] = reinterpret_cast<const Vector<X, kWidth>*>(stream)[v * count + j];
+    }
+  }
+  RBWA_INLINE void store(X* stream, int64_t v) const {
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      reinterpret_cast<Vector<X, kWidth>*>(stream)[v * count + j] = part[j];
+    }
+  }
+  RBWA_INLINE X* at(int i) { return &part[i / kWidth].at[i % kWidth]; }
+};
+
 // Whole vectors. Two a thread are in flight for 32 and 64 bits; 16-bit types have twice the
 // elements in one, and more would spill.
-template <Rule rule, bool averaged, typename S, typename A, typename T>
-RBWA_INLINE void vectors(const Chunk<S, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+template <Rule rule, bool averaged, typename S, typename W, typename A, typename T>
+RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                          int thread) {
   constexpr bool momentum = rule == Rule::kMomentum || rule == Rule::kDifference;
   constexpr int count = kVectorBytes / sizeof(S);
   constexpr int flight = sizeof(S) == 2 ? 1 : 2;
-  using V = Vector<S, count>;
-  using VA = Vector<A, kVectorBytes / sizeof(A)>;
-  constexpr int average_vectors = sizeof(A) / sizeof(S);
+  using Kept = Vectors<W, sizeof(W) / sizeof(S)>;
   const int64_t whole = chunk.n / count;
   const int g_bytes = rule == Rule::kSample ? 0 : widest(chunk.g);
   for (int64_t first = thread; first < whole; first += flight * kThreads) {
-    V theta[flight], g[flight], m[flight], z[flight], previous[flight];
-    VA a[flight][average_vectors];
+    Kept theta[flight], m[flight], z[flight], previous[flight];
+    Vectors<S, 1> param[flight];
+    Vector<S, count> g[flight];
+    Vectors<A, sizeof(A) / sizeof(S)> a[flight];
 #pragma unroll
     for (int f = 0; f < flight; ++f) {
       const int64_t v = first + f * kThreads;
       if (v >= whole) continue;
-      theta[f] = reinterpret_cast<const V*>(chunk.theta)[v];
+      theta[f].load(chunk.theta, v);
+      if constexpr (kHasMaster<S, W>) param[f].load(chunk.param, v);
       if constexpr (rule != Rule::kSample) load_gradient(chunk.g + v * count, g_bytes, g[f]);
-      if constexpr (momentum) m[f] = reinterpret_cast<const V*>(chunk.m)[v];
-      if constexpr (rule == Rule::kDifference) {
-        z[f] = reinterpret_cast<const V*>(chunk.z)[v];
-        previous[f] = reinterpret_cast<const V*>(chunk.previous)[v];
-      }
-      if constexpr (averaged) {
-#pragma unroll
-        for (int j = 0; j < average_vectors; ++j) {
-          a[f][j] = reinterpret_cast<const VA*>(chunk.a)[v * average_vectors + j];
-        }
-      }
+      if constexpr (momentum) m[f].load(chunk.m, v);
+      if constexpr (rule == Rule::kDifference) z[f].load(chunk.z, v);
+      if constexpr (rule == Rule::kDifference) previous[f].load(chunk.previous, v);
+      if constexpr (averaged) a[f].load(chunk.a, v);
     }
 #pragma unroll
     for (int f = 0; f < flight; ++f) {
@@ -177,41 +203,31 @@ RBWA_INLINE void vectors(const Chunk<S, A>& chunk, const Coefficients<T>& k, con
       if (v >= whole) continue;
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        A* average = nullptr;
-        if constexpr (averaged) {
-          constexpr int width = kVectorBytes / sizeof(A);
-          average = &a[f][i / width].at[i % width];
-        }
-        const Chunk<S, A> element{
-            &theta[f].at[i], &g[f].at[i], &m[f].at[i], &z[f].at[i], &previous[f].at[i], average, 1};
+        const Chunk<S, W, A> element{theta[f].at(i), param[f].at(i),    &g[f].at[i], m[f].at(i),
+                                     z[f].at(i),     previous[f].at(i), a[f].at(i),  1};
         one<rule, averaged>(element, k, u, 0);
       }
-      reinterpret_cast<V*>(chunk.theta)[v] = theta[f];
+      theta[f].store(chunk.theta, v);
+      if constexpr (kHasMaster<S, W>) param[f].store(chunk.param, v);
       if constexpr (rule != Rule::kSample) {
         if (u.scaled) store_gradient(chunk.g + v * count, g_bytes, g[f]);
       }
-      if constexpr (momentum) reinterpret_cast<V*>(chunk.m)[v] = m[f];
-      if constexpr (rule == Rule::kDifference) {
-        reinterpret_cast<V*>(chunk.z)[v] = z[f];
-        reinterpret_cast<V*>(chunk.previous)[v] = previous[f];
-      }
-      if constexpr (averaged) {
-#pragma unroll
-        for (int j = 0; j < average_vectors; ++j) {
-          reinterpret_cast<VA*>(chunk.a)[v * average_vectors + j] = a[f][j];
-        }
-      }
+      if constexpr (momentum) m[f].store(chunk.m, v);
+      if constexpr (rule == Rule::kDifference) z[f].store(chunk.z, v);
+      if constexpr (rule == Rule::kDifference) previous[f].store(chunk.previous, v);
+      if constexpr (averaged) a[f].store(chunk.a, v);
     }
   }
 }
 
 // A chunk goes by vectors if all that is written lies on their boundaries, and its tail, or all of
 // it, element by element.
-template <Rule rule, bool averaged, typename S, typename A, typename T>
-RBWA_INLINE void run(const Chunk<S, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+template <Rule rule, bool averaged, typename S, typename W, typename A, typename T>
+RBWA_INLINE void run(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                      int thread) {
   auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   uintptr_t all = address(chunk.theta);
+  if constexpr (kHasMaster<S, W>) all |= address(chunk.param);
   if constexpr (rule == Rule::kMomentum || rule == Rule::kDifference) all |= address(chunk.m);
   if constexpr (rule == Rule::kDifference) all |= address(chunk.z) | address(chunk.previous);
   if constexpr (averaged) all |= address(chunk.a);
@@ -230,9 +246,14 @@ RBWA_INLINE Coefficients<T> coefficients(const CudaRow<T>& r, T eta, const CudaS
           r.gamma, r.delta,  eta * a.scale, a.w, a.current != 0, a.write_back != 0};
 }
 
+template <typename X>
+RBWA_INLINE X* place(void* stream, int64_t element) {
+  return stream != nullptr ? static_cast<X*>(stream) + element : nullptr;
+}
+
 // The work of one thread. `most` is the rule with most buffers among the launch's segments; a
 // segment that lacks a stream takes the branch that does without, which is the same for a block.
-template <typename S, typename A, Rule most, bool averaged,
+template <typename S, typename W, typename A, Rule most, bool averaged,
           typename T = typename Arithmetic<S>::type>
 RBWA_INLINE void step_thread(const Launch<T>& launch, int64_t block, int thread) {
   if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
@@ -260,11 +281,10 @@ RBWA_INLINE void step_thread(const Launch<T>& launch, int64_t block, int thread)
   Unscale<T> u{launch.grad_scale != nullptr, T(1)};
   if (u.scaled) u.unscale = T(1) / static_cast<T>(*launch.grad_scale);
 
-  auto at = [begin](void* stream) {
-    return stream != nullptr ? static_cast<S*>(stream) + begin : nullptr;
-  };
-  A* a = s.a != nullptr ? static_cast<A*>(s.a) + begin : nullptr;
-  const Chunk<S, A> chunk{at(s.theta), at(s.g), at(s.m), at(s.z), at(s.previous), a, n};
+  const Chunk<S, W, A> chunk{place<W>(s.theta, begin), place<S>(s.param, begin),
+                             place<S>(s.g, begin),     place<W>(s.m, begin),
+                             place<W>(s.z, begin),     place<W>(s.previous, begin),
+                             place<A>(s.a, begin),     n};
   const bool momentum = s.g != nullptr && s.m != nullptr;
   if (momentum && launch.marks != nullptr && begin == 0 && thread == 0) {
     launch.marks[2 * s.index + 1] = 1;

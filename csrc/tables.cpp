@@ -1,7 +1,5 @@
 #include "tables.h"
 
-#include <algorithm>
-
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -17,11 +15,20 @@ int64_t numel_of(const View& view) {
   return numel;
 }
 
+bool is_contiguous(const View& view) {
+  int64_t expected = 1;
+  for (int32_t d = view.ndim - 1; d >= 0; --d) {
+    if (view.shape[d] != 1 && view.strides[d] != expected) return numel_of(view) == 0;
+    expected *= view.shape[d];
+  }
+  return true;
+}
+
 template <typename T>
 const T* table_of(const View& view, DLDataType type, const char* name) {
-  STD_TORCH_CHECK(same(view.dtype, type) && view.device.device_type == kDLCPU &&
-                      (view.ndim == 0 || view.strides[view.ndim - 1] == 1),
-                  "step_: `", name, "` must be a contiguous CPU table of the documented dtype");
+  STD_TORCH_CHECK(
+      same(view.dtype, type) && view.device.device_type == kDLCPU && is_contiguous(view),
+      "step_: `", name, "` must be a contiguous CPU table of the documented dtype");
   return static_cast<const T*>(view.data);
 }
 
@@ -48,11 +55,14 @@ bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* siz
 
 bool alike(const View& a, const View& b) {
   if (!same(a.dtype, b.dtype) || !same(a.device, b.device) || a.ndim != b.ndim) return false;
+  int64_t last = 0;  // element of the range that the tensor spans
   for (int32_t d = 0; d < a.ndim; ++d) {
     if (a.shape[d] != b.shape[d]) return false;
     if (a.strides[d] != b.strides[d] && a.shape[d] != 1) return false;
+    last += (a.shape[d] - 1) * a.strides[d];
   }
-  return true;
+  const int64_t numel = numel_of(a);
+  return numel == 0 || last + 1 == numel;
 }
 
 template const int64_t* table_of(const View&, DLDataType, const char*);
@@ -73,8 +83,11 @@ std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_a
                       numel_of(tables.segments) == count * kSegmentColumns,
                   "step_: ", count, " parameters, ", tables.grads.size(), " gradients and ",
                   numel_of(tables.segments) / kSegmentColumns, " segments");
-  std::vector<int64_t> numel(state_count);
-  std::transform(tables.state.begin(), tables.state.end(), numel.begin(), numel_of);
+  std::vector<int64_t> numel;
+  for (const View& buffer : tables.state) {
+    STD_TORCH_CHECK(is_contiguous(buffer), "step_: a buffer of the state is not contiguous");
+    numel.push_back(numel_of(buffer));
+  }
 
   std::vector<Segment> result(count);
   for (int64_t i = 0; i < count; ++i, column += kSegmentColumns) {
@@ -85,14 +98,15 @@ std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_a
     const int64_t dims = column[kDims];
     STD_TORCH_CHECK(segment.row >= 0 && segment.row < row_count && segment.sampling >= 0 &&
                         segment.sampling < sampling_count && segment.length >= 0 && dims >= 0 &&
-                        column[kShape] >= 0 && column[kShape] + 2 * dims <= shape_count,
+                        column[kShape] >= 0 && dims <= shape_count / 2 &&
+                        column[kShape] <= shape_count - 2 * dims,
                     "step_: segment ", i, " points outside its tables");
     auto stream = [&](SegmentColumn which, DLDataType* type) -> void* {
       const int64_t index = column[which];
       const int64_t offset = column[which + 1];
       if (index == -1) return nullptr;
       STD_TORCH_CHECK(index >= 0 && index < state_count && offset >= 0 &&
-                          offset + segment.length <= numel[index],
+                          offset <= numel[index] - segment.length,
                       "step_: segment ", i, " points outside its buffer");
       const View& buffer = tables.state[index];
       STD_TORCH_CHECK(same(buffer.device, device), "step_: the buffers of segment ", i,
@@ -104,20 +118,26 @@ std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_a
     };
     const bool momentum = rows[segment.row].mu != 0;
     const View& param = tables.params[i];
-    DLDataType type = param.dtype;
-    DLDataType a_type{};
+    const DLDataType type = param.dtype;
+    DLDataType theta_type{}, a_type{};
     segment.dtype = dtype_of(type);
-    segment.theta = param.data;
-    segment.m = momentum ? stream(kMomentum, &type) : nullptr;
-    segment.z = momentum ? stream(kDifference, &type) : nullptr;
-    segment.previous = momentum ? stream(kPrevious, &type) : nullptr;
+    const bool master = column[kMaster] != -1;
+    if (!master) theta_type = type;
+    segment.theta = master ? stream(kMaster, &theta_type) : param.data;
+    segment.param = master ? param.data : nullptr;
+    segment.theta_dtype = dtype_of(theta_type);
+    STD_TORCH_CHECK(!master || (same(theta_type, kFloat) && type.bits == 16),
+                    "step_: the master of segment ", i, " must be float32, of a 16-bit parameter");
+    segment.m = momentum ? stream(kMomentum, &theta_type) : nullptr;
+    segment.z = momentum ? stream(kDifference, &theta_type) : nullptr;
+    segment.previous = momentum ? stream(kPrevious, &theta_type) : nullptr;
     const bool sampled = every_average || samplings[segment.sampling].sample != 0;
     segment.a = sampled ? stream(kAverage, &a_type) : nullptr;
-    segment.a_dtype = segment.a ? dtype_of(a_type) : segment.dtype;
-    STD_TORCH_CHECK(
-        segment.a_dtype == segment.dtype || (segment.a_dtype == Dtype::kFloat32 && type.bits == 16),
-        "step_: the average of segment ", i,
-        " must have the parameter's dtype, or float32 for a 16-bit parameter");
+    segment.a_dtype = segment.a ? dtype_of(a_type) : segment.theta_dtype;
+    STD_TORCH_CHECK(segment.a_dtype == segment.theta_dtype ||
+                        (segment.a_dtype == Dtype::kFloat32 && type.bits == 16),
+                    "step_: the average of segment ", i,
+                    " must have the parameter's dtype, or float32 for a 16-bit parameter");
 
     const int64_t* sizes = all_shapes + column[kShape];
     const bool same_dtype = static_cast<int64_t>(segment.dtype) == column[kDtype];

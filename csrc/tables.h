@@ -31,7 +31,8 @@ enum SegmentColumn {
   kAverage = kMomentum + 2,
   kDifference = kAverage + 2,
   kPrevious = kDifference + 2,
-  kSegmentColumns = kPrevious + 2,
+  kMaster = kPrevious + 2,
+  kSegmentColumns = kMaster + 2,
 };
 
 struct Tables {
@@ -43,12 +44,15 @@ bool same(DLDataType a, DLDataType b);
 bool same(DLDevice a, DLDevice b);
 int64_t numel_of(const View& view);
 
+// Whether the elements fill a range of memory in the order of the dimensions.
+bool is_contiguous(const View& view);
+
 // Whether a tensor has the device, dtype, shape and layout that its segment was made for: `sizes`,
 // then strides. A size of 1 has no meaningful stride, a tensor without elements no layout.
 bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* sizes, int64_t dims,
           int64_t length);
 
-// Whether two tensors have the same device, dtype, shape and layout.
+// Whether two tensors have the same device, dtype, shape and layout, and fill the memory they span.
 bool alike(const View& a, const View& b);
 
 // The memory of a contiguous table on the CPU, or an error that names it.

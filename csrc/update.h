@@ -33,6 +33,13 @@ struct Coefficients {
   bool write_back;
 };
 
+// The float32 master of a 16-bit parameter, `rounded` as the last step left the parameter. A
+// parameter that somebody has written to since is its own master from then on.
+template <typename T>
+RBWA_INLINE T followed(T master, T rounded, T param) {
+  return rounded == param ? master : param;
+}
+
 // One element of every stream. A rule reads and writes the members it has.
 template <typename T>
 struct Element {

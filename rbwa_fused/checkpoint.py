@@ -155,6 +155,8 @@ def _check_state(
                 f"the checkpoint's {stream} of {name} has shape {tuple(value.shape)} "
                 f"(expected {tuple(param.shape)})"
             )
+    if "master_param" in held and not plan.master_weights:
+        raise ValueError(f"the checkpoint has a master for {name} (expected master_weights=True)")
     kept = tuple(stream for stream in streams if stream in held)
     if kept not in ((), streams):
         raise ValueError(f"the checkpoint's state of {name} has {kept}, not all of {streams}")
@@ -169,7 +171,7 @@ def _check_state(
                 f"the checkpoint counts {n_averaged} samples, but {name} has no average"
             )
     if policy is not None and plan.buffered(param) and "average" in held:
-        dtype, expected = held["average"].dtype, policy.dtype_for(param.dtype)
+        dtype, expected = held["average"].dtype, plan.dtype_of("average", param)
         if dtype != expected:
             raise ValueError(
                 f"the checkpoint's average of {name} has dtype {dtype} (expected {expected})"

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rbwa_fused.average import Average
-from rbwa_fused.flat import DTYPES, STREAMS, Table, same_layout
+from rbwa_fused.flat import DTYPES, STREAMS, Table, kept_dtype, same_layout
 
 
 def duplicates(group: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ def average(group: dict[str, Any], capturable: bool) -> None:
         )
 
 
-def params(group: dict[str, Any]) -> None:
+def params(group: dict[str, Any], master_weights: bool) -> None:
     """Raise for parameters that no kernel can step or average, naming the first."""
     for i, p in enumerate(group["params"]):
         name = f"parameter {_name(group, i)}"
@@ -58,7 +58,7 @@ def params(group: dict[str, Any]) -> None:
         if p.numel() and any(stride == 0 and size > 1 for size, stride in spread):
             raise ValueError(f"{name} is expanded: several elements share one memory location")
         if group["average"] is not None:
-            group["average"].dtype_for(p.dtype)
+            group["average"].dtype_for(kept_dtype(p.dtype, master_weights))
 
 
 def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -24,8 +24,15 @@ STREAMS = {
     "average": 8,
     "difference_buffer": 10,
     "previous_gradient": 12,
+    "master_param": 14,  # float32, of a 16-bit parameter
 }
-COLUMNS = 14
+COLUMNS = 16
+
+
+def kept_dtype(dtype: torch.dtype, master_weights: bool) -> torch.dtype:
+    """The dtype of momentum and of what the step works on: float32 where there is a master."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if master_weights and narrow else dtype
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -243,6 +250,8 @@ class Table:
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The tables `segments` (n, COLUMNS) and `shapes` (1-d) of csrc/ops.cpp, int64."""
         if self._tensors is None:
-            segments = torch.tensor(self._columns, dtype=torch.int64).reshape(-1, COLUMNS)
-            self._tensors = segments, torch.tensor(self._shapes, dtype=torch.int64)
+            # On the host, whatever torch.set_default_device says.
+            columns = torch.tensor(self._columns, dtype=torch.int64, device="cpu")
+            shapes = torch.tensor(self._shapes, dtype=torch.int64, device="cpu")
+            self._tensors = columns.reshape(-1, COLUMNS), shapes
         return self._tensors

@@ -36,7 +36,8 @@ class FusedOptimizer(LaidOut):
 
     A parameter's first step with momentum passes through these hands: `_start` gives it a buffer
     and points its segment at the group's first-step row, the kernel runs, `_finish` points it back.
-    A segment whose group has momentum but which has had no gradient yet waits in `table.lacking`.
+    A segment that is to have momentum or a master but has had no gradient yet waits in
+    `table.lacking`.
     Where the device counts, its `marks` say all this instead (deferred.py).
     """
 
@@ -55,7 +56,7 @@ class FusedOptimizer(LaidOut):
             or _global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()
         ):
-            return self._observed_step(closure)
+            return self._observed_step(*(() if closure is None else (closure,)))
         return self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch then leaves `step` unwrapped
@@ -141,6 +142,7 @@ class FusedOptimizer(LaidOut):
     def _start(self, plan: Plan, table: flat.Table, grads: Grads) -> None:
         """Gives parameters the state they come to need; momentum's absence marks its first step."""
         averages: dict[int, Tensor | None] = {}
+        masters: dict[int, Tensor | None] = {}
         momentum: dict[int, Tensor | None] = {}
         table.lacking = []
         if any(
@@ -153,17 +155,23 @@ class FusedOptimizer(LaidOut):
             held = self.state[p] if group.policy is not None else self.state.get(p, {})
             if group.buffered(p) and "average" not in held:
                 averages[i] = p.detach() if group.n_averaged > 0 else None
-            if group.has_momentum and "momentum_buffer" not in held:
-                if grads[i] is None:
+            moving = group.has_momentum and "momentum_buffer" not in held
+            mastering = group.mastered(p) and "master_param" not in held
+            if mastering and (grads[i] is not None or "momentum_buffer" in held):
+                masters[i] = p.detach()
+                mastering = False
+            if grads[i] is None:
+                if moving or mastering:
                     table.lacking.append(i)
-                else:
-                    momentum[i] = None
-                    if self._deferred is None:  # else its mark says it
-                        table.set_row(i, group.row(first=True))
-                        table.first.append(i)
-                    if self.rule is rules.rsgdm_implicit:
-                        group.beta = float(group.group["momentum"])
+            elif moving:
+                momentum[i] = None
+                if self._deferred is None:  # else its mark says it
+                    table.set_row(i, group.row(first=True))
+                    table.first.append(i)
+                if self.rule is rules.rsgdm_implicit:
+                    group.beta = float(group.group["momentum"])
         self._attach(plan, table, "average", averages)
+        self._attach(plan, table, "master_param", masters)
         for stream in self.streams:
             self._attach(plan, table, stream, momentum)
         self._known_size = len(self.state)
@@ -177,6 +185,8 @@ class FusedOptimizer(LaidOut):
         deferred: Deferred | None = None,
     ) -> bool:
         """Steps one table. False, with nothing changed, where a parameter was converted."""
+        if table.copies and not all(map(table.fits, range(len(table.params)))):
+            return False  # the kernel would see the copy alone, in its old dtype
         for param, memory in table.copies:
             memory.copy_(param)
         tables = (table.memory, grads, table.state, *table.tensors(), *plan.tensors)
@@ -239,7 +249,11 @@ class FusedOptimizer(LaidOut):
             ]
         increment_version(written)
         if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in written if p.grad is not None], 1.0 / scale)
+            # A tensor: a number would be rounded to 16 bits before it multiplies 16-bit gradients.
+            inverse = torch.tensor(1.0 / scale, dtype=torch.float64, device="cpu")
+            for p in written:
+                if p.grad is not None:
+                    (p.grad if p.grad.dim() > 0 else p.grad.view(1)).mul_(inverse)
 
     # ---- averaged weights ----------------------------------------------------------------------
 
@@ -295,6 +309,7 @@ class FusedOptimizer(LaidOut):
             "_backend_name": self._backend_name,
             "_flatten": self._flatten,
             "_capturable": self._capturable,
+            "_master_weights": self._master_weights,
             "_steps": self._steps,
             "counters": self._counters(),
         }

@@ -48,11 +48,13 @@ class LaidOut(Optimizer):
         backend: str,
         flatten: bool,
         capturable: bool,
+        master_weights: bool,
     ) -> None:
         self._weak_self = weakref.ref(self)
         self._backend_name = backend
         self._flatten = flatten
         self._capturable = capturable
+        self._master_weights = master_weights
         self._steps = 0
         self._check_hyperparameters(defaults)
         checks.average(defaults, capturable)
@@ -84,7 +86,7 @@ class LaidOut(Optimizer):
         try:
             self._check_hyperparameters(group)
             checks.average(group, self._capturable)
-            checks.params(group)
+            checks.params(group, self._master_weights)
             for device in {p.device for p in group["params"]}:
                 ops.choose(self._backend_name, device)
         except BaseException:
@@ -99,7 +101,9 @@ class LaidOut(Optimizer):
 
     def _build(self, groups: list[Group], move: bool, counters: Counters | None = None) -> None:
         """Makes tables and rows anew and takes over the state and the counters there are."""
-        self._plan = plan = Plan(self.rule, self._check_hyperparameters, self.hyperparameters)
+        self._plan = plan = Plan(
+            self.rule, self._check_hyperparameters, self.hyperparameters, self._master_weights
+        )
         self._deferred = None
         self._tables: dict[tuple[torch.device, int], flat.Table] = {}
         self._add(plan, groups, move, counters)
@@ -140,8 +144,10 @@ class LaidOut(Optimizer):
             values: dict[int, Tensor | None] = {}
             for i, p in enumerate(table.params):
                 held = self.state.get(p, {}) if p in new else {}
-                if stream == "average" and not plan.groups[table.groups[i]].buffered(p):
-                    held.pop(stream, None)  # the parameter itself has become its average
+                group = plan.groups[table.groups[i]]
+                gone = {"average": not group.buffered(p), "master_param": not group.mastered(p)}
+                if gone.get(stream):
+                    held.pop(stream, None)  # a conversion has made the parameter that itself
                 if held.get(stream) is not None:
                     values[i] = held[stream]
             self._attach(plan, table, stream, values)
@@ -149,11 +155,7 @@ class LaidOut(Optimizer):
     def _attach(
         self, plan: Plan, table: flat.Table, stream: str, values: dict[int, Tensor | None]
     ) -> None:
-        dtypes = {}
-        for i in values if stream == "average" else ():
-            policy = plan.groups[table.groups[i]].policy
-            if policy is not None:
-                dtypes[i] = policy.dtype_for(table.params[i].dtype)
+        dtypes = {i: plan.groups[table.groups[i]].dtype_of(stream, table.params[i]) for i in values}
         for i, view in table.attach(stream, values, dtypes).items():
             self.state[table.params[i]][stream] = view
         self._known_size = len(self.state)
@@ -161,7 +163,7 @@ class LaidOut(Optimizer):
     def _rebuild(self, counters: Counters | None = None) -> None:
         """Follows parameters that were converted, and state that was replaced."""
         for group in self.param_groups:
-            checks.params(group)
+            checks.params(group, self._master_weights)
             checks.state(group, self.state)
         for p in self._settle():
             for stream in self.streams:

@@ -41,6 +41,9 @@ class FusedSGD(FusedOptimizer):
         capturable (bool): on a GPU, let the device count steps and read a float32 tensor ``lr``
             that lies there, so that a captured CUDA graph replays rightly; refuses custom weights
             (default: False).
+        master_weights (bool): bfloat16 and float16 parameters get a float32 master and float32
+            momentum in the state; each step moves the master and rounds the parameter from it.
+            What others write to a parameter, its master follows (default: False).
 
     Raises:
         ValueError, TypeError: naming the argument and the value received.
@@ -75,6 +78,7 @@ class FusedSGD(FusedOptimizer):
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,
+        master_weights: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -85,7 +89,14 @@ class FusedSGD(FusedOptimizer):
             "maximize": maximize,
             "average": average,
         }
-        super().__init__(params, defaults, backend=backend, flatten=flatten, capturable=capturable)
+        super().__init__(
+            params,
+            defaults,
+            backend=backend,
+            flatten=flatten,
+            capturable=capturable,
+            master_weights=master_weights,
+        )
 
 
 class RSGDM(FusedOptimizer):
@@ -104,7 +115,7 @@ class RSGDM(FusedOptimizer):
         difference (str, optional): "implicit" keeps one buffer and asks for a constant momentum
             (docs/equivalences.md); "explicit" keeps the paper's three; None is the paper's SGDM
             baseline without the difference (default: "implicit").
-        maximize, average, backend, flatten, capturable: as FusedSGD's.
+        maximize, average, backend, flatten, capturable, master_weights: as FusedSGD's.
 
     Raises:
         ValueError: also where ``momentum`` changes after the first step under "implicit".
@@ -125,6 +136,7 @@ class RSGDM(FusedOptimizer):
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,
+        master_weights: bool = False,
     ) -> None:
         if difference not in ("implicit", "explicit", None):
             raise ValueError(
@@ -138,7 +150,14 @@ class RSGDM(FusedOptimizer):
             "maximize": maximize,
             "average": average,
         }
-        super().__init__(params, defaults, backend=backend, flatten=flatten, capturable=capturable)
+        super().__init__(
+            params,
+            defaults,
+            backend=backend,
+            flatten=flatten,
+            capturable=capturable,
+            master_weights=master_weights,
+        )
 
     @property
     def rule(self) -> rules.Rule:  # type: ignore[override]

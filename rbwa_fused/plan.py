@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbwa_fused import rules
+from rbwa_fused import flat, rules
 from rbwa_fused.average import Average, weight_of
 
 Group = dict[str, Any]
@@ -32,13 +32,14 @@ class Table:
     """
 
     def __init__(self, row: struct.Struct) -> None:
-        self.tensor = torch.empty(0, row.size // 8, dtype=torch.float64)
+        self.tensor = torch.empty(0, row.size // 8, dtype=torch.float64, device="cpu")
         self._row = row
         self._bytes = bytearray()
 
     def __len__(self) -> int:
         return len(self._bytes) // self._row.size
 
+    @torch._disable_dynamo  # which cannot trace a tensor over a bytearray
     def grow(self, rows: int) -> None:
         """Appends rows of zeros; the tensor is another one then."""
         self._bytes = self._bytes + bytearray(rows * self._row.size)
@@ -94,7 +95,9 @@ class Sampler:
 class GroupPlan:
     """What belongs to a param group beside its hyperparameters."""
 
-    def __init__(self, group: Group, index: int, sampler: Sampler, beta: float | None) -> None:
+    def __init__(
+        self, group: Group, index: int, sampler: Sampler, beta: float | None, master_weights: bool
+    ) -> None:
         self.group = group
         self.params = list(group["params"])
         self.index = index
@@ -104,6 +107,7 @@ class GroupPlan:
         self.has_momentum = False
         self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
 
+        self.master_weights = master_weights
         self._one_element = any(p.numel() == 1 for p in self.params)
 
     @property
@@ -124,13 +128,25 @@ class GroupPlan:
         except RuntimeError:  # several elements have no one answer: they are not the same
             return False
 
+    def mastered(self, param: Tensor) -> bool:
+        """Whether a parameter has a float32 master."""
+        return flat.kept_dtype(param.dtype, self.master_weights) != param.dtype
+
     def elided(self, param: Tensor) -> bool:
-        """Whether the average of a parameter is the parameter itself."""
-        return self.policy is not None and self.policy.elided_for(param.dtype)
+        """Whether the average of a parameter is the parameter itself, or its master."""
+        kept = flat.kept_dtype(param.dtype, self.master_weights)
+        return self.policy is not None and self.policy.elided_for(kept)
 
     def buffered(self, param: Tensor) -> bool:
         """Whether a parameter has an average in a buffer of its own."""
-        return self.policy is not None and not self.policy.elided_for(param.dtype)
+        return self.policy is not None and not self.elided(param)
+
+    def dtype_of(self, stream: str, param: Tensor) -> torch.dtype:
+        """The dtype of one of a parameter's state tensors (flat.STREAMS)."""
+        kept = flat.kept_dtype(param.dtype, self.master_weights)
+        if stream == "average" and self.policy is not None:
+            return self.policy.dtype_for(kept)
+        return kept
 
     def row(self, first: bool) -> int:
         """The row of a parameter's first step with momentum, or of its later ones."""
@@ -148,6 +164,7 @@ class Plan:
         rule: hyperparameters to coefficients (rules.py).
         check: raises for hyperparameters out of range.
         inputs: those hyperparameters of a group that go into its rows.
+        master_weights: whether 16-bit parameters have float32 masters.
 
     Attributes:
         starting: a step is due that looks at every parameter, to give it the state that it comes
@@ -159,6 +176,7 @@ class Plan:
         rule: rules.Rule,
         check: Callable[[Group], None],
         inputs: Callable[[Group], tuple[Any, ...]],
+        master_weights: bool,
     ) -> None:
         self.groups: list[GroupPlan] = []
         self.samplers: list[Sampler] = []
@@ -168,6 +186,7 @@ class Plan:
         self._rule = rule
         self._check = check
         self._inputs = inputs
+        self._master_weights = master_weights
 
     def add(self, group: Group, n_averaged: int = 0, beta: float | None = None) -> GroupPlan:
         """Appends a group's rows, and those of its policy where no other group has them."""
@@ -179,7 +198,7 @@ class Plan:
             sampler = Sampler(policy, n_averaged, len(self._samplings))
             self.samplers.append(sampler)
             self._samplings.grow(ROWS_PER_SAMPLER)
-        plan = GroupPlan(group, len(self.groups), sampler, beta)
+        plan = GroupPlan(group, len(self.groups), sampler, beta, self._master_weights)
         self.groups.append(plan)
         self._rows.grow(ROWS_PER_GROUP)
         return plan

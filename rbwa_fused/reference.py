@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rbwa_fused.flat import LENGTH, ROW, SAMPLING, STREAMS
 
+MU = 2  # column of the table of rows
+
 
 class Coefficients(NamedTuple):
     """What the tables say of one segment; the names of csrc/update.h."""
@@ -82,7 +84,8 @@ def step_(
 ) -> None:
     """The step for every segment of the tables (flat.py); gradients in their parameters' layout.
 
-    Coefficients are rounded to the arithmetic of their segment first, as in the kernels.
+    Coefficients are rounded to the arithmetic of their segment first, as in the kernels. A master
+    follows a parameter that somebody has written to since it was rounded from it.
     """
     for param, grad, columns in zip(params, grads, segments.tolist(), strict=True):
         length = columns[LENGTH]
@@ -92,14 +95,20 @@ def step_(
         scale, w, sample, *flags = samplings[columns[SAMPLING]].to(wide)
         *rule, eta = rows[columns[ROW]].to(wide)
         k = Coefficients(*torch.stack([*rule, eta * scale, w, *flags]).tolist())
+        momentum = rows[columns[ROW], MU] != 0  # also where the arithmetic rounds it to 0
         streams: dict[str, Tensor | None] = dict.fromkeys(STREAMS)
         for name, column in STREAMS.items():
             buffer, offset = columns[column : column + 2]
-            touched = sample != 0 if name == "average" else k.mu != 0
+            touched = {"average": sample != 0, "master_param": True}.get(name, momentum)
             if buffer != -1 and touched:
                 streams[name] = state[buffer][offset : offset + length]
-        m, a, z, previous = streams.values()
-        update(k, theta, g, m, z, previous, a)
+        m, a, z, previous, master = streams.values()
+        if master is None:
+            update(k, theta, g, m, z, previous, a)
+        else:
+            master.copy_(torch.where(master.to(theta.dtype) == theta, master, theta.float()))
+            update(k, master, g, m, z, previous, a)
+            theta.copy_(master)
 
 
 def _in_memory_order(tensor: Tensor, length: int) -> Tensor:

@@ -5,7 +5,8 @@ Every hyperparameter appears away from its default.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,6 +42,23 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
         {"lr": 0.3, "momentum": 0.7, "difference": "explicit", "maximize": True},
         "explicit",
     ),
+    "master": (
+        rf.FusedSGD,
+        {
+            "lr": 0.1,
+            "momentum": 0.7,
+            "nesterov": True,
+            "weight_decay": 0.05,
+            "master_weights": True,
+        },
+        "sgd",
+    ),
+    "master-plain": (rf.FusedSGD, {"lr": 0.3, "weight_decay": 0.1, "master_weights": True}, "sgd"),
+    "master-explicit": (
+        rf.RSGDM,
+        {"lr": 0.2, "momentum": 0.7, "difference": "explicit", "master_weights": True},
+        "explicit",
+    ),
 }
 
 AVERAGES: dict[str, rf.Average | None] = {
@@ -62,10 +80,27 @@ AVERAGES: dict[str, rf.Average | None] = {
 STEPS = 8
 
 
-def policy_for(name: str, dtype: torch.dtype) -> rf.Average | None:
+def kept_dtype(rule: str, dtype: torch.dtype) -> torch.dtype:
+    """What the optimizer works on: a float32 master of a 16-bit parameter, if the rule has one."""
+    master = RULES[rule][1].get("master_weights") and dtype.itemsize == 2
+    return torch.float32 if master else dtype
+
+
+def policy_for(name: str, rule: str, dtype: torch.dtype) -> rf.Average | None:
     if name == "same-dtype":
-        return rf.Average(rf.Ema(0.5), start=1, dtype=dtype)
+        return rf.Average(rf.Ema(0.5), start=1, dtype=kept_dtype(rule, dtype))
     return AVERAGES[name]
+
+
+def products(
+    dtypes: Iterable[torch.dtype], rules: Iterable[str], averages: Iterable[str]
+) -> list[tuple[torch.dtype, str, str]]:
+    """All combinations, but for masters of parameters that have none."""
+    return [
+        (dtype, rule, average)
+        for dtype, rule, average in itertools.product(dtypes, rules, averages)
+        if not rule.startswith("master") or kept_dtype(rule, dtype) != dtype
+    ]
 
 
 def params(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:

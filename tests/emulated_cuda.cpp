@@ -18,31 +18,38 @@ constexpr DLDevice kCpu{kDLCPU, 0};
 int64_t launches = 0;
 int64_t threads_run = 0;
 
-template <typename S, typename A, Rule most, bool averaged>
+template <typename S, typename W, typename A, Rule most, bool averaged>
 void run_all(const void* launch, int64_t blocks) {
   using T = typename Arithmetic<S>::type;
   for (int64_t block = 0; block < blocks; ++block) {
     for (int thread = 0; thread < kThreads; ++thread) {
-      step_thread<S, A, most, averaged>(*static_cast<const Launch<T>*>(launch), block, thread);
+      step_thread<S, W, A, most, averaged>(*static_cast<const Launch<T>*>(launch), block, thread);
       ++threads_run;
     }
   }
 }
 
-template <typename S, typename A, bool averaged>
+template <typename S, typename W, typename A, bool averaged>
 void with_rule(Rule rule, const void* launch, int64_t blocks) {
-  if (rule == Rule::kDifference) return run_all<S, A, Rule::kDifference, averaged>(launch, blocks);
-  if (rule == Rule::kMomentum) return run_all<S, A, Rule::kMomentum, averaged>(launch, blocks);
-  run_all<S, A, Rule::kPlain, averaged>(launch, blocks);
+  if (rule == Rule::kDifference)
+    return run_all<S, W, A, Rule::kDifference, averaged>(launch, blocks);
+  if (rule == Rule::kMomentum) return run_all<S, W, A, Rule::kMomentum, averaged>(launch, blocks);
+  run_all<S, W, A, Rule::kPlain, averaged>(launch, blocks);
 }
 
 template <typename S>
 void with_average(const Streams& s, const void* launch, int64_t blocks) {
-  if (!s.averaged) return with_rule<S, S, false>(s.rule, launch, blocks);
   if constexpr (sizeof(S) == 2) {
-    if (s.a_dtype == Dtype::kFloat32) return with_rule<S, float, true>(s.rule, launch, blocks);
+    if (s.theta_dtype == Dtype::kFloat32) {
+      if (!s.averaged) return with_rule<S, float, float, false>(s.rule, launch, blocks);
+      return with_rule<S, float, float, true>(s.rule, launch, blocks);
+    }
   }
-  with_rule<S, S, true>(s.rule, launch, blocks);
+  if (!s.averaged) return with_rule<S, S, S, false>(s.rule, launch, blocks);
+  if constexpr (sizeof(S) == 2) {
+    if (s.a_dtype == Dtype::kFloat32) return with_rule<S, S, float, true>(s.rule, launch, blocks);
+  }
+  with_rule<S, S, S, true>(s.rule, launch, blocks);
 }
 
 }  // namespace

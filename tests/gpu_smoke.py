@@ -24,19 +24,21 @@ from cases import DTYPES, gradients, params
 from torch import Tensor, nn
 
 import rbwa_fused as rf
+from rbwa_fused.flat import kept_dtype
 
 STEPS = 4
 CHUNKS = 3 * 4096 + 5  # elements: several chunks and a tail
 SCALE = 8.0  # a power of two, so that unscaling loses no bit
 SKIPPED = (1, 3)  # steps under AMP, the very first among them
 REPLAYS = 3
-SEGMENTS = 500  # of 152 bytes with a param group each, where 32,688 fit
+SEGMENTS = 500  # of 160 bytes with a param group each, where 32,688 fit
 CPU = torch.device("cpu")
 
 RULES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "plain": (rf.FusedSGD, {"lr": 0.2, "weight_decay": 0.1, "maximize": True}),
     "momentum": (rf.FusedSGD, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}),
     "explicit": (rf.RSGDM, {"lr": 0.3, "momentum": 0.7, "difference": "explicit"}),
+    "master": (rf.FusedSGD, {"lr": 0.1, "momentum": 0.8, "master_weights": True}),
 }
 # "own" is the parameter's dtype, float32 what 16-bit parameters have without asking; the last two
 # write back, one from a buffer, one (where it is wide enough) into the parameter itself.
@@ -141,7 +143,8 @@ class Smoke:
         parameters where they are."""
         cls, options = RULES[rule]
         flatten = average != "own"
-        two = self.pair(cls, {**options, "average": policy(average, dtype)}, dtype, flatten=flatten)
+        kept = kept_dtype(dtype, options.get("master_weights", False))
+        two = self.pair(cls, {**options, "average": policy(average, kept)}, dtype, flatten=flatten)
         for step in range(1, STEPS + 1):
             for run in two:
                 run.use_gradients(step)

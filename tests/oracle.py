@@ -15,7 +15,7 @@ import rbwa_fused as rf
 
 
 class Oracle:
-    """`opt.step()` for one param group, on tensors of its own."""
+    """`opt.step()` for one param group, on tensors of its own; `dtype` is what a step stores."""
 
     def __init__(
         self,
@@ -23,8 +23,9 @@ class Oracle:
         rule: str,
         options: dict[str, Any],
         policy: rf.Average | None,
+        dtype: torch.dtype,
     ) -> None:
-        self.stored = [p.dtype for p in params]
+        self.stored = [dtype for _ in params]
         self.theta = [p.detach().clone().double() for p in params]
         self.state: list[dict[str, Tensor]] = [{} for _ in params]
         self.averages: list[Tensor | None] = [None for _ in params]

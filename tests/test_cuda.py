@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, params, policy_for
+from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, params, policy_for, products
 from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from rbwa_fused.average import Average
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
-BITS = list(itertools.product(DTYPES, RULES, AVERAGES))
+BITS = products(DTYPES, RULES, AVERAGES)
 
 
 @pytest.mark.parametrize(("dtype", "rule", "average"), BITS, ids=str)
@@ -78,7 +77,7 @@ def test_as_few_launches_as_fit_and_the_same_bits(emulated_cuda: Any) -> None:
                 p.grad = torch.ones_like(p)
             opt.step()
         launches = emulated_cuda.launches()
-        assert launches == (3 * 5 if backend == "cuda" else 0)  # 72 + 80 bytes each, 32,688 fit
+        assert launches == (3 * 5 if backend == "cuda" else 0)  # 80 + 80 bytes each, 32,688 fit
         ends.append([t for p in ps for t in (p.detach(), *state_of(opt, p).values())])
     assert_same_bits(*ends)
 
@@ -149,8 +148,8 @@ NAMED = [name for name, policy in AVERAGES.items() if policy is None or not poli
 def test_a_skipped_step_skips_everything_and_costs_no_look(
     average: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rule in ("momentum", "rsgdm", "explicit", "plain"):
-        policy = policy_for(average, dtype)
+    for rule in ("momentum", "rsgdm", "explicit", "plain", "master"):
+        policy = policy_for(average, rule, dtype)
         theirs, on_host = scaled_run(dtype, rule, policy, "cpu")
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "item", None)  # nothing is read back
@@ -163,6 +162,22 @@ def test_a_skipped_step_skips_everything_and_costs_no_look(
         assert mine["state"].keys() == other["state"].keys()
         for key, held in mine["state"].items():
             assert held.keys() == other["state"][key].keys()
+
+
+def test_counters_do_not_follow_the_default_device() -> None:
+    ends = []
+    for default in ("cpu", "meta"):
+        p = nn.Parameter(torch.ones(5))
+        one, none, g = torch.ones(1), torch.zeros(1), torch.ones(5)
+        with torch.device(default):
+            opt = rf.FusedSGD([p], 0.1, 0.5, average=rf.ema(0.5), backend="cuda")
+            for found_inf in (one, none, none):
+                p.grad = g.clone()
+                opt.grad_scale, opt.found_inf = one, found_inf
+                opt.step()
+        assert opt.n_averaged == 2
+        ends.append([p.detach(), *state_of(opt, p).values()])
+    assert_same_bits(*ends)
 
 
 def test_a_custom_weight_is_counted_by_the_host() -> None:

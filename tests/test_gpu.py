@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, RULES, gradients, moved, params, policy_for
+from cases import AVERAGES, DTYPES, RULES, gradients, moved, params, policy_for, products
 from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ BACKENDS = [
     for name in ("cuda", "triton")
 ]
 NAMED = [name for name, policy in AVERAGES.items() if policy is None or not policy.custom]
-CASES = list(itertools.product(DTYPES, RULES, AVERAGES))
+CASES = products(DTYPES, RULES, AVERAGES)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -79,7 +78,7 @@ def test_a_skipped_step_skips_everything_without_a_synchronisation(
     counts = []
     for device, name in (("cpu", "cpu"), ("cuda", backend)):
         cls, options, _ = RULES[rule]
-        policy = policy_for(average, torch.float32)
+        policy = policy_for(average, rule, torch.float32)
         ps = [nn.Parameter(moved(p, device)) for p in params(torch.float32)]
         opt = cls(ps, **options, average=policy, backend=name)
         for step in range(1, 11):

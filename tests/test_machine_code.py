@@ -20,7 +20,8 @@ if ops._C_cuda is None:
 ARCHITECTURES = [
     name for name in ("sm_80", "sm_90") if f"{name[-2]}.{name[-1]}" in ops._C_cuda.ARCHITECTURES
 ]
-NAME = r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)L4Rule(\d)ELb(\d)"  # as g++ mangles it
+# As g++ mangles it: storage of the parameter, of theta, of the average; S1_ repeats the first.
+NAME = r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)(f|d|S1_)L4Rule(\d)ELb(\d)"
 SIZES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
 PLAIN, MOMENTUM, DIFFERENCE = 1, 2, 3  # enum Rule
 THREADS = 256
@@ -30,9 +31,11 @@ IN_FLIGHT = 64 * 1024  # bytes of loads a multiprocessor needs to hide the memor
 
 
 class Kernel(NamedTuple):
-    """One compiled step: storage of parameter and average, enum Rule, averaged, registers, code."""
+    """One compiled step: storage of the parameter, of theta (another for a master) and of the
+    average, enum Rule, averaged, registers, code."""
 
     storage: str
+    theta: str
     average: str
     rule: int
     averaged: bool
@@ -43,7 +46,9 @@ class Kernel(NamedTuple):
     def bytes_in_flight(self) -> int:
         """What a thread has loaded before it uses the first of it (step_cuda_body.h)."""
         size = SIZES[self.storage]
-        vectors = 2 + (self.rule >= MOMENTUM) + 2 * (self.rule == DIFFERENCE)
+        kept = SIZES[self.theta] // size  # vectors of theta, m, z, previous
+        vectors = 1 + kept * (1 + (self.rule >= MOMENTUM) + 2 * (self.rule == DIFFERENCE))
+        vectors += self.theta != self.storage  # the parameter beside its master
         if self.averaged:
             vectors += SIZES[self.average] // size
         return 16 * vectors * (1 if size == 2 else 2)
@@ -65,52 +70,51 @@ def kernels(architecture: str) -> list[Kernel]:
     found = []
     for part in cuobjdump("-sass", "-arch", architecture).split("Function : ")[1:]:
         name = part.split(maxsplit=1)[0]
-        kind = re.search(
-            r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)L4Rule(\d)ELb(\d)", name
-        )
+        kind = re.search(NAME, name)
         if kind is not None:
-            storage, average, rule, averaged = kind.groups()
-            average = storage if average == "S1_" else average
-            found.append(
-                Kernel(storage, average, int(rule), averaged == "1", int(registers[name]), part)
-            )
+            storage, theta, average, rule, averaged = kind.groups()
+            dtypes = storage, *(storage if s == "S1_" else s for s in (theta, average))
+            found.append(Kernel(*dtypes, int(rule), averaged == "1", int(registers[name]), part))
     return found
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_there_is_a_kernel_for_every_set_of_streams(architecture: str) -> None:
-    kinds = {kernel[:4] for kernel in kernels(architecture)}
+    kinds = {kernel[:5] for kernel in kernels(architecture)}
     expected = {
-        (storage, average, rule, averaged)
+        (storage, theta, average, rule, averaged)
         for storage, size in SIZES.items()
+        for theta in ({storage, "f"} if size == 2 else {storage})
         for rule in (PLAIN, MOMENTUM, DIFFERENCE)
         for averaged in (False, True)
-        for average in ({storage, "f"} if averaged and size == 2 else {storage})
+        for average in ({theta, "f"} if averaged and size == 2 else {theta})
     }
-    assert kinds == expected and len(kernels(architecture)) == len(expected) == 30
+    assert kinds == expected and len(kernels(architecture)) == len(expected) == 42
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memory_is_read_and_written_by_128_bits(architecture: str) -> None:
     for kernel in kernels(architecture):
         streams = 1 + (kernel.rule >= MOMENTUM) + 2 * (kernel.rule == DIFFERENCE) + kernel.averaged
+        streams *= SIZES[kernel.theta] // SIZES[kernel.storage]
+        streams += kernel.theta != kernel.storage  # the parameter beside its master
         loads = len(re.findall(r"\bLDG\.E[.A-Z]*\.128\b", kernel.code))
         stores = len(re.findall(r"\bSTG\.E[.A-Z]*\.128\b", kernel.code))
-        assert loads >= streams + 1, kernel[:4]  # and the gradient
-        assert stores >= streams, kernel[:4]
+        assert loads >= streams + 1, kernel[:5]  # and the gradient
+        assert stores >= streams, kernel[:5]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_goes_through_local_memory(architecture: str) -> None:
     for kernel in kernels(architecture):
-        assert not re.findall(r"\b(?:LDL|STL)\b", kernel.code), kernel[:4]
+        assert not re.findall(r"\b(?:LDL|STL)\b", kernel.code), kernel[:5]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_float64_computes_in_float64(architecture: str) -> None:
     for kernel in kernels(architecture):
         arithmetic = re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP)\b", kernel.code)
-        assert bool(arithmetic) == (kernel.storage == "d"), kernel[:4]
+        assert bool(arithmetic) == (kernel.storage == "d"), kernel[:5]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -120,7 +124,7 @@ def test_no_multiply_add_is_contracted(architecture: str) -> None:
         if kernel.storage != "d":
             fused = re.findall(r"\bFFMA\b", kernel.code)
             reciprocal = re.findall(r"\bMUFU\.RCP\b", kernel.code)
-            assert len(fused) <= 8 * len(reciprocal), kernel[:4]
+            assert len(fused) <= 8 * len(reciprocal), kernel[:5]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -128,7 +132,7 @@ def test_registers_leave_room_for_enough_loads_in_flight(architecture: str) -> N
     for kernel in kernels(architecture):
         of_a_block = THREADS * -(-kernel.registers // 8) * 8
         blocks = min(REGISTERS // of_a_block, MOST_THREADS // THREADS)
-        assert blocks * THREADS * kernel.bytes_in_flight >= IN_FLIGHT, (kernel[:5], blocks)
+        assert blocks * THREADS * kernel.bytes_in_flight >= IN_FLIGHT, (kernel[:6], blocks)
 
 
 def test_python_and_cpp_agree_on_a_policy() -> None:

@@ -206,6 +206,30 @@ def test_overlapping_parameters_come_back_from_averaged() -> None:
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+def test_a_checkpoint_inside_averaged_holds_the_averages_of_overlapping_parameters() -> None:
+    ps = overlapping()
+    opt = rf.FusedSGD(ps, lr=1.0, average=rf.ema(0.5))
+    train(opt, range(1, 4))
+    expected = [opt.state[p]["average"].clone() for p in ps]
+    with opt.averaged():
+        saved = opt.state_dict()["state"]
+    assert all(torch.equal(saved[i]["average"], a) for i, a in enumerate(expected))
+
+
+def test_averages_of_two_dtypes_in_the_same_memory_come_back_from_averaged() -> None:
+    base = torch.arange(16.0).bfloat16()
+    ps = [nn.Parameter(base[:10]), nn.Parameter(base[6:])]
+    same = rf.Average(rf.Ema(0.5), dtype=torch.bfloat16)
+    groups = [{"params": ps[:1]}, {"params": ps[1:], "average": same}]
+    opt = rf.FusedSGD(groups, lr=1.0, average=rf.ema(0.5))
+    train(opt, range(1, 4))
+    tensors = [t for p in ps for t in (p.detach(), opt.state[p]["average"])]
+    before = [t.clone() for t in tensors]
+    with opt.averaged():
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
 def test_an_optimizer_is_freed_when_its_last_name_is_gone() -> None:
     (p,) = params(4)
     opt = rf.FusedSGD([p], lr=1.0, momentum=0.9, average=rf.ema(0.5))
@@ -248,3 +272,12 @@ def test_exchange_refuses_another_layout() -> None:
     exchange = torch.ops.rbwa_fused.exchange_.default
     with pytest.raises(RuntimeError, match="layout"):
         exchange([torch.zeros(2, 3)], [torch.arange(6.0).reshape(3, 2).t()])
+
+
+def test_exchange_refuses_memory_between_its_elements() -> None:
+    exchange = torch.ops.rbwa_fused.exchange_.default
+    gaps = torch.zeros(8)
+    for left in (gaps[::2], torch.zeros(1).expand(4)):
+        with pytest.raises(RuntimeError, match="not dense"):
+            exchange([left], [torch.empty_strided(left.shape, left.stride()).fill_(1.0)])
+    assert not gaps.any()

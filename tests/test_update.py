@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, moved, params, policy_for
+from cases import (
+    AVERAGES,
+    DTYPES,
+    RULES,
+    STEPS,
+    gradients,
+    kept_dtype,
+    moved,
+    params,
+    policy_for,
+    products,
+)
 from oracle import Oracle, ulps
 from torch import Tensor, nn
 
@@ -15,7 +26,8 @@ import rbwa_fused as rf
 from rbwa_fused import ops
 
 # The reference gives the kernel's bits (below), so it takes part here for one dtype only.
-BACKENDS = [(dtype, "cpu") for dtype in DTYPES] + [(torch.float32, "reference")]
+CASES = [(*case, "cpu") for case in products(DTYPES, RULES, AVERAGES)]
+CASES += [(*case, "reference") for case in products([torch.float32], RULES, AVERAGES)]
 
 # Unlike the oracle, float32 arithmetic rounds each of the about ten operations of a step; what a
 # step loses is carried on by momentum and by the average for STEPS steps. 16-bit parameters round
@@ -28,16 +40,15 @@ def state_of(opt: Any, p: Tensor) -> dict[str, Tensor]:
     return {k: v for k, v in opt.state.get(p, {}).items() if isinstance(v, Tensor)}
 
 
-@pytest.mark.parametrize(("dtype", "backend"), BACKENDS, ids=str)
-@pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("dtype", "rule", "average", "backend"), CASES, ids=str)
 def test_every_case_is_the_literal_algorithm(
-    rule: str, average: str, dtype: torch.dtype, backend: str
+    dtype: torch.dtype, rule: str, average: str, backend: str
 ) -> None:
     cls, options, oracle_rule = RULES[rule]
-    policy = policy_for(average, dtype)
+    kept = kept_dtype(rule, dtype)
+    policy = policy_for(average, rule, dtype)
     ps = params(dtype)
-    oracle = Oracle(ps, oracle_rule, options, policy)
+    oracle = Oracle(ps, oracle_rule, options, policy, kept)
     opt = cls(ps, **options, average=policy, backend=backend)
     for step in range(STEPS):
         grads: list[Tensor | None] = list(gradients(ps, step))
@@ -47,18 +58,21 @@ def test_every_case_is_the_literal_algorithm(
             p.grad = None if g is None else g.clone()
         opt.step()
         oracle.step(grads)
-    tolerance = TOLERANCE[dtype]
+    tolerance = TOLERANCE[kept]
     assert opt.n_averaged == oracle.samples
     for i, p in enumerate(ps):
-        assert ulps(p.detach(), oracle.theta[i]) <= tolerance, i
         state = state_of(opt, p)
+        master = state.pop("master_param", p.detach())
+        assert master.dtype == kept
+        assert ulps(master, oracle.theta[i]) <= tolerance, i
+        assert torch.equal(p, master.to(dtype)), i
         for name, expected in oracle.state[i].items():
             assert ulps(state[name], expected) <= tolerance, (i, name)
-        elided = policy is None or policy.elided_for(dtype)
+        elided = policy is None or policy.elided_for(kept)
         assert ("average" in state) == (not elided)
         if "average" in state and oracle.averages[i] is not None:
             limit = TOLERANCE[state["average"].dtype]
-            if state["average"].dtype != dtype:  # the 16-bit weights' unit, in float32's
+            if state["average"].dtype != kept:  # the 16-bit weights' unit, in float32's
                 limit = tolerance * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
             assert ulps(state["average"], oracle.averages[i]) <= limit, i
 
@@ -121,7 +135,7 @@ def run(
     ps.append(nn.Parameter(torch.linspace(-1, 1, 70_000, dtype=torch.float64).to(dtype)))
     if device != "cpu":
         ps = [nn.Parameter(moved(p, device)) for p in ps]
-    opt = cls(ps, **rule_options, average=policy_for(average, dtype), **options)
+    opt = cls(ps, **rule_options, average=policy_for(average, rule, dtype), **options)
     for step in range(STEPS):
         for p, g in zip(ps, gradients(ps, step), strict=True):
             p.grad = g if device == "cpu" else moved(g, device)
@@ -135,7 +149,7 @@ def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
         assert torch.equal(a, b), (i, a.dtype, tuple(a.shape))
 
 
-BITS = list(itertools.product(DTYPES, RULES, ["none", "rbwa", "mean-write-back", "same-dtype"]))
+BITS = products(DTYPES, RULES, ["none", "rbwa", "mean-write-back", "same-dtype"])
 
 
 @pytest.mark.parametrize(("dtype", "rule", "average"), BITS, ids=str)
@@ -160,6 +174,20 @@ def test_flat_threads_instruction_set_and_backend_do_not_change_a_bit(
     finally:
         torch.set_num_threads(threads)
         assert _C.set_cpu_capability(capability)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_momentum_too_small_for_float32_keeps_its_buffer(backend: str) -> None:
+    p, q = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    options = {"lr": 0.5, "momentum": 1e-60, "dampening": 0.5}
+    ours = rf.FusedSGD([p], **options, backend=backend)
+    theirs = torch.optim.SGD([q], **options, foreach=False)
+    for _ in range(2):
+        for x, opt in ((p, ours), (q, theirs)):
+            x.grad = torch.full_like(x, 2.0)
+            opt.step()
+    assert torch.equal(p, q)
+    assert torch.equal(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"])
 
 
 def test_layerwise_learning_rates_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

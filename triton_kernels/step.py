@@ -1,9 +1,10 @@
 """The launch: what a step's tables say, brought to the device, and one kernel for all segments.
 
-A launch serves all segments of one dtype and one dtype of their averages. Its table has a row of
-ENTRY_COLUMNS numbers for each segment: the addresses of theta, g, m, z, previous and a (0: not
-touched), the length, the rows of both coefficient tables, the rule, the address of a tensor
-learning rate (0: none), and the segment's number. The coefficient tables, rounded to the
+A launch serves all segments of one dtype, with masters or without, and one dtype of their averages.
+Its table has a row of ENTRY_COLUMNS numbers for each segment: the addresses of theta, g, m, z,
+previous and a (0: not touched), the length, the rows of both coefficient tables, the rule, the
+address of a tensor learning rate (0: none), the segment's number, and the address of the parameter
+that theta is the master of (0: theta is the parameter). The coefficient tables, rounded to the
 arithmetic's dtype, follow in the same memory, so that a step costs at most one copy to the device,
 and none where nothing changed.
 """
@@ -65,7 +66,7 @@ def step_triton(
     samplings: Tensor,
     deferred: Deferred | None = None,
 ) -> None:
-    """`reference.step_` in one launch for each pair of a dtype and a dtype of averages.
+    """`reference.step_` in one launch for each set of dtypes: of parameters, theta and averages.
 
     Args:
         params, grads, state, segments, shapes, rows, samplings: as `ops.step_cpu`'s, already
@@ -141,7 +142,7 @@ class Upload:
 
 @dataclass
 class Launch:
-    """The segments of one dtype and one dtype of averages.
+    """The segments of one dtype, of theta and of averages.
 
     Attributes:
         members: of each segment its number in the segment table, and its columns there.
@@ -151,6 +152,7 @@ class Launch:
     """
 
     dtype: torch.dtype
+    theta_dtype: torch.dtype
     average_dtype: torch.dtype
     members: list[tuple[int, list[int]]]
     chunks: Tensor
@@ -211,8 +213,9 @@ class Launch:
             at = {}
             for name, column in STREAMS.items():
                 buffer, offset = columns[column : column + 2]
-                dtype = self.average_dtype if name == "average" else self.dtype
-                if buffer != -1 and (sampled if name == "average" else moving):
+                dtype = self.average_dtype if name == "average" else self.theta_dtype
+                touched = {"average": sampled, "master_param": True}.get(name, moving)
+                if buffer != -1 and touched:
                     at[name] = addresses[buffer] + offset * dtype.itemsize
             if g_at is None:
                 rule = NO_GRADIENT.value
@@ -224,16 +227,20 @@ class Launch:
             if g_at is not None or "average" in at:
                 rules.append(rule)
             streams = ("momentum_buffer", "difference_buffer", "previous_gradient", "average")
-            entries += [theta_at, g_at or 0, *(at.get(name, 0) for name in streams)]
+            master = at.get("master_param", 0)
+            entries += [master or theta_at, g_at or 0, *(at.get(name, 0) for name in streams)]
             lr = lrs[row // 2] if lrs else 0
             entries += [columns[LENGTH], row, sampling, rule, lr, number]
+            entries += [theta_at if master else 0]
 
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        pieces = [torch.tensor(entries), rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)]
+        coefficients = rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)
+        pieces = [torch.tensor(entries, device="cpu"), *coefficients]
         device = self.chunks.device
         staging = torch.empty(
             sum(piece.nbytes for piece in pieces),
             dtype=torch.uint8,
+            device="cpu",
             pin_memory=device.type != "cpu",
         )
         for piece, part in zip(pieces, _split(staging, pieces), strict=True):
@@ -259,6 +266,7 @@ class Launch:
             grad_scale,
             found_inf,
             DTYPE=_triton_dtype(self.dtype),
+            THETA_DTYPE=_triton_dtype(self.theta_dtype),
             AVERAGE_DTYPE=_triton_dtype(self.average_dtype),
             RULE=max(upload.rule or 0, update.PLAIN.value),
             AVERAGED=upload.averaged,
@@ -276,32 +284,37 @@ _launches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _plan(segments: Tensor, state: Sequence[Tensor], device: torch.device) -> list[Launch]:
     """Sorts segments into launches. Those without an average join others of their dtype."""
-    kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[int, list[int]]]] = {}
-    without: dict[torch.dtype, list[tuple[int, list[int]]]] = {}
+    kinds: dict[tuple[torch.dtype, ...], list[tuple[int, list[int]]]] = {}
+    without: dict[tuple[torch.dtype, ...], list[tuple[int, list[int]]]] = {}
     table = segments.tolist()
     for number, columns in enumerate(table):
         dtype, buffer = DTYPES[columns[DTYPE]], columns[STREAMS["average"]]
+        mastered = columns[STREAMS["master_param"]] != -1
+        dtypes = (dtype, torch.float32 if mastered else dtype)
         if buffer == -1:
-            without.setdefault(dtype, []).append((number, columns))
+            without.setdefault(dtypes, []).append((number, columns))
         else:
-            kinds.setdefault((dtype, state[buffer].dtype), []).append((number, columns))
-    for dtype, members in without.items():
-        kind = next((kind for kind in kinds if kind[0] == dtype), (dtype, dtype))
+            kinds.setdefault((*dtypes, state[buffer].dtype), []).append((number, columns))
+    for dtypes, members in without.items():
+        kind = next((kind for kind in kinds if kind[:2] == dtypes), (*dtypes, dtypes[1]))
         kinds.setdefault(kind, []).extend(members)
     parts = PARTS if sum(columns[LENGTH] for columns in table) >= LARGE else 1
     return [
-        Launch(*kind, members, _chunks(members, parts * CHUNK).to(device), parts)
+        Launch(
+            kind[0], kind[1], kind[2], members, _chunks(members, parts * CHUNK).to(device), parts
+        )
         for kind, members in kinds.items()
     ]
 
 
 def _chunks(members: list[tuple[int, list[int]]], chunk: int) -> Tensor:
     """The table of programs. An empty segment has one, which marks its first step."""
-    lengths = torch.tensor([columns[LENGTH] for _, columns in members])
+    lengths = torch.tensor([columns[LENGTH] for _, columns in members], device="cpu")
     programs = (lengths + chunk - 1).div(chunk, rounding_mode="floor").clamp(min=1)
-    member = torch.repeat_interleave(torch.arange(len(members)), programs)
+    member = torch.repeat_interleave(torch.arange(len(members), device="cpu"), programs)
     first = programs.cumsum(0) - programs
-    return torch.stack([member, torch.arange(len(member)) - first[member]], dim=1).int()
+    within = torch.arange(len(member), device="cpu") - first[member]
+    return torch.stack([member, within], dim=1).int()
 
 
 def _split(memory: Tensor, like: list[Tensor]) -> list[Tensor]:

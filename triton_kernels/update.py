@@ -18,9 +18,15 @@ PLAIN = tl.constexpr(1)
 MOMENTUM = tl.constexpr(2)
 DIFFERENCE = tl.constexpr(3)
 
-ENTRY_COLUMNS = tl.constexpr(12)  # of the launch table, see step.py
+ENTRY_COLUMNS = tl.constexpr(13)  # of the launch table, see step.py
 ROW_COLUMNS = tl.constexpr(9)  # of the coefficient tables, see csrc/step.h
 SAMPLING_COLUMNS = tl.constexpr(5)
+
+
+@triton.jit
+def followed(master, rounded, param):
+    """A parameter that somebody has written to is its own master from then on."""
+    return tl.where(rounded == param, master, param)
 
 
 @triton.jit
@@ -98,6 +104,7 @@ def step_block(
     sampled,
     RULE: tl.constexpr,
     AVERAGED: tl.constexpr,
+    MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
@@ -108,6 +115,11 @@ def step_block(
     mask = lane < left
     theta_at = elements(streams[0], begin, lane, FULL)
     theta = load(theta_at, mask, wide, FULL)
+    if MASTER:
+        param_at = elements(streams[6], begin, lane, FULL)
+        param = load(param_at, mask, wide, FULL)
+        rounded = theta.to(param_at.dtype.element_ty).to(wide)
+        theta = followed(theta, rounded, param)
     g = theta  # stands for every stream that the rule lacks
     m = theta
     z = theta
@@ -143,6 +155,8 @@ def step_block(
     if AVERAGED:
         store(a_at, a, a_mask, False)
     store(theta_at, theta, mask, FULL)
+    if MASTER:
+        store(param_at, theta, mask, FULL)
 
 
 @triton.jit
@@ -156,22 +170,39 @@ def step_by_rule(
     rule,
     RULE: tl.constexpr,
     AVERAGED: tl.constexpr,
+    MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """One branch per program on the segment's rule, among those that the launch has."""
     if AVERAGED:
         if (rule == SAMPLE) & (sampled != 0):
-            step_block(k, streams, unscale, begin, length, sampled, SAMPLE, True, BLOCK, FULL)
+            step_block(
+                k, streams, unscale, begin, length, sampled, SAMPLE, True, MASTER, BLOCK, FULL
+            )
     if rule == PLAIN:
-        step_block(k, streams, unscale, begin, length, sampled, PLAIN, AVERAGED, BLOCK, FULL)
+        step_block(
+            k, streams, unscale, begin, length, sampled, PLAIN, AVERAGED, MASTER, BLOCK, FULL
+        )
     if RULE == MOMENTUM or RULE == DIFFERENCE:
         if rule == MOMENTUM:
-            step_block(k, streams, unscale, begin, length, sampled, MOMENTUM, AVERAGED, BLOCK, FULL)
+            step_block(
+                k, streams, unscale, begin, length, sampled, MOMENTUM, AVERAGED, MASTER, BLOCK, FULL
+            )
     if RULE == DIFFERENCE:
         if rule == DIFFERENCE:
             step_block(
-                k, streams, unscale, begin, length, sampled, DIFFERENCE, AVERAGED, BLOCK, FULL
+                k,
+                streams,
+                unscale,
+                begin,
+                length,
+                sampled,
+                DIFFERENCE,
+                AVERAGED,
+                MASTER,
+                BLOCK,
+                FULL,
             )
 
 
@@ -188,6 +219,7 @@ def step_kernel(
     grad_scale,
     found_inf,
     DTYPE: tl.constexpr,
+    THETA_DTYPE: tl.constexpr,
     AVERAGE_DTYPE: tl.constexpr,
     RULE: tl.constexpr,
     AVERAGED: tl.constexpr,
@@ -212,6 +244,7 @@ def step_kernel(
     sampling = samplings + tl.load(entry + 8) * SAMPLING_COLUMNS
     rule = tl.load(entry + 9)
     lr_at = tl.load(entry + 10)
+    param = tl.load(entry + 12)
 
     if marks is not None:
         if found_inf is not None:
@@ -251,22 +284,45 @@ def step_kernel(
         tl.load(sampling + 3) != 0,  # current
         (sampled != 0) & (tl.load(sampling + 4) != 0),  # write_back
     )
-    aligned = ((theta | g | m | z | previous | a) & 15) == 0
+    aligned = ((theta | g | m | z | previous | a | param) & 15) == 0
     streams = (
-        theta.to(tl.pointer_type(DTYPE)),
+        theta.to(tl.pointer_type(THETA_DTYPE)),
         g.to(tl.pointer_type(DTYPE)),
-        m.to(tl.pointer_type(DTYPE)),
-        z.to(tl.pointer_type(DTYPE)),
-        previous.to(tl.pointer_type(DTYPE)),
+        m.to(tl.pointer_type(THETA_DTYPE)),
+        z.to(tl.pointer_type(THETA_DTYPE)),
+        previous.to(tl.pointer_type(THETA_DTYPE)),
         a.to(tl.pointer_type(AVERAGE_DTYPE)),
+        param.to(tl.pointer_type(DTYPE)),
     )
     for part in range(PARTS):
         begin = (index.to(tl.int64) * PARTS + part) * BLOCK
         if aligned & (begin + BLOCK <= length):
             step_by_rule(
-                k, streams, unscale, begin, length, sampled, rule, RULE, AVERAGED, BLOCK, True
+                k,
+                streams,
+                unscale,
+                begin,
+                length,
+                sampled,
+                rule,
+                RULE,
+                AVERAGED,
+                DTYPE != THETA_DTYPE,  # a master
+                BLOCK,
+                True,
             )
         else:
             step_by_rule(
-                k, streams, unscale, begin, length, sampled, rule, RULE, AVERAGED, BLOCK, False
+                k,
+                streams,
+                unscale,
+                begin,
+                length,
+                sampled,
+                rule,
+                RULE,
+                AVERAGED,
+                DTYPE != THETA_DTYPE,
+                BLOCK,
+                False,
             )
