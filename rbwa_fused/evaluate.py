@@ -47,15 +47,18 @@ class Exchange:
         return {p: p.detach().clone() for p, _ in self.pairs}
 
     def _swap(self) -> None:
-        if all(p.dtype == a.dtype and same_layout(p, a) for p, a in self.pairs):
+        if all(
+            p.dtype == a.dtype and p.device == a.device and same_layout(p, a) for p, a in self.pairs
+        ):
             exchange_([p for p, _ in self.pairs], [average for _, average in self.pairs])
-        else:  # some are not dense, or were converted inside the context
+        else:  # some are not dense, or were converted or moved since
             for p, average in self.pairs:
                 kept = p.detach().clone()
                 p.copy_(average)
                 average.copy_(kept)
         written = [p for p, _ in self.pairs]
         torch.autograd.graph.increment_version(written)
+        torch.clear_autocast_cache()  # of 16-bit copies, which does not look at versions
 
 
 def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:

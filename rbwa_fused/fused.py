@@ -7,6 +7,7 @@ tables hold is layout.py's.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.layout import LaidOut
-from rbwa_fused.plan import GroupPlan, Plan
+from rbwa_fused.plan import Plan
 
 Grads = list[Tensor | None]
 Gathered = tuple[flat.Table, ops.Backend, Grads]
@@ -86,8 +87,7 @@ class FusedOptimizer(LaidOut):
         if (
             self.state is not self._known_state
             or len(self.state) != self._known_size
-            or len(plan.groups) != len(self.param_groups)
-            or not all(map(GroupPlan.describes, plan.groups, self.param_groups))
+            or not self._describes(plan)
         ):
             return False
         gathered: list[Gathered] = []
@@ -260,8 +260,9 @@ class FusedOptimizer(LaidOut):
     @property
     def n_averaged(self) -> int:
         """Samples in the average, of the group that has most."""
-        self._settle()
-        return max((n_averaged for n_averaged, _ in self._counters()), default=0)
+        opt = self._itself
+        opt._settle()
+        return max((n_averaged for n_averaged, _ in opt._counters()), default=0)
 
     def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """The averaged weights are live inside the context, the training weights again after it.
@@ -278,14 +279,14 @@ class FusedOptimizer(LaidOut):
             >>> with opt.averaged():
             ...     evaluate(model)
         """
-        return evaluate.averaged(self)
+        return evaluate.averaged(self._itself)
 
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """A plain state dict of the model holding the averaged weights, in the weights' dtypes.
 
         Buffers are the model's own; every tensor is a copy.
         """
-        return evaluate.averaged_state_dict(self, model)
+        return evaluate.averaged_state_dict(self._itself, model)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -296,8 +297,9 @@ class FusedOptimizer(LaidOut):
             ValueError: for another rule, another kind of policy, write-back, ``initial`` or dtype,
                 other shapes or groups. The optimizer is as it was then.
         """
-        self._refuse_inside_averaged("load_state_dict")
-        checkpoint.load(self, state_dict)
+        opt = self._itself
+        opt._refuse_inside_averaged("load_state_dict")
+        checkpoint.load(opt, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_averaged("pickle or deepcopy")
@@ -314,6 +316,7 @@ class FusedOptimizer(LaidOut):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         counters = state.pop("counters")
+        self._weak_self = weakref.ref(self)
         super().__setstate__(state)
         self.register_state_dict_post_hook(checkpoint.export)
         self._build(self.param_groups, self._flatten, counters)

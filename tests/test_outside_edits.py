@@ -166,6 +166,23 @@ def test_distributed_checkpoint_reads_the_state_without_taking_steps() -> None:
     assert opt.state_dict()["param_groups"][0]["step"] == 2
 
 
+def test_a_checkpoint_loads_into_groups_that_somebody_has_put_in_place() -> None:
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "average": rf.ema(0.5)}
+    ours, theirs = params(4, 5, 6, 1), params(4, 5, 6, 1)
+    opt = rf.FusedSGD([{"params": ours[:2]}, {"params": ours[2:]}], **options)
+    weights = train(opt, range(1, 4))
+    other = rf.FusedSGD([{"params": theirs[2:]}], **options)
+    group = other.param_groups[0]
+    other.param_groups = [{**group, "params": theirs[:2]}, {**group, "params": theirs[2:]}]
+    for p, value in zip(theirs, weights, strict=True):
+        p.data.copy_(value)
+    other.load_state_dict(opt.state_dict())
+    assert all(map(torch.equal, train(opt, range(4, 7)), train(other, range(4, 7))))
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(opt.state[p]["average"], other.state[q]["average"])
+    assert opt.n_averaged == other.n_averaged == 6
+
+
 def overlapping() -> list[nn.Parameter]:
     base = torch.arange(16.0).reshape(4, 4)
     return [nn.Parameter(base[:, :2]), nn.Parameter(base)]  # the first one is not dense
