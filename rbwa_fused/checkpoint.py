@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rbwa_fused import form
 from rbwa_fused.average import Average, structure
 from rbwa_fused.flat import DTYPES, STREAMS
 
@@ -48,11 +49,13 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
 
 def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Loads a state dict after checking all of it; hooks as in torch.optim.Optimizer."""
-    state_dict = state_dict.copy()
+    form.mapping("state_dict", state_dict)
+    state_dict = dict(state_dict)
     for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
         hook_result = pre_hook(opt, state_dict)
         if hook_result is not None:
             state_dict = hook_result
+    form.check(state_dict)
     saved_groups = deepcopy(state_dict["param_groups"])
     groups = opt.param_groups
     if len(groups) != len(saved_groups):
