@@ -25,7 +25,7 @@ class Exchange:
         # Other dtypes, and parameters that share memory, where an exchange would put one's average
         # into another's: parameter, training weights.
         self.saved: list[tuple[Tensor, Tensor]] = []
-        kept = list(averages(opt))
+        kept = [(p, average) for p, average in averages(opt) if p.numel() > 0]
         _, alone = turns([p for p, _ in kept])
         for (p, average), own in zip(kept, alone, strict=True):
             if own and p.dtype == average.dtype:

@@ -230,6 +230,15 @@ def test_averages_of_two_dtypes_in_the_same_memory_come_back_from_averaged() -> 
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+def test_an_empty_parameter_with_other_strides_does_not_keep_averages_away() -> None:
+    p, q = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3))
+    opt = rf.FusedSGD([p, q], lr=1.0, average=rf.ema(0.5))
+    train(opt, range(1, 4))
+    p.data = torch.zeros(3, 0).t()
+    with opt.averaged():
+        assert torch.equal(q, opt.state_dict()["state"][1]["average"])
+
+
 def test_an_optimizer_is_freed_when_its_last_name_is_gone() -> None:
     (p,) = params(4)
     opt = rf.FusedSGD([p], lr=1.0, momentum=0.9, average=rf.ema(0.5))
