@@ -303,9 +303,12 @@ class FusedOptimizer(LaidOut):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_averaged("pickle or deepcopy")
-        self._settle()
+        held = self.state.copy()
+        for p in set(self._settle()) & held.keys():
+            held[p] = {k: v for k, v in held[p].items() if k not in self.streams}
         return {
             **super().__getstate__(),
+            "state": held,
             "_backend_name": self._backend_name,
             "_flatten": self._flatten,
             "_capturable": self._capturable,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -205,6 +206,21 @@ def test_a_first_step_that_was_skipped_is_first_again_after_a_checkpoint() -> No
                     opt = rf.RSGDM(ps, lr=0.1, momentum=0.5, backend="cuda")
                     opt.load_state_dict(state)
         ends.append([p.detach() for p in ps])
+    assert_same_bits(*ends)
+
+
+def test_a_first_step_that_was_skipped_is_first_again_in_a_copy() -> None:
+    ends = []
+    for copied in (False, True):
+        p = nn.Parameter(torch.ones(5))
+        opt = rf.RSGDM([p], lr=0.1, momentum=0.5, backend="cuda")
+        for step in range(1, 5):
+            p.grad = torch.full_like(p, float(step))
+            Scaler(opt, 1.0).step(skip=step == 1)
+            if copied and step == 1:
+                p, opt = copy.deepcopy((p, opt))
+                assert opt.state_dict()["state"].get(0, {}) == {}
+        ends.append([p.detach()])
     assert_same_bits(*ends)
 
 
