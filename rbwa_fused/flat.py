@@ -185,6 +185,7 @@ class Table:
         self._shapes: list[int] = []
         self._made_for: list[Tensor] = []
         self._tensors: tuple[Tensor, Tensor] | None = None
+        self._holders: list[tuple[int, int]] = []  # of each state buffer: its storage, its holders
 
     def add(self, param: Tensor, group: int, index: int, row: int, sampling: int) -> None:
         """Appends a segment for a parameter, with its rows in the coefficient tables."""
@@ -229,8 +230,18 @@ class Table:
                     if value is not None:
                         views[i].copy_(value)
                 self.state.append(flat)
+                storage = flat.untyped_storage()._cdata
+                self._holders.append((storage, torch._C._storage_Use_Count(storage)))
         self._tensors = None
         return views
+
+    def holds_state(self) -> bool:
+        """Whether all state tensors lie in the buffers still. To share one with a process, as
+        sending it there does, moves its storage elsewhere; the buffer loses a holder then."""
+        for storage, holders in self._holders:
+            if torch._C._storage_Use_Count(storage) != holders:
+                return False
+        return True
 
     def set_row(self, segment: int, row: int) -> None:
         """Points a segment at another of its group's rows."""

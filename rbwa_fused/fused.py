@@ -95,6 +95,8 @@ class FusedOptimizer(LaidOut):
         if len(self._tables) > 1:
             plan.starting = True
         for table, backend in self._launches:
+            if not table.holds_state():
+                return False
             grads: Grads = [p.grad for p in table.params]
             kinds = set(map(type, grads))
             absent = absent or NONE in kinds

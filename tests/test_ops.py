@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -135,6 +136,40 @@ def test_a_broken_table_is_refused_before_anything_is_written(broken: str) -> No
     with pytest.raises(RuntimeError, match=message):
         _C.step(*args)
     assert all(torch.equal(a, b) for a, b in zip(args[0] + args[2], before, strict=True))
+
+
+class MallInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc 2.33 and later."""
+
+    _fields_ = (("counts", ctypes.c_size_t * 10),)
+
+
+def heap() -> int:
+    """Bytes that malloc has given out."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        pytest.skip("mallinfo2 is glibc's")
+    mallinfo2.restype = MallInfo
+    return int(mallinfo2().counts[7])  # uordblks
+
+
+@pytest.mark.parametrize("door", [STEP, _C.step], ids=["dispatcher", "direct"])
+def test_neither_steps_nor_refusals_keep_memory(door: Any) -> None:
+    def call(args: list[Any], refused: bool) -> None:
+        try:
+            door(*args)
+        except RuntimeError:
+            assert refused
+
+    good, bad = arguments(), arguments()
+    MISFITS["a gradient of another shape"](bad)
+    with torch.no_grad():
+        for _ in range(20):
+            call(good, False), call(bad, True)
+        before = heap()
+        for _ in range(1000):
+            call(good, False), call(bad, True)
+    assert heap() - before < 1000 * 8  # the smallest piece that malloc gives out is 24 bytes
 
 
 def test_exchange_refuses_tensors_that_differ() -> None:

@@ -290,21 +290,3 @@ def test_a_frozen_weight_may_be_differentiated_through_after_the_step() -> None:
         p.grad = None
     opt.step()
     y.backward()
-
-
-def test_steps_in_two_threads_do_not_disturb_each_other() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    def run(seed: int) -> list[Tensor]:
-        torch.manual_seed(seed)
-        p = nn.Parameter(torch.linspace(0, seed + 1, 50_000))
-        opt = rf.FusedSGD([p], lr=0.1, momentum=0.9, average=rf.ema(0.5))
-        for step in range(20):
-            p.grad = torch.sin(p.detach() + step)
-            opt.step()
-        return [p.detach(), opt.state[p]["average"]]
-
-    expected = [run(seed) for seed in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(run, range(4)))
-    assert all(equal(a, b) for a, b in zip(expected, results, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -92,6 +93,38 @@ def test_edited_groups_and_state_are_followed_as_by_torch(edit: Edit) -> None:
         ends.append(train(opt, range(4, 8)))
     for ours, theirs in zip(*ends, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def share_state(opt: torch.optim.Optimizer) -> None:
+    for held in opt.state.values():
+        for value in held.values():
+            value.share_memory_()
+
+
+SHARINGS: dict[str, Callable[[torch.optim.Optimizer], object]] = {
+    "state": share_state,
+    "optimizer sent to a process": ForkingPickler.dumps,
+    "state dict sent to a process": lambda opt: ForkingPickler.dumps(opt.state_dict()),
+}
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_state_is_the_trainings_also_after_it_was_shared_with_a_process(sharing: str) -> None:
+    """Sharing moves a tensor's memory elsewhere, under the hands of those who hold it."""
+    ends = []
+    for share in (SHARINGS[sharing], lambda opt: None):
+        opt = rf.FusedSGD(params(4, 5, 6), lr=0.1, momentum=0.9, average=rf.ema(0.5))
+        train(opt, range(1, 4))
+        share(opt)
+        with opt.averaged():
+            first = [p.detach().clone() for p in opt.state]
+        weights = train(opt, range(4, 8))
+        with opt.averaged():
+            last = [p.detach().clone() for p in opt.state]
+        state = [value for held in opt.state.values() for value in held.values()]
+        ends.append([*weights, *first, *last, *state])
+    for shared, alone in zip(*ends, strict=True):
+        assert torch.equal(shared, alone)
 
 
 def test_a_group_keeps_its_count_when_others_go() -> None:

@@ -78,8 +78,9 @@ class Workspace:
         self, *arguments: str, environment: Mapping[str, str] | None = None, timeout: float = 900
     ) -> subprocess.CompletedProcess[str]:
         """Runs tests on the copy. Paths are relative to its tests."""
+        pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         return subprocess.run(
-            [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments],
+            [*pytest, *arguments],
             cwd=self.folder / "tests",
             env={
                 **os.environ,
