@@ -96,11 +96,12 @@ def allocate(
         yield buffer(), offsets
 
 
-def turns(params: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
+def turns(params: Sequence[Tensor], known: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
     """For each parameter, the launch that it may take part in, and whether its memory is its own.
 
     Parameters that share memory are stepped one after the other, in their order, as torch does:
-    the turn is 0, or one more than the last turn of an earlier parameter that overlaps.
+    the turn is 0, or one more than the last turn of an earlier parameter that overlaps. The first
+    parameters keep the turns that are known.
     """
     spans = []
     for i, p in enumerate(params):
@@ -117,7 +118,7 @@ def turns(params: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
         else:
             clusters.append([span])
             end = span[2]
-    turn = [0] * len(params)
+    turn = [*known, *[0] * (len(params) - len(known))]
     alone = [True] * len(params)
     for cluster in clusters:
         if len(cluster) == 1:
@@ -125,7 +126,8 @@ def turns(params: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
         in_order = sorted(cluster, key=lambda span: span[3])
         for at, (_, start, stop, i) in enumerate(in_order):
             earlier = [turn[j] for _, a, b, j in in_order[:at] if a < stop and start < b]
-            turn[i] = 1 + max(earlier, default=-1)
+            if i >= len(known):
+                turn[i] = 1 + max(earlier, default=-1)
             alone[i] = False
     return turn, alone
 

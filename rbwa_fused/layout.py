@@ -115,8 +115,9 @@ class LaidOut(Optimizer):
         self, plan: Plan, groups: list[Group], move: bool, counters: Counters | None = None
     ) -> None:
         known = [p for table in self._tables.values() for p in table.params]
+        known_turns = [turn for (_, turn), table in self._tables.items() for _ in table.params]
         new = [p for group in groups for p in group["params"]]
-        turns, alone = flat.turns(known + new)
+        turns, alone = flat.turns(known + new, known_turns)
         turn_of = dict(zip(known + new, turns, strict=True))
         if move:
             flat.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])

@@ -228,6 +228,19 @@ def test_overlapping_parameters_that_are_not_dense_are_stepped_in_turn() -> None
     torch.testing.assert_close(ours[1].detach(), theirs[1].detach())
 
 
+def test_a_group_added_over_parameters_that_overlapped_before_is_stepped_after_them() -> None:
+    ends = []
+    for make in (rf.FusedSGD, torch.optim.SGD):
+        base = torch.arange(16.0).reshape(4, 4)
+        ps = [nn.Parameter(base[:2]), nn.Parameter(base), nn.Parameter(base[:, :2])]
+        opt: Any = make(ps[:2], lr=1.0)
+        ps[0].data = ps[0].data.clone()  # the second is alone now, and keeps its turn
+        opt.add_param_group({"params": ps[2:], "weight_decay": 0.5})
+        train(opt, range(1, 3))
+        ends.append(base)
+    torch.testing.assert_close(*ends)
+
+
 def test_overlapping_parameters_come_back_from_averaged() -> None:
     ps = overlapping()
     opt = rf.FusedSGD(ps, lr=1.0, average=rf.ema(0.5))
