@@ -148,7 +148,7 @@ def test_the_number_of_torchs_threads_does_not_change_a_bit(dtype: torch.dtype) 
             for rule, average in CASES:
                 cls, options, _ = RULES[rule]
                 p = parameter(1, dtype)
-                opt = cls([p], **options, average=policy_for(average, dtype))
+                opt = cls([p], **options, average=policy_for(average, rule, dtype))
                 train(opt, p, 1, 4)
                 seen += everything(opt, p)
             ends.append(seen)
