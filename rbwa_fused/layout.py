@@ -79,8 +79,12 @@ class LaidOut(Optimizer):
             return
         self._refuse_inside_averaged("add_param_group")
         checks.duplicates(param_group)
-        if self._deferred is not None:
-            self._rebuild()  # the host counts again, so that the group can be counted in
+        if self._plan is not None and (
+            self._deferred is not None  # the host counts again, so that the group is counted in
+            or self.state is not self._known_state
+            or len(self.state) != self._known_size
+        ):
+            self._rebuild()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -169,10 +173,12 @@ class LaidOut(Optimizer):
         for group in self.param_groups:
             checks.params(group, self._master_weights)
             checks.state(group, self.state)
-        for p in self._settle():
+        waiting = self._settle()
+        counters = counters or self._counters()
+        for p in waiting:
             for stream in self.streams:
-                self.state[p].pop(stream, None)
-        self._build(self.param_groups, move=False, counters=counters or self._counters())
+                self.state.get(p, {}).pop(stream, None)
+        self._build(self.param_groups, move=False, counters=counters)
 
     def _describes(self, plan: Plan) -> bool:
         """Whether the plan is of the groups that there are, with the parameters in them."""

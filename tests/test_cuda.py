@@ -224,6 +224,22 @@ def test_a_first_step_that_was_skipped_is_first_again_in_a_copy() -> None:
     assert_same_bits(*ends)
 
 
+def test_state_that_is_cleared_while_the_device_counts_starts_again() -> None:
+    ends = []
+    for backend in ("cuda", "cpu"):
+        p, late = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(7))
+        opt = rf.RSGDM([p, late], lr=0.1, momentum=0.5, average=rf.mean(), backend=backend)
+        for step in range(1, 6):
+            if step == 4:
+                opt.state.clear()
+            p.grad = torch.full_like(p, float(step))
+            late.grad = torch.ones_like(late) if step == 5 else None
+            Scaler(opt, 1.0).step(skip=False)
+        assert opt.n_averaged == 2
+        ends.append([t for q in (p, late) for t in (q.detach(), *state_of(opt, q).values())])
+    assert_same_bits(*ends)
+
+
 def test_a_group_added_while_the_device_counts_is_counted_with_the_others() -> None:
     ends = []
     for backend in ("cuda", "cpu"):

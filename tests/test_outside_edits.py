@@ -139,6 +139,18 @@ def test_a_group_keeps_its_count_when_others_go() -> None:
     assert len(opt.state_dict()["param_groups"]) == 1
 
 
+def test_state_that_was_cleared_before_a_group_is_added_starts_again() -> None:
+    first, second = params(4), params(5)
+    opt = rf.FusedSGD([{"params": first}], lr=0.1, momentum=0.5, average=rf.mean())
+    train(opt, range(1, 4))
+    opt.state.clear()
+    opt.add_param_group({"params": second})
+    train(opt, range(4, 5))
+    assert opt.n_averaged == 1
+    for p in (*first, *second):
+        assert torch.equal(opt.state[p]["average"], p)
+
+
 def test_a_momentum_switched_on_elsewhere_brings_no_stale_learning_rate() -> None:
     (a,), (b,) = params(4), params(4)
     opt = rf.FusedSGD([{"params": [a]}, {"params": [b], "momentum": 0.0}], lr=1.0, momentum=0.9)
