@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -180,19 +181,16 @@ def test_exchange_refuses_tensors_that_differ() -> None:
         assert torch.equal(a[0], torch.ones(3))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits_are_rounded_to_nearest_even_everywhere(dtype: torch.dtype) -> None:
-    everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    finite = everything[everything.isfinite()]
-    below = finite.float().nextafter(torch.tensor(-torch.inf))
-    halves = ((finite[:-1].double() + finite[1:].double()) / 2).float()
-    wanted: Tensor = torch.cat([finite.float(), below, halves, torch.tensor([7e4, 1e-9])])
+def narrowed(wanted: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """float32 values as every instruction set stores them in 16 bits.
+
+    theta <- narrow(a), with a float32 average that holds the values: w = 0.
+    """
     chosen = _C.cpu_capability()
     try:
         for name in ("baseline", "avx2", "avx512"):
             if not _C.set_cpu_capability(name):
                 continue
-            # theta <- narrow(a) with a float32 average that holds the wanted value: w = 0
             p = nn.Parameter(torch.ones(wanted.shape, dtype=dtype))
             policy = rf.Average(lambda n, step: 0.0, write_back_every=1)
             opt = rf.FusedSGD([p], lr=0.0, average=policy)
@@ -201,9 +199,28 @@ def test_sixteen_bits_are_rounded_to_nearest_even_everywhere(dtype: torch.dtype)
             opt.state[p]["average"].copy_(wanted)
             p.data.fill_(1.0)
             opt.step()
-            assert torch.equal(p.detach(), wanted.to(dtype)), name
+            yield p.detach()
     finally:
         _C.set_cpu_capability(chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_rounded_to_nearest_even_everywhere(dtype: torch.dtype) -> None:
+    everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = everything[everything.isfinite()]
+    below = finite.float().nextafter(torch.tensor(-torch.inf))
+    halves = ((finite[:-1].double() + finite[1:].double()) / 2).float()
+    wanted = torch.cat([finite.float(), below, halves, torch.tensor([7e4, 1e-9])])
+    for stored in narrowed(wanted, dtype):
+        assert torch.equal(stored, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_is_stored_as_one_in_sixteen_bits_whatever_its_payload(dtype: torch.dtype) -> None:
+    payloads = torch.tensor([0x7F800001, 0x7FBFFFFF, 0x7FFFFFFF, 0x7FC00000] * 3)
+    nans = torch.cat([payloads, payloads - 2**31]).to(torch.int32).view(torch.float32)
+    for stored in narrowed(nans, dtype):
+        assert stored.isnan().all()
 
 
 def test_a_backend_that_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
