@@ -44,6 +44,9 @@ bool same(DLDataType a, DLDataType b);
 bool same(DLDevice a, DLDevice b);
 int64_t numel_of(const View& view);
 
+// A parameter's dtype, or an error.
+Dtype dtype_of(DLDataType type);
+
 // Whether a tensor has the device, dtype, shape and layout that its segment was made for: `sizes`,
 // then strides. A size of 1 has no meaningful stride, a tensor without elements no layout.
 bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* sizes, int64_t dims,
