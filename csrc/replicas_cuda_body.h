@@ -40,17 +40,29 @@ struct Across {
     for (int i = 0; i < count; ++i) mean[i] = mean_of(widen(kept[0].at[i]), mean[i], share);
 #pragma unroll
     for (int k = 0; k < kKeptReplicas; ++k) {
-      if (k < replicas) move(kept[k], mean, alpha), *of(theta[k], at) = kept[k];
+      if (k < replicas) move(kept[k], mean, alpha), store(kept[k], of(theta[k], at));
     }
 #pragma unroll 2
     for (int k = kKeptReplicas; k < replicas; ++k) {
       V again = *of(theta[k], at);
       move(again, mean, alpha);
-      *of(theta[k], at) = again;
+      store(again, of(theta[k], at));
     }
   }
 
  private:
+  static RBWA_INLINE void store(const V& vector, V* to) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (count > 1) {  // as one access: nvcc takes a plain assignment apart
+      const uint4 v = *reinterpret_cast<const uint4*>(&vector);
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                   "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                   : "memory");
+      return;
+    }
+#endif
+    *to = vector;
+  }
   static RBWA_INLINE V* of(void* theta, int64_t at) {
     return reinterpret_cast<V*>(static_cast<S*>(theta) + at);
   }

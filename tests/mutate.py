@@ -41,6 +41,33 @@ UPDATE = [
     ("k.write_back ? e.a : x", "x"),
     ("  e.theta = x;\n", ""),
 ]
+PULLED = [
+    ("distance + (theta - first)", "distance - (theta - first)"),
+    ("distance + (theta - first)", "theta - first"),
+    ("first + share * distance", "first + distance"),
+    ("first + share * distance", "share * distance"),
+    ("alpha == T(1) ? mean", "alpha == T(1) ? theta"),
+    ("alpha == T(1) ? mean :", "false ? mean :"),
+    ("theta + alpha * (mean - theta)", "theta + alpha * (theta - mean)"),
+    ("theta + alpha * (mean - theta)", "theta + (mean - theta)"),
+]
+PULL_BODY = [
+    ("if (k < replicas) add(", "if (k + 1 < replicas) add("),
+    ("if (k < replicas) move(", "if (k + 1 < replicas) move("),
+    ("for (int k = kKeptReplicas; k < replicas; ++k) add(", "for (; false;) add("),
+    ("store(again, of(theta[k], at));", ""),
+    ("+ p.first_address", ""),
+    ("<= block ? low : high", "< block ? low : high"),
+    ("done = end - (end - begin) % count", "done = end"),
+    ("at < end; at += kThreads", "at + 1 < end; at += kThreads"),
+    ("first < done; first += flight * stride", "first < done; first += stride"),
+]
+PULL_LAUNCHES = [
+    ("chunks += own;", "chunks += 1;"),
+    ("(param.length + kSmallChunk - 1) / kSmallChunk", "param.length / kSmallChunk"),
+    ("% 16 == 0", "% 2 == 0"),
+    ("bytes > kPullTableBytes", "bytes > 2 * kPullTableBytes"),
+]
 BODY = [
     ("eta * a.scale", "eta"),
     ("first ? group.first : group.usual", "group.usual"),
@@ -98,6 +125,12 @@ REFERENCE = [
     ("average + k.w * (x - average)", "average - k.w * (x - average)"),
     ("x = average if k.write_back else x", "x = x"),
     ("previous.copy_(g)", "pass"),
+]
+PULL_REFERENCE = [
+    ("distance + (theta.detach().to(wide) - first)", "theta.detach().to(wide) - first"),
+    ("first + share * distance", "first + distance"),
+    ("theta + alpha * (average - theta)", "theta + (average - theta)"),
+    ("average if alpha == 1 else theta", "theta if alpha == 1 else theta"),
 ]
 RULES = [
     ('c = 1.0 if first else 1.0 - float(group["dampening"])', "c = 1.0"),
@@ -158,15 +191,20 @@ COUNTERS = [
 ]
 
 CUDA = ("test_cuda.py",)
+REPLICAS = ("test_replicas.py",)
 PYTHON = ("test_update.py", "test_methods.py", "test_optimizer.py")
 CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...]]] = [
     ("csrc/update.h", UPDATE, CUDA),
+    ("csrc/update.h", PULLED, REPLICAS),
+    ("csrc/replicas_cuda_body.h", PULL_BODY, REPLICAS),
+    ("csrc/replicas_launches.cpp", PULL_LAUNCHES, (*REPLICAS, "test_sanitized.py")),
     ("csrc/step_cuda_body.h", BODY, (*CUDA, "test_sanitized.py")),
     ("csrc/average.h", AVERAGE_H, CUDA),
     ("csrc/launches.cpp", LAUNCHES, CUDA),
     ("triton_kernels/update.py", TRITON, ("test_triton.py",)),
     ("triton_kernels/advance.py", COUNTERS, ("test_triton.py",)),
     ("rbwa_fused/reference.py", REFERENCE, PYTHON),
+    ("rbwa_fused/reference.py", PULL_REFERENCE, REPLICAS),
     ("rbwa_fused/rules.py", RULES, PYTHON),
     ("rbwa_fused/average.py", AVERAGE, PYTHON),
     ("rbwa_fused/plan.py", PLAN, PYTHON),

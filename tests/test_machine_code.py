@@ -135,6 +135,27 @@ def test_registers_leave_room_for_enough_loads_in_flight(architecture: str) -> N
         assert blocks * THREADS * kernel.bytes_in_flight >= IN_FLIGHT, (kernel[:6], blocks)
 
 
+@functools.cache
+def pulls(architecture: str) -> dict[str, str]:
+    """The code of the replicas' kernels, by storage."""
+    sass = cuobjdump("-sass", "-arch", architecture).split("Function : ")[1:]
+    named = [(re.search(r"pull_kernelI(f|d|6__half|13__nv_bfloat16)", part), part) for part in sass]
+    return {kind[1]: part for kind, part in named if kind is not None}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_replicas_are_pulled_by_128_bits_in_registers_and_their_own_arithmetic(
+    architecture: str,
+) -> None:
+    assert pulls(architecture).keys() == SIZES.keys()
+    for storage, code in pulls(architecture).items():
+        loads = len(re.findall(r"\bLDG\.E[.A-Z]*\.128\b", code))
+        stores = len(re.findall(r"\bSTG\.E[.A-Z]*\.128\b", code))
+        assert loads >= 6 and stores >= 6, storage  # four replicas kept, and a loop of two
+        assert not re.findall(r"\b(?:LDL|STL|FFMA|DFMA)\b", code), storage
+        assert bool(re.findall(r"\b(?:DADD|DMUL)\b", code)) == (storage == "d"), storage
+
+
 def test_python_and_cpp_agree_on_a_policy() -> None:
     assert ops._C_cuda.POLICY_COLUMNS == POLICY_COLUMNS
 

@@ -86,7 +86,7 @@ def test_the_pull_is_its_formula(dtype: torch.dtype, count: int) -> None:
 
 @pytest.mark.parametrize("count", [*COUNTS, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_backend_has_the_bits_of_the_reference_launch(dtype: torch.dtype, count: int) -> None:
+def test_every_launch_has_the_bits_of_the_reference(dtype: torch.dtype, count: int) -> None:
     chosen = _C.cpu_capability()
     for alpha in (0.3, 1.0):
         expected = dense(drawn(dtype, count))

@@ -33,7 +33,7 @@ def test_no_thread_reads_or_writes_what_is_not_its_own() -> None:
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "-k", CASES, "test_cuda.py"],
+        [*command, "-k", CASES, "test_cuda.py", "test_replicas.py"],
         cwd=HERE,
         env=environment,
         capture_output=True,
