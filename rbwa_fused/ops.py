@@ -164,8 +164,14 @@ def pull_(replicas: Sequence[Sequence[Tensor]], alpha: float) -> None:
     fused: dict[torch.device, list[tuple[Tensor, ...]]] = {}
     for param in zip(*replicas, strict=True):
         first = param[0]
-        dense = is_dense(first) and all(same_layout(p, first) for p in param)
-        if dense and compiled.get(first.device.type) is not None and len(param) <= MOST_REPLICAS:
+        alike = all(p.stride() == first.stride() or same_layout(p, first) for p in param)
+        dense = first.is_contiguous() or is_dense(first)
+        if (
+            alike
+            and dense
+            and compiled.get(first.device.type) is not None
+            and len(param) <= MOST_REPLICAS
+        ):
             fused.setdefault(first.device, []).append(param)
         else:
             reference.pull_(param, alpha)

@@ -187,9 +187,9 @@ def _checked(replicas: Sequence[Replica]) -> list[list[Tensor]]:
         group: dict[str, Any] = {"params": params, "average": None}
         if isinstance(replica, nn.Module):
             group["param_names"] = [name for name, _ in replica.named_parameters()]
-        for i, p in enumerate(params):
-            if not isinstance(p, Tensor):
-                raise TypeError(f"replica {k}: parameter {i} is {p!r} (expected a Tensor)")
+        strange = [p for p in params if not isinstance(p, Tensor)]
+        if strange:
+            raise TypeError(f"replica {k}: {strange[0]!r} among its tensors")
         try:
             checks.params(group, master_weights=False)
         except (TypeError, ValueError) as error:
@@ -199,14 +199,8 @@ def _checked(replicas: Sequence[Replica]) -> list[list[Tensor]]:
                 f"replica {k} has {len(params)} parameters (expected {len(lists[0])}, as the first)"
             )
         for i, (p, first) in enumerate(zip(params, lists[0], strict=True)):
-            for what in ("dtype", "device", "shape"):
-                found, expected = getattr(p, what), getattr(first, what)
-                if found != expected:
-                    error_type = TypeError if what == "dtype" else ValueError
-                    raise error_type(
-                        f"replica {k}: parameter {checks.name_of(group, i)} has {what} "
-                        f"{_shown(found)} (expected {_shown(expected)}, as the first replica's)"
-                    )
+            if p.shape != first.shape or p.dtype != first.dtype or p.device != first.device:
+                raise _different(f"replica {k}: parameter {checks.name_of(group, i)}", p, first)
     _, alone = flat.turns([p for params in lists for p in params])
     if not all(alone):
         k, i = divmod(alone.index(False), len(lists[0]))
@@ -214,5 +208,10 @@ def _checked(replicas: Sequence[Replica]) -> list[list[Tensor]]:
     return lists
 
 
-def _shown(value: Any) -> Any:
-    return tuple(value) if isinstance(value, torch.Size) else value
+def _different(name: str, p: Tensor, first: Tensor) -> Exception:
+    if p.dtype != first.dtype:
+        return TypeError(f"{name} has dtype {p.dtype} (expected {first.dtype}, as the first)")
+    if p.device != first.device:
+        return ValueError(f"{name} is on {p.device} (expected {first.device}, as the first)")
+    shape, expected = tuple(p.shape), tuple(first.shape)
+    return ValueError(f"{name} has shape {shape} (expected {expected}, as the first)")

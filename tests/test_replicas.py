@@ -393,7 +393,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "replica 0 is a Tensor",
     ),
-    "numbers": (lambda: [[1.0], [2.0]], TypeError, "replica 0: parameter 0 is 1.0"),
+    "numbers": (lambda: [[1.0], [2.0]], TypeError, "replica 0: 1.0 among its tensors"),
     "another count": (
         lambda: [[torch.ones(2)], [torch.ones(2), torch.ones(2)]],
         ValueError,
