@@ -28,8 +28,9 @@ def pull_(replicas: Sequence[Replica], alpha: float) -> None:
     Equal weights stay as they are, and alpha = 1 makes the models equal to the last bit. Arithmetic
     is float32, or float64 for float64, and a 16-bit weight is rounded once, when it is stored: of
     those, pulls below half a unit of their last place are lost. The bits are the same on every
-    device and for any number of threads. Devices that no kernel of this package serves, tensors
-    with gaps, and models in different memory formats go through plain torch.
+    device and for any number of threads. Where the CPU or CUDA kernels are not built, on other
+    devices, for tensors with gaps and for models in different memory formats plain torch does it,
+    in several passes.
 
     Args:
         replicas: K >= 1 models, or K iterables of tensors: float32, float64, bfloat16 or float16,
@@ -60,10 +61,11 @@ class Elastic:
     becomes equal; after the last epoch alpha is 0. How often to pull, every few steps or once an
     epoch, is the caller's choice.
 
-    Each model is trained by an optimizer of its own. A `FusedSGD`'s momentum and averages stay what
-    they are, and its float32 masters of 16-bit weights follow the pulled weights by themselves.
-    Nothing here needs a checkpoint. Source: the blog on K models pulled to their mean; the
-    shared-gradient update that it also writes is not well defined, and left out.
+    Each model is trained by an optimizer of its own. A `FusedSGD`'s momentum and the averages that
+    it keeps beside the weights stay what they are, its float32 masters of 16-bit weights follow the
+    pulled weights by themselves; inside its `averaged()` it is the averages that would be pulled.
+    There is nothing here to save in a checkpoint. Source: the blog on K models pulled to their
+    mean; the shared-gradient update that it also writes is not well defined, and left out.
 
     Args:
         models: as the replicas of `pull_`. Of a module the parameters are looked up at each pull.
@@ -79,8 +81,9 @@ class Elastic:
         ...     for model, opt, loader in zip(models, optimizers, loaders):
         ...         train_an_epoch(model, opt, loader)
         ...     elastic.pull(epoch + 1)
-        >>> model.load_state_dict(elastic.averaged_state_dict(models[0]))
-        >>> torch.optim.swa_utils.update_bn(loader, model)
+        >>> averaged = copy.deepcopy(models[0])
+        >>> averaged.load_state_dict(elastic.averaged_state_dict(models[0]))
+        >>> torch.optim.swa_utils.update_bn(loaders[0], averaged)
     """
 
     def __init__(

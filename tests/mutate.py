@@ -18,7 +18,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = ROOT / "build" / "mutants"
-TREE = ("csrc", "rbwa_fused", "triton_kernels", "tests", "pyproject.toml", "README.md", "docs")
+TREE = (
+    "csrc",
+    "rbwa_fused",
+    "triton_kernels",
+    "tests",
+    "benchmarks",
+    "pyproject.toml",
+    "README.md",
+    "docs",
+)
 
 UPDATE = [
     ("T g = k.s * e.g;", "T g = e.g;"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from test_methods import quadratic
 from torch import Tensor, nn
 
 import rbwa_fused as rf
+from benchmarks import replicas as benchmark
+from benchmarks.shapes import Layout
 from rbwa_fused import _C, ops, reference
 
 PULL = torch.ops.rbwa_fused.pull_.default
@@ -336,6 +340,36 @@ def test_parameters_that_were_replaced_are_pulled_where_they_are_now() -> None:
         model.weight = nn.Parameter(torch.full((1, 2), float(value)))
     elastic.pull()
     assert models[0].weight.tolist() == models[1].weight.tolist() == [[0.5, 0.5]]
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    models = [net(k) for k in range(2)]
+    loader = [torch.randn(5, 4) for _ in range(3)]
+    names: dict[str, Any] = {
+        "rbwa_fused": rf,
+        "torch": torch,
+        "models": models,
+        "copy": copy,
+        "optimizers": [optimizer(model) for model in models],
+        "loaders": [loader, loader],
+        "train_an_epoch": lambda model, opt, loader: train(model, opt, range(3), 0),
+    }
+    for example in doctest.DocTestParser().get_examples(rf.Elastic.__doc__ or ""):
+        exec(example.source, names)
+    assert not torch.equal(models[0][0].weight, models[1][0].weight)  # the last alpha is 0
+    for p, mean in zip(names["averaged"].parameters(), names["elastic"].mean(), strict=True):
+        assert torch.equal(p, mean)
+
+
+def test_the_benchmarks_rows_compute_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmark.MODELS, "small", lambda: Layout([(3, 4), (5,), (2, 3, 2, 2)]))
+    for dtype, count in itertools.product(DTYPES, (2, 3, 4)):
+        for provider in benchmark.PROVIDERS:
+            benchmark.check(provider, benchmark.drawn("small", dtype, count))
+    wrong = replace(benchmark.PROVIDERS[0], pull=lambda models: rf.pull_(models, 0.4))
+    with pytest.raises(ArithmeticError, match="is off by"):
+        benchmark.check(wrong, benchmark.drawn("small", torch.float32, 3))
+    assert [p.moved(3) * 4 for p in benchmark.PROVIDERS] == [68, 76, 24]
 
 
 # ---- the schedule --------------------------------------------------------------------------------
