@@ -6,7 +6,6 @@ import copy
 import doctest
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from test_methods import quadratic
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from benchmarks import replicas as benchmark
-from benchmarks.shapes import Layout
 from rbwa_fused import _C, ops, reference
 
 PULL = torch.ops.rbwa_fused.pull_.default
@@ -359,17 +356,6 @@ def test_the_example_of_the_docstring_runs() -> None:
     assert not torch.equal(models[0][0].weight, models[1][0].weight)  # the last alpha is 0
     for p, mean in zip(names["averaged"].parameters(), names["elastic"].mean(), strict=True):
         assert torch.equal(p, mean)
-
-
-def test_the_benchmarks_rows_compute_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmark.MODELS, "small", lambda: Layout([(3, 4), (5,), (2, 3, 2, 2)]))
-    for dtype, count in itertools.product(DTYPES, (2, 3, 4)):
-        for provider in benchmark.PROVIDERS:
-            benchmark.check(provider, benchmark.drawn("small", dtype, count))
-    wrong = replace(benchmark.PROVIDERS[0], pull=lambda models: rf.pull_(models, 0.4))
-    with pytest.raises(ArithmeticError, match="is off by"):
-        benchmark.check(wrong, benchmark.drawn("small", torch.float32, 3))
-    assert [p.moved(3) * 4 for p in benchmark.PROVIDERS] == [68, 76, 24]
 
 
 # ---- the schedule --------------------------------------------------------------------------------
