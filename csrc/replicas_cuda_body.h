@@ -34,15 +34,18 @@ struct Across {
     for (int k = 1; k < kKeptReplicas; ++k) {
       if (k < replicas) add(kept[k], mean);
     }
-#pragma unroll 2
-    for (int k = kKeptReplicas; k < replicas; ++k) add(*of(theta[k], at), mean);
+#pragma unroll 1
+    for (int k = kKeptReplicas; k < replicas; ++k) {
+      const V further = *of(theta[k], at);  // a copy: nvcc would read its elements one by one
+      add(further, mean);
+    }
 #pragma unroll
     for (int i = 0; i < count; ++i) mean[i] = mean_of(widen(kept[0].at[i]), mean[i], share);
 #pragma unroll
     for (int k = 0; k < kKeptReplicas; ++k) {
       if (k < replicas) move(kept[k], mean, alpha), store(kept[k], of(theta[k], at));
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int k = kKeptReplicas; k < replicas; ++k) {
       V again = *of(theta[k], at);
       move(again, mean, alpha);
@@ -116,6 +119,7 @@ RBWA_INLINE void pull_thread(const PullLaunch<T>& launch, int64_t block, int thr
       }
     }
   }
+#pragma unroll 1
   for (int64_t at = done + thread; at < end; at += kThreads) {
     Across<S, 1> across;
     across.load(theta, replicas, at);

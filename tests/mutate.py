@@ -63,7 +63,7 @@ PULLED = [
 PULL_BODY = [
     ("if (k < replicas) add(", "if (k + 1 < replicas) add("),
     ("if (k < replicas) move(", "if (k + 1 < replicas) move("),
-    ("for (int k = kKeptReplicas; k < replicas; ++k) add(", "for (; false;) add("),
+    ("add(further, mean);", ""),
     ("store(again, of(theta[k], at));", ""),
     ("+ p.first_address", ""),
     ("<= block ? low : high", "< block ? low : high"),
