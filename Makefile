@@ -5,7 +5,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 TREES := rbwa_fused triton_kernels tests benchmarks examples setup.py
 CPP := csrc/* benchmarks/*.cpp tests/*.cpp
 
-.PHONY: demo test check format abi mutants bench gpu clean
+.PHONY: demo test check format abi mutants sanitize soak bench gpu clean
 
 demo: .venv/demo
 	$(BIN)/python -m examples.train
@@ -30,6 +30,15 @@ bench: .venv/dev
 # Breaks the mathematics in one place at a time; the exit status counts what no test noticed.
 mutants: .venv/dev
 	$(BIN)/python tests/mutate.py
+
+# The compiled code under g++'s address and undefined-behaviour sanitizers, and proof that they look.
+sanitize: .venv/dev
+	$(BIN)/python tests/sanitize.py
+
+# What takes long: thousands of random training runs, and a comparison killed at random moments.
+soak: .venv/dev
+	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/test_properties.py
+	RBWA_KILLS=50 $(BIN)/python -m pytest -q -s tests/test_crash.py
 
 # On a machine with a GPU: needs torch, Triton, pytest and nvcc in PYTHON's environment, no network.
 # memcheck sees overruns inside torch's cached blocks only without the cache.

@@ -10,11 +10,11 @@ template <typename T>
 T* on_device(const View& view, DLDevice device, DLDataType type, int64_t elements,
              const char* name) {
   if (view.dtype.bits == 0) return nullptr;
-  STD_TORCH_CHECK(
-      same(view.device, device) && same(view.dtype, type) && numel_of(view) >= elements &&
-          (view.ndim == 0 || view.strides[view.ndim - 1] == 1),
-      "step_: `", name, "` must be a contiguous table of the documented dtype and size ",
-      "on the parameters' device");
+  STD_TORCH_CHECK(same(view.device, device) && same(view.dtype, type) &&
+                      numel_of(view) >= elements && is_contiguous(view),
+                  "step_: `", name,
+                  "` must be a contiguous table of the documented dtype and size ",
+                  "on the parameters' device");
   return static_cast<T*>(view.data);
 }
 

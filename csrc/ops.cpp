@@ -46,7 +46,7 @@ void exchange_op(std::vector<Tensor> a, std::vector<Tensor> b) {
   for (size_t i = 0; i < a.size(); ++i) {
     const View left = view_of(a[i]);
     STD_TORCH_CHECK(alike(view_of(b[i]), left) && a[i].is_cpu(), "exchange_: the tensors of pair ",
-                    i, " differ in device, dtype, shape or layout");
+                    i, " differ in device, dtype, shape or layout, or are not dense");
   }
   for (size_t i = 0; i < a.size(); ++i) {
     const View left = view_of(a[i]);

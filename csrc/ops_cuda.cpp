@@ -81,7 +81,7 @@ void exchange_op(Tensors a, Tensors b) {
     const View left = view_of(a[i]);
     STD_TORCH_CHECK(alike(view_of(b[i]), left) && left.device.device_type == kDLCUDA,
                     "exchange_: the tensors of pair ", i,
-                    " differ in device, dtype, shape or layout");
+                    " differ in device, dtype, shape or layout, or are not dense");
   }
   for (size_t i = 0; i < a.size(); ++i) {
     const View left = view_of(a[i]);

@@ -1,7 +1,5 @@
 #include "tables.h"
 
-#include <algorithm>
-
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -17,11 +15,20 @@ int64_t numel_of(const View& view) {
   return numel;
 }
 
+bool is_contiguous(const View& view) {
+  int64_t expected = 1;
+  for (int32_t d = view.ndim - 1; d >= 0; --d) {
+    if (view.shape[d] != 1 && view.strides[d] != expected) return numel_of(view) == 0;
+    expected *= view.shape[d];
+  }
+  return true;
+}
+
 template <typename T>
 const T* table_of(const View& view, DLDataType type, const char* name) {
-  STD_TORCH_CHECK(same(view.dtype, type) && view.device.device_type == kDLCPU &&
-                      (view.ndim == 0 || view.strides[view.ndim - 1] == 1),
-                  "step_: `", name, "` must be a contiguous CPU table of the documented dtype");
+  STD_TORCH_CHECK(
+      same(view.dtype, type) && view.device.device_type == kDLCPU && is_contiguous(view),
+      "step_: `", name, "` must be a contiguous CPU table of the documented dtype");
   return static_cast<const T*>(view.data);
 }
 
@@ -48,11 +55,14 @@ bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* siz
 
 bool alike(const View& a, const View& b) {
   if (!same(a.dtype, b.dtype) || !same(a.device, b.device) || a.ndim != b.ndim) return false;
+  int64_t last = 0;  // element of the range that the tensor spans
   for (int32_t d = 0; d < a.ndim; ++d) {
     if (a.shape[d] != b.shape[d]) return false;
     if (a.strides[d] != b.strides[d] && a.shape[d] != 1) return false;
+    last += (a.shape[d] - 1) * a.strides[d];
   }
-  return true;
+  const int64_t numel = numel_of(a);
+  return numel == 0 || last + 1 == numel;
 }
 
 template const int64_t* table_of(const View&, DLDataType, const char*);
@@ -73,8 +83,11 @@ std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_a
                       numel_of(tables.segments) == count * kSegmentColumns,
                   "step_: ", count, " parameters, ", tables.grads.size(), " gradients and ",
                   numel_of(tables.segments) / kSegmentColumns, " segments");
-  std::vector<int64_t> numel(state_count);
-  std::transform(tables.state.begin(), tables.state.end(), numel.begin(), numel_of);
+  std::vector<int64_t> numel;
+  for (const View& buffer : tables.state) {
+    STD_TORCH_CHECK(is_contiguous(buffer), "step_: a buffer of the state is not contiguous");
+    numel.push_back(numel_of(buffer));
+  }
 
   std::vector<Segment> result(count);
   for (int64_t i = 0; i < count; ++i, column += kSegmentColumns) {
@@ -85,14 +98,15 @@ std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_a
     const int64_t dims = column[kDims];
     STD_TORCH_CHECK(segment.row >= 0 && segment.row < row_count && segment.sampling >= 0 &&
                         segment.sampling < sampling_count && segment.length >= 0 && dims >= 0 &&
-                        column[kShape] >= 0 && column[kShape] + 2 * dims <= shape_count,
+                        column[kShape] >= 0 && dims <= shape_count / 2 &&
+                        column[kShape] <= shape_count - 2 * dims,
                     "step_: segment ", i, " points outside its tables");
     auto stream = [&](SegmentColumn which, DLDataType* type) -> void* {
       const int64_t index = column[which];
       const int64_t offset = column[which + 1];
       if (index == -1) return nullptr;
       STD_TORCH_CHECK(index >= 0 && index < state_count && offset >= 0 &&
-                          offset + segment.length <= numel[index],
+                          offset <= numel[index] - segment.length,
                       "step_: segment ", i, " points outside its buffer");
       const View& buffer = tables.state[index];
       STD_TORCH_CHECK(same(buffer.device, device), "step_: the buffers of segment ", i,

@@ -47,12 +47,15 @@ int64_t numel_of(const View& view);
 // A parameter's dtype, or an error.
 Dtype dtype_of(DLDataType type);
 
+// Whether the elements fill a range of memory in the order of the dimensions.
+bool is_contiguous(const View& view);
+
 // Whether a tensor has the device, dtype, shape and layout that its segment was made for: `sizes`,
 // then strides. A size of 1 has no meaningful stride, a tensor without elements no layout.
 bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* sizes, int64_t dims,
           int64_t length);
 
-// Whether two tensors have the same device, dtype, shape and layout.
+// Whether two tensors have the same device, dtype, shape and layout, and fill the memory they span.
 bool alike(const View& a, const View& b);
 
 // The memory of a contiguous table on the CPU, or an error that names it.

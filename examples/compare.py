@@ -3,72 +3,100 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from examples import data, models, options, plot, table, timing, training
+from examples import checkpoint, data, models, options, plot, resume, table, timing
+from examples.durable import UnusableError
 from examples.methods import METHODS
-from examples.options import Settings
-from examples.results import description, save
-from examples.training import Run
+from examples.options import Given
+from examples.results import save
+from examples.resume import Clock, Files, Start
+from examples.training import Run, Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Everything; see train.py."""
-    settings, out = options.parse(argv, METHODS, models.MODELS)
+    given = options.parse(argv, METHODS, models.MODELS)
+    settings, out = given.settings, given.out
     torch.set_num_threads(settings.threads)
-    results = description(settings)
-    path, picture = out / "results.json", out / "curves.png"
+    files = Files(out / "results.json", out / "checkpoint.pt", out / "curves.png")
+    start = None
     try:
-        compare(settings, results, path)
-        plot.draw(results["runs"], settings, picture)
+        begin = resume.go_on if given.checkpoint_every > 0 else resume.anew
+        start = begin(settings, files)
+        compare(given, files, start)
+        plot.draw(start.results["runs"], settings, files.picture)
     except KeyboardInterrupt:
-        finished = len(results["runs"])
-        if finished > 0:
-            save(results, path)
-        kept = f"kept in {path}" if finished > 0 else "nothing written"
-        wanted = len(settings.seeds) * len(settings.methods)
-        print(
-            f"train.py: interrupted: {finished} of {wanted} runs finished, {kept}", file=sys.stderr
-        )
+        print(f"train.py: interrupted: {kept(given, files, start)}", file=sys.stderr)
         return 130
-    except OSError as error:
+    except (OSError, UnusableError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
+    results = start.results
     print(table.table(results["runs"], results["times"]))
     print()
     print(table.caption(settings, results["runs"], results["times"], results["parameters"]))
     taken = results["seconds"]
-    print(f"{taken['wall']:.0f} s, {taken['cpu']:.0f} s of CPU time. Written: {path}, {picture}")
+    print(
+        f"{taken['wall']:.0f} s, {taken['cpu']:.0f} s of CPU time. "
+        f"Written: {files.results}, {files.picture}"
+    )
     return 0
 
 
-def compare(settings: Settings, results: dict[str, Any], path: Path) -> None:
+def compare(given: Given, files: Files, start: Start) -> None:
     """Times the optimizers, then trains every method for every seed; saves after each run."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    settings, every = given.settings, given.checkpoint_every
+    results, training = start.results, start.training
+    clock = Clock(start.seconds)
+    runs, finished = settings.runs, len(results["runs"])
+    if finished == len(runs):
+        return
     digits = data.load(getattr(torch, settings.dtype))
-    rounds = timing.WARM_UP + timing.ROUNDS
-    with tqdm(total=rounds, desc="timing steps", unit="round", leave=False, disable=None) as bar:
-        results["times"] = timing.measure(settings, digits, bar.update)
-    runs = [(seed, name) for seed in settings.seeds for name in settings.methods]
-    with tqdm(total=len(runs) * settings.epochs, unit="epoch", disable=None) as bar:
-        for seed, name in runs:
+    if not results["times"]:
+        rounds = timing.WARM_UP + timing.ROUNDS
+        with tqdm(
+            total=rounds, desc="timing steps", unit="round", leave=False, disable=None
+        ) as bar:
+            results["times"] = timing.measure(settings, digits, bar.update)
+        if every > 0:
+            results["seconds"] = clock.seconds()
+            save(results, files.results)  # before any checkpoint, which does not stand alone
+
+    def keep(training: Training) -> None:
+        checkpoint.save(files.checkpoint, training, clock.seconds())
+
+    before = finished * settings.epochs + (0 if training is None else training.epoch)
+    epochs = len(runs) * settings.epochs
+    with tqdm(total=epochs, initial=before, unit="epoch", disable=None) as bar:
+        for seed, name in runs[finished:]:
             bar.set_description(f"{name}, seed {seed}")
-            run = training.train(name, seed, settings, digits, bar.update)
+            training = training or Training(name, seed, settings)
+            run = training.finish(digits, bar.update, every, keep)
+            training = None
             results["runs"].append(run)
             results["complete"] = len(results["runs"]) == len(runs)
-            results["seconds"] = {
-                "wall": round(time.perf_counter() - wall, 1),
-                "cpu": round(time.process_time() - cpu, 1),
-            }
-            save(results, path)
+            results["seconds"] = clock.seconds()
+            save(results, files.results)
             if bar.disable:  # not a terminal: a line for each run in place of the bar
                 print(progress(run, len(results["runs"]), len(runs)), file=sys.stderr)
+
+
+def kept(given: Given, files: Files, start: Start | None) -> str:
+    """What an interrupted comparison leaves behind, after saving it."""
+    if start is None:
+        return "nothing started"
+    finished, wanted = len(start.results["runs"]), len(given.settings.runs)
+    where = "nothing written"
+    if given.checkpoint_every > 0:
+        where = "the same command goes on from there"
+    elif finished > 0:
+        save(start.results, files.results)
+        where = f"kept in {files.results}"
+    return f"{finished} of {wanted} runs finished, {where}"
 
 
 def progress(run: Run, finished: int, wanted: int) -> str:

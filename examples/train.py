@@ -5,7 +5,8 @@
     python -m examples.train --help
 
 Needs scikit-learn, matplotlib and tqdm beside PyTorch. Writes results.json after every finished
-run, then a table and curves.png. Ctrl-C keeps what is finished.
+run, then a table and curves.png. Ctrl-C keeps what is finished. With --checkpoint-every N a start
+with the same options goes on where the last one was stopped or killed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if __package__ is None:  # run as a file: the folder above holds the package
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the comparison. Exit code 0; 1 if a result cannot be written, 130 after Ctrl-C."""
+    """Runs the comparison. Exit code 0; 130 after Ctrl-C; 1 if a result cannot be written, or a
+    file in the output folder not be gone on with."""
     listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if listening:
         signal.signal(signal.SIGINT, leave)

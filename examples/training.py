@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypedDict
+from itertools import islice
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,32 +29,98 @@ class Run(TypedDict):
     test_accuracy: list[float]
 
 
-def train(
-    name: str, seed: int, settings: Settings, digits: Digits, on_epoch: Callable[[], object]
-) -> Run:
-    """Trains one method. Initial weights and the order of batches depend on the seed alone."""
-    method = METHODS[name]
-    model = models.build(settings.model, seed, digits.train_images.dtype)
-    opt = method.optimizer(model.parameters(), settings)
-    order = torch.Generator().manual_seed(seed)
-    run = Run(method=name, seed=seed, train_loss=[], test_loss=[], test_accuracy=[])
-    step = 0
-    for _ in range(settings.epochs):
-        model.train()
-        for images, labels in data.batches(digits, settings.batch_size, order):
-            step += 1
-            opt.zero_grad()
-            cross_entropy(model(images), labels).backward()
-            method.before_step(opt, settings, step)
-            opt.step()
-        with evaluated_weights(method, opt, model, digits):
-            train_loss, _ = evaluate(model, digits.train_images, digits.train_labels)
-            test_loss, accuracy = evaluate(model, digits.test_images, digits.test_labels)
-        run["train_loss"].append(train_loss)
-        run["test_loss"].append(test_loss)
-        run["test_accuracy"].append(accuracy)
-        on_epoch()
-    return run
+class State(TypedDict):
+    """All that a run has come to after a step.
+
+    ``epoch`` are finished, and of the next one ``batch`` batches, drawn in the order that a
+    generator in state ``order`` gives.
+    """
+
+    run: Run
+    epoch: int
+    batch: int
+    order: Tensor
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
+class Training:
+    """A run under way. Initial weights and the order of batches depend on the seed alone."""
+
+    def __init__(self, name: str, seed: int, settings: Settings) -> None:
+        self.settings = settings
+        self.method = METHODS[name]
+        self.model = models.build(settings.model, seed, getattr(torch, settings.dtype))
+        self.opt = self.method.optimizer(self.model.parameters(), settings)
+        self.run = Run(method=name, seed=seed, train_loss=[], test_loss=[], test_accuracy=[])
+        self.epoch = self.batch = 0
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = self.generator.get_state()  # before the epoch's order was drawn from it
+
+    def state(self) -> State:
+        """What `restore` goes on from; its tensors are the live ones."""
+        return State(
+            run=self.run,
+            epoch=self.epoch,
+            batch=self.batch,
+            order=self.order,
+            model=self.model.state_dict(),
+            optimizer=self.opt.state_dict(),
+        )
+
+    def restore(self, state: State) -> None:
+        """Takes a new run to where that one was."""
+        self.model.load_state_dict(state["model"])
+        self.opt.load_state_dict(state["optimizer"])
+        self.run, self.epoch, self.batch = state["run"], state["epoch"], state["batch"]
+        self.generator.set_state(state["order"])
+        self.order = state["order"]
+
+    def finish(
+        self,
+        digits: Digits,
+        on_epoch: Callable[[], object],
+        every: int = 0,
+        keep: Callable[[Training], object] = lambda training: None,
+    ) -> Run:
+        """Trains what is left of the run; keeps it every so many steps and at each epoch's end."""
+        while self.epoch < self.settings.epochs:
+            self.model.train()
+            batches = data.batches(digits, self.settings.batch_size, self.generator)
+            for images, labels in islice(batches, self.batch, None):
+                self.step(images, labels)
+                last = self.batch == self.settings.steps_per_epoch
+                if every > 0 and self.steps % every == 0 and not last:
+                    keep(self)
+            self.evaluate(digits)
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.order = self.generator.get_state()
+            if every > 0:
+                keep(self)
+            on_epoch()
+        return self.run
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return self.epoch * self.settings.steps_per_epoch + self.batch
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Trains one batch."""
+        self.opt.zero_grad()
+        cross_entropy(self.model(images), labels).backward()
+        self.method.before_step(self.opt, self.settings, self.steps + 1)
+        self.opt.step()
+        self.batch += 1
+
+    def evaluate(self, digits: Digits) -> None:
+        """Adds the epoch's figures to the run."""
+        with evaluated_weights(self.method, self.opt, self.model, digits):
+            train_loss, _ = evaluate(self.model, digits.train_images, digits.train_labels)
+            test_loss, accuracy = evaluate(self.model, digits.test_images, digits.test_labels)
+        self.run["train_loss"].append(train_loss)
+        self.run["test_loss"].append(test_loss)
+        self.run["test_accuracy"].append(accuracy)
 
 
 def evaluated_weights(

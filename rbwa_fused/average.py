@@ -308,3 +308,8 @@ def _fraction(name: str, value: float) -> float:
     if not 0.0 <= fraction < 1.0:
         raise ValueError(f"Invalid {name}: {value} (expected 0 <= {name} < 1)")
     return fraction
+
+
+# Frozen numbers and names: torch.load(weights_only=True) may make them, as where a trainer saves a
+# policy among its hyperparameters.
+torch.serialization.add_safe_globals([Average, Mean, Ema, Algorithm2])

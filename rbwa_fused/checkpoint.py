@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rbwa_fused import form
 from rbwa_fused.average import Average, structure
 from rbwa_fused.flat import DTYPES, STREAMS
 
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
     from rbwa_fused.plan import GroupPlan
 
-# What `export` adds to a group. A checkpoint of torch.optim.SGD has none of them.
+# What `export` adds to a group. A checkpoint of torch.optim.SGD has none of them. Live groups have
+# the keys too, with None for a value: torch.distributed.checkpoint, taking a flattened state dict
+# apart, looks for the keys of live groups and no others.
 OURS = ("rule", "step", "n_averaged", "implicit_momentum")
 
 
 def export(opt: Any, state_dict: dict[str, Any]) -> None:
     """The first hook behind ``state_dict()``: adds counters, rule and the policy's repr to the
     groups, and puts the averages that are live now back where training has them."""
+    opt = opt._itself
     waiting = set(opt._settle())
     groups = state_dict["param_groups"]
     for group, (n_averaged, beta) in zip(groups, opt._counters(), strict=True):
@@ -45,11 +49,13 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
 
 def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Loads a state dict after checking all of it; hooks as in torch.optim.Optimizer."""
-    state_dict = state_dict.copy()
+    form.mapping("state_dict", state_dict)
+    state_dict = dict(state_dict)
     for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
         hook_result = pre_hook(opt, state_dict)
         if hook_result is not None:
             state_dict = hook_result
+    form.check(state_dict)
     saved_groups = deepcopy(state_dict["param_groups"])
     groups = opt.param_groups
     if len(groups) != len(saved_groups):
@@ -79,11 +85,13 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             state[param_of[key]] = {
                 name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
                 for name, value in held.items()
-                if not (name in STREAMS and value is None)
+                if not (name in STREAMS and _absent(value))
             }
         else:
             state[key] = held
     assert opt._plan is not None
+    if not opt._describes(opt._plan):
+        opt._rebuild()
     for plan, saved in zip(opt._plan.groups, saved_groups, strict=True):
         for i, p in enumerate(plan.group["params"]):
             name = f"parameter {i} of group {plan.index}"
@@ -103,13 +111,18 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         post_hook(opt)
 
 
+def _absent(value: Any) -> bool:
+    """None, or what torch.distributed.checkpoint makes of a key that a flattened one lacks."""
+    return value is None or (isinstance(value, dict) and not value)
+
+
 def _check_counters(opt: FusedOptimizer, saved: dict[str, Any]) -> None:
-    rule = saved.get("rule", "sgd")
+    rule = saved.get("rule") or "sgd"
     if rule != opt.rule_name:
         raise ValueError(f"the checkpoint's rule is {rule!r}, the optimizer's {opt.rule_name!r}")
     for key in ("step", "n_averaged"):
-        count = saved.get(key, 0)
-        if not isinstance(count, int) or count < 0:
+        count = saved.get(key)
+        if count is not None and (not isinstance(count, int) or count < 0):
             raise ValueError(f"Invalid {key} in the checkpoint: {count!r} (expected a count)")
 
 

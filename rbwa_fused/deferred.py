@@ -56,13 +56,13 @@ class Deferred:
         """Moves the host's counters to a device. `samplings` are those of step `steps` + 1."""
         counts = [steps, *(sampler.n_averaged for sampler in samplers)]
         policies = [policy_row(sampler.policy) for sampler in samplers]
-        marks = torch.tensor(started, dtype=torch.int32).reshape(-1, 1)
+        marks = torch.tensor(started, dtype=torch.int32, device=device).reshape(-1, 1)
         return cls(
             counts=torch.tensor(counts, device=device),
             policies=torch.tensor(policies, dtype=torch.float64, device=device),
             samplings64=samplings.to(device, copy=True),
             samplings32=samplings.to(device, torch.float32, copy=True),
-            marks=torch.cat([marks, torch.zeros_like(marks)], dim=1).to(device),
+            marks=torch.cat([marks, torch.zeros_like(marks)], dim=1),
         )
 
     def for_step(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from rbwa_fused.flat import same_layout
+from rbwa_fused.flat import same_layout, turns
 from rbwa_fused.ops import exchange_
 
 if TYPE_CHECKING:
@@ -21,10 +21,14 @@ class Exchange:
     """The weights of an optimizer while their averages are in their place."""
 
     def __init__(self, opt: FusedOptimizer) -> None:
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # equal dtypes: parameter, average
-        self.saved: list[tuple[Tensor, Tensor]] = []  # other dtypes: parameter, training weights
-        for p, average in averages(opt):
-            if p.dtype == average.dtype:
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # parameter, average
+        # Other dtypes, and parameters that share memory, where an exchange would put one's average
+        # into another's: parameter, training weights.
+        self.saved: list[tuple[Tensor, Tensor]] = []
+        kept = [(p, average) for p, average in averages(opt) if p.numel() > 0]
+        _, alone = turns([p for p, _ in kept])
+        for (p, average), own in zip(kept, alone, strict=True):
+            if own and p.dtype == average.dtype:
                 self.pairs.append((p, average))
             else:
                 self.saved.append((p, p.detach().clone()))
@@ -34,9 +38,8 @@ class Exchange:
 
     def undo(self) -> None:
         """Brings the training weights back, wherever the parameters are by now."""
-        self.pairs.reverse()  # parameters that share memory come back in the other order
         self._swap()
-        for p, weights in reversed(self.saved):
+        for p, weights in self.saved:
             p.copy_(weights)
 
     def averages(self) -> dict[Tensor, Tensor]:
@@ -44,15 +47,18 @@ class Exchange:
         return {p: p.detach().clone() for p, _ in self.pairs}
 
     def _swap(self) -> None:
-        if all(p.dtype == a.dtype and same_layout(p, a) for p, a in self.pairs):
+        if all(
+            p.dtype == a.dtype and p.device == a.device and same_layout(p, a) for p, a in self.pairs
+        ):
             exchange_([p for p, _ in self.pairs], [average for _, average in self.pairs])
-        else:  # some are not dense, or were converted inside the context; order matters to overlaps
+        else:  # some are not dense, or were converted or moved since
             for p, average in self.pairs:
                 kept = p.detach().clone()
                 p.copy_(average)
                 average.copy_(kept)
         written = [p for p, _ in self.pairs]
         torch.autograd.graph.increment_version(written)
+        torch.clear_autocast_cache()  # of 16-bit copies, which does not look at versions
 
 
 def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:

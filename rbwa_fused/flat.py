@@ -96,11 +96,12 @@ def allocate(
         yield buffer(), offsets
 
 
-def turns(params: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
+def turns(params: Sequence[Tensor], known: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
     """For each parameter, the launch that it may take part in, and whether its memory is its own.
 
     Parameters that share memory are stepped one after the other, in their order, as torch does:
-    the turn is 0, or one more than the last turn of an earlier parameter that overlaps.
+    the turn is 0, or one more than the last turn of an earlier parameter that overlaps. The first
+    parameters keep the turns that are known.
     """
     spans = []
     for i, p in enumerate(params):
@@ -117,7 +118,7 @@ def turns(params: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
         else:
             clusters.append([span])
             end = span[2]
-    turn = [0] * len(params)
+    turn = [*known, *[0] * (len(params) - len(known))]
     alone = [True] * len(params)
     for cluster in clusters:
         if len(cluster) == 1:
@@ -125,7 +126,8 @@ def turns(params: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
         in_order = sorted(cluster, key=lambda span: span[3])
         for at, (_, start, stop, i) in enumerate(in_order):
             earlier = [turn[j] for _, a, b, j in in_order[:at] if a < stop and start < b]
-            turn[i] = 1 + max(earlier, default=-1)
+            if i >= len(known):
+                turn[i] = 1 + max(earlier, default=-1)
             alone[i] = False
     return turn, alone
 
@@ -185,6 +187,7 @@ class Table:
         self._shapes: list[int] = []
         self._made_for: list[Tensor] = []
         self._tensors: tuple[Tensor, Tensor] | None = None
+        self._holders: list[tuple[int, int]] = []  # of each state buffer: its storage, its holders
 
     def add(self, param: Tensor, group: int, index: int, row: int, sampling: int) -> None:
         """Appends a segment for a parameter, with its rows in the coefficient tables."""
@@ -229,8 +232,18 @@ class Table:
                     if value is not None:
                         views[i].copy_(value)
                 self.state.append(flat)
+                storage = flat.untyped_storage()._cdata
+                self._holders.append((storage, torch._C._storage_Use_Count(storage)))
         self._tensors = None
         return views
+
+    def holds_state(self) -> bool:
+        """Whether all state tensors lie in the buffers still. To share one with a process, as
+        sending it there does, moves its storage elsewhere; the buffer loses a holder then."""
+        for storage, holders in self._holders:
+            if torch._C._storage_Use_Count(storage) != holders:
+                return False
+        return True
 
     def set_row(self, segment: int, row: int) -> None:
         """Points a segment at another of its group's rows."""
@@ -250,6 +263,8 @@ class Table:
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The tables `segments` (n, COLUMNS) and `shapes` (1-d) of csrc/ops.cpp, int64."""
         if self._tensors is None:
-            segments = torch.tensor(self._columns, dtype=torch.int64).reshape(-1, COLUMNS)
-            self._tensors = segments, torch.tensor(self._shapes, dtype=torch.int64)
+            # On the host, whatever torch.set_default_device says.
+            columns = torch.tensor(self._columns, dtype=torch.int64, device="cpu")
+            shapes = torch.tensor(self._shapes, dtype=torch.int64, device="cpu")
+            self._tensors = columns.reshape(-1, COLUMNS), shapes
         return self._tensors

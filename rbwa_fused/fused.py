@@ -7,6 +7,7 @@ tables hold is layout.py's.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.layout import LaidOut
-from rbwa_fused.plan import GroupPlan, Plan
+from rbwa_fused.plan import Plan
 
 Grads = list[Tensor | None]
 Gathered = tuple[flat.Table, ops.Backend, Grads]
@@ -55,7 +56,7 @@ class FusedOptimizer(LaidOut):
             or _global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()
         ):
-            return self._observed_step(closure)
+            return self._observed_step(*(() if closure is None else (closure,)))
         return self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch then leaves `step` unwrapped
@@ -86,8 +87,7 @@ class FusedOptimizer(LaidOut):
         if (
             self.state is not self._known_state
             or len(self.state) != self._known_size
-            or len(plan.groups) != len(self.param_groups)
-            or not all(map(GroupPlan.describes, plan.groups, self.param_groups))
+            or not self._describes(plan)
         ):
             return False
         gathered: list[Gathered] = []
@@ -95,6 +95,8 @@ class FusedOptimizer(LaidOut):
         if len(self._tables) > 1:
             plan.starting = True
         for table, backend in self._launches:
+            if not table.holds_state():
+                return False
             grads: Grads = [p.grad for p in table.params]
             kinds = set(map(type, grads))
             absent = absent or NONE in kinds
@@ -185,6 +187,8 @@ class FusedOptimizer(LaidOut):
         deferred: Deferred | None = None,
     ) -> bool:
         """Steps one table. False, with nothing changed, where a parameter was converted."""
+        if table.copies and not all(map(table.fits, range(len(table.params)))):
+            return False  # the kernel would see the copy alone, in its old dtype
         for param, memory in table.copies:
             memory.copy_(param)
         tables = (table.memory, grads, table.state, *table.tensors(), *plan.tensors)
@@ -247,15 +251,20 @@ class FusedOptimizer(LaidOut):
             ]
         increment_version(written)
         if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in written if p.grad is not None], 1.0 / scale)
+            # A tensor: a number would be rounded to 16 bits before it multiplies 16-bit gradients.
+            inverse = torch.tensor(1.0 / scale, dtype=torch.float64, device="cpu")
+            for p in written:
+                if p.grad is not None:
+                    (p.grad if p.grad.dim() > 0 else p.grad.view(1)).mul_(inverse)
 
     # ---- averaged weights ----------------------------------------------------------------------
 
     @property
     def n_averaged(self) -> int:
         """Samples in the average, of the group that has most."""
-        self._settle()
-        return max((n_averaged for n_averaged, _ in self._counters()), default=0)
+        opt = self._itself
+        opt._settle()
+        return max((n_averaged for n_averaged, _ in opt._counters()), default=0)
 
     def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """The averaged weights are live inside the context, the training weights again after it.
@@ -272,14 +281,14 @@ class FusedOptimizer(LaidOut):
             >>> with opt.averaged():
             ...     evaluate(model)
         """
-        return evaluate.averaged(self)
+        return evaluate.averaged(self._itself)
 
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """A plain state dict of the model holding the averaged weights, in the weights' dtypes.
 
         Buffers are the model's own; every tensor is a copy.
         """
-        return evaluate.averaged_state_dict(self, model)
+        return evaluate.averaged_state_dict(self._itself, model)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -290,14 +299,18 @@ class FusedOptimizer(LaidOut):
             ValueError: for another rule, another kind of policy, write-back, ``initial`` or dtype,
                 other shapes or groups. The optimizer is as it was then.
         """
-        self._refuse_inside_averaged("load_state_dict")
-        checkpoint.load(self, state_dict)
+        opt = self._itself
+        opt._refuse_inside_averaged("load_state_dict")
+        checkpoint.load(opt, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_averaged("pickle or deepcopy")
-        self._settle()
+        held = self.state.copy()
+        for p in set(self._settle()) & held.keys():
+            held[p] = {k: v for k, v in held[p].items() if k not in self.streams}
         return {
             **super().__getstate__(),
+            "state": held,
             "_backend_name": self._backend_name,
             "_flatten": self._flatten,
             "_capturable": self._capturable,
@@ -308,6 +321,7 @@ class FusedOptimizer(LaidOut):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         counters = state.pop("counters")
+        self._weak_self = weakref.ref(self)
         super().__setstate__(state)
         self.register_state_dict_post_hook(checkpoint.export)
         self._build(self.param_groups, self._flatten, counters)

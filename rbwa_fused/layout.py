@@ -5,6 +5,7 @@ The first half of FusedOptimizer (fused.py); the step is the other.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ class LaidOut(Optimizer):
         capturable: bool,
         master_weights: bool,
     ) -> None:
+        self._weak_self = weakref.ref(self)
         self._backend_name = backend
         self._flatten = flatten
         self._capturable = capturable
@@ -56,14 +58,25 @@ class LaidOut(Optimizer):
         self._steps = 0
         self._check_hyperparameters(defaults)
         checks.average(defaults, capturable)
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **dict.fromkeys(checkpoint.OURS)})
         self.register_state_dict_post_hook(checkpoint.export)
         self._build(self.param_groups, move=flatten)
+
+    @property
+    def _itself(self) -> Any:
+        """The optimizer behind a wrapper that takes on its class, as Lightning's do: such a wrapper
+        finds the class's attributes before the optimizer's, and keeps what is assigned to it."""
+        itself = self._weak_self()
+        assert itself is not None
+        return itself
 
     # ---- param groups, tables, state -----------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group; its average starts with its own first sample. See torch.optim.Optimizer."""
+        if self is not self._itself:
+            self._itself.add_param_group(param_group)
+            return
         self._refuse_inside_averaged("add_param_group")
         checks.duplicates(param_group)
         if self._deferred is not None:
@@ -86,6 +99,8 @@ class LaidOut(Optimizer):
     def _check_hyperparameters(cls, group: Group) -> None:
         rules.check(group)
 
+    # dynamo cannot follow a table's making; torch hides its own `add_param_group` from it, too.
+    @torch._disable_dynamo
     def _build(self, groups: list[Group], move: bool, counters: Counters | None = None) -> None:
         """Makes tables and rows anew and takes over the state and the counters there are."""
         self._plan = plan = Plan(
@@ -95,12 +110,14 @@ class LaidOut(Optimizer):
         self._tables: dict[tuple[torch.device, int], flat.Table] = {}
         self._add(plan, groups, move, counters)
 
+    @torch._disable_dynamo
     def _add(
         self, plan: Plan, groups: list[Group], move: bool, counters: Counters | None = None
     ) -> None:
         known = [p for table in self._tables.values() for p in table.params]
+        known_turns = [turn for (_, turn), table in self._tables.items() for _ in table.params]
         new = [p for group in groups for p in group["params"]]
-        turns, alone = flat.turns(known + new)
+        turns, alone = flat.turns(known + new, known_turns)
         turn_of = dict(zip(known + new, turns, strict=True))
         if move:
             flat.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
@@ -156,6 +173,12 @@ class LaidOut(Optimizer):
             for stream in self.streams:
                 self.state[p].pop(stream, None)
         self._build(self.param_groups, move=False, counters=counters or self._counters())
+
+    def _describes(self, plan: Plan) -> bool:
+        """Whether the plan is of the groups that there are, with the parameters in them."""
+        return len(plan.groups) == len(self.param_groups) and all(
+            map(GroupPlan.describes, plan.groups, self.param_groups)
+        )
 
     def _counters(self) -> Counters:
         """Of each group, as the plan that knows its parameters counts them. Where the state was

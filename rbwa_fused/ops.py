@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,7 @@ from rbwa_fused.flat import is_dense, same_layout
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MOST_REPLICAS = 4000  # whose addresses are kernel arguments of one launch
+OWN = ("rbwa_fused", "torch")  # whose frames are not the user's
 BUILD_HINT = (
     "the {} kernels are not built; with {} at hand run "
     "`pip install --no-build-isolation --force-reinstall --no-deps .` in rbwa_fused's folder"
@@ -227,7 +229,15 @@ def warn_of_reference(device: torch.device) -> None:
     """Says why ``"auto"`` came down to the reference."""
     hints = {"cpu": CPU_HINT, "cuda": f"{CUDA_HINT}, and Triton is not installed"}
     why = hints.get(device.type, f"Triton does not serve {device.type}")
-    warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=6)
+    warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=_user_level())
+
+
+def _user_level() -> int:
+    """The stack level, for the caller, of the first frame outside this package and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in OWN:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 if _C is not None:

@@ -32,7 +32,7 @@ class Table:
     """
 
     def __init__(self, row: struct.Struct) -> None:
-        self.tensor = torch.empty(0, row.size // 8, dtype=torch.float64)
+        self.tensor = torch.empty(0, row.size // 8, dtype=torch.float64, device="cpu")
         self._row = row
         self._bytes = bytearray()
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rbwa_fused.flat import LENGTH, ROW, SAMPLING, STREAMS
 
+MU = 2  # column of the table of rows
+
 
 class Coefficients(NamedTuple):
     """What the tables say of one segment; the names of csrc/update.h."""
@@ -93,10 +95,11 @@ def step_(
         scale, w, sample, *flags = samplings[columns[SAMPLING]].to(wide)
         *rule, eta = rows[columns[ROW]].to(wide)
         k = Coefficients(*torch.stack([*rule, eta * scale, w, *flags]).tolist())
+        momentum = rows[columns[ROW], MU] != 0  # also where the arithmetic rounds it to 0
         streams: dict[str, Tensor | None] = dict.fromkeys(STREAMS)
         for name, column in STREAMS.items():
             buffer, offset = columns[column : column + 2]
-            touched = sample != 0 if name == "average" else k.mu != 0 or name == "master_param"
+            touched = {"average": sample != 0, "master_param": True}.get(name, momentum)
             if buffer != -1 and touched:
                 streams[name] = state[buffer][offset : offset + length]
         m, a, z, previous, master = streams.values()
@@ -119,19 +122,24 @@ def mean(replicas: Sequence[Tensor]) -> Tensor:
     distance = torch.zeros_like(first)
     for theta in replicas[1:]:
         distance = distance + (theta.detach().to(wide) - first)
-    share = torch.tensor(1.0 / len(replicas), dtype=wide).item()
+    share = _rounded(1.0 / len(replicas), wide)
     return first + share * distance
 
 
 def pull_(replicas: Sequence[Tensor], alpha: float) -> None:
     """One parameter of K models, each pulled to their mean in place; any layouts."""
     average = mean(replicas)
-    alpha = torch.tensor(alpha, dtype=average.dtype).item()
+    alpha = _rounded(alpha, average.dtype)
     if alpha == 0:
         return
     for replica in replicas:
         theta = replica.detach().to(average.dtype)
         replica.detach().copy_(average if alpha == 1 else theta + alpha * (average - theta))
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """A number as the arithmetic has it; on the host, whatever torch.set_default_device says."""
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
 
 
 Gradient = Callable[[Tensor, int], Tensor]

@@ -103,6 +103,8 @@ def check(group: Group) -> None:
     dampening = number("dampening", group.get("dampening", 0.0))
     if dampening != dampening:
         raise ValueError(f"Invalid dampening value: {group['dampening']}")
+    flag("nesterov", group.get("nesterov", False))
+    flag("maximize", group["maximize"])
     if group.get("nesterov", False) and (group["momentum"] <= 0 or dampening != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
@@ -127,11 +129,23 @@ def check_beta(group: Group) -> None:
         raise ValueError(f"Invalid momentum value: {group['momentum']} (expected below 1)")
 
 
+def flag(name: str, value: Any) -> None:
+    """Raise for what is true in Python and means nothing here, such as "no" and nan."""
+    if value is None or value is True or value is False:
+        return
+    try:
+        known = number(name, value) in (0.0, 1.0)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"Invalid {name}: {value!r} (expected True or False)")
+
+
 def number(name: str, value: Any) -> float:
     """A number as a float, or TypeError with the argument's name."""
     try:
         if not isinstance(value, str | bytes):
             return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise TypeError(f"Invalid {name}: {value!r} (expected a number)")

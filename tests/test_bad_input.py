@@ -11,6 +11,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,11 @@ OPTIONS: list[tuple[Any, dict[str, Any], Any, str]] = [
     (rf.FusedSGD, {"dampening": None}, TypeError, "dampening.*None"),
     (rf.FusedSGD, {"dampening": "0"}, TypeError, "dampening.*'0'"),
     (rf.FusedSGD, {"weight_decay": "0"}, TypeError, "weight_decay.*'0'"),
+    (rf.FusedSGD, {"lr": 10**400}, TypeError, "lr.*1000"),
+    (rf.FusedSGD, {"momentum": 0.9, "nesterov": "no"}, ValueError, "nesterov.*'no'"),
+    (rf.FusedSGD, {"momentum": 0.9, "nesterov": TWO}, ValueError, "nesterov.*tensor"),
+    (rf.FusedSGD, {"maximize": NAN}, ValueError, "maximize.*nan"),
+    (rf.FusedSGD, {"maximize": "no"}, ValueError, "maximize.*'no'"),
     (rf.FusedSGD, {"average": "ema"}, TypeError, "average.*'ema'"),
     (rf.FusedSGD, {"average": rf.ema}, TypeError, "average.*function ema"),
     (rf.FusedSGD, {"average": rf.Mean()}, TypeError, r"average.*Mean\(\)"),
@@ -940,7 +946,107 @@ def group(key: str, value: Any) -> Callable[[Saved], Any]:
     return lambda saved: saved["param_groups"][0].update({key: value})
 
 
+def put(*path: Any, value: Any) -> Call:
+    """A checkpoint with another value in it."""
+
+    def change(saved: Any) -> None:
+        for key in path[:-1]:
+            saved = saved[key]
+        saved[path[-1]] = value
+
+    return edited(change)
+
+
+def without(*path: Any) -> Call:
+    def change(saved: Any) -> None:
+        for key in path[:-1]:
+            saved = saved[key]
+        del saved[path[-1]]
+
+    return edited(change)
+
+
+def renamed(key: Any) -> Call:
+    """The first parameter's state under another key."""
+    return edited(lambda saved: saved["state"].update({key: saved["state"].pop(0)}))
+
+
+def this(value: Any) -> Call:
+    return lambda: value
+
+
 EMA = rf.ema(0.5)
+GROUP = ("param_groups", 0)
+# what is loaded in place of a state dict, and what the error must say
+FOREIGN: dict[str, tuple[Call, str]] = {
+    "nothing": (this({}), r"state_dict: no 'state'.* \[\]"),
+    "None": (this(None), "state_dict: None"),
+    "a list": (this([1, 2]), r"state_dict: \[1, 2\]"),
+    "a path": (this("last.pt"), "state_dict: 'last.pt'"),
+    "a tensor": (this(torch.ones(2)), "state_dict: tensor"),
+    "state alone": (this({"state": {}}), "no 'param_groups'.*'state'"),
+    "groups alone": (this({"param_groups": []}), "no 'state'.*'param_groups'"),
+    "of no group": (this({"state": {}, "param_groups": []}), "number of parameter groups"),
+    "of a model": (lambda: nn.Linear(2, 2).state_dict(), "no 'state'.*'weight', 'bias'"),
+    "the whole file": (lambda: {"model": {}, "opt": saved_by(EMA)()}, "no 'state'.*'model', 'opt'"),
+    "groups None": (put("param_groups", value=None), "param_groups.*None"),
+    "groups by number": (put("param_groups", value={0: {}}), "param_groups.*{0: {}}"),
+    "a group None": (put(*GROUP, value=None), "param group 0.*None"),
+    "a group of pairs": (put(*GROUP, value=[("params", [0, 1])]), "param group 0.*'params'"),
+    "without params": (without(*GROUP, "params"), "param group 0.*no 'params'.*'lr'"),
+    "params None": (put(*GROUP, "params", value=None), "params of param group 0.*None"),
+    "params a number": (put(*GROUP, "params", value=2), "params of param group 0.*2"),
+    "params a text": (put(*GROUP, "params", value="ab"), "params of param group 0.*'ab'"),
+    "params unordered": (put(*GROUP, "params", value={0, 1}), "params of param group 0.*{0, 1}"),
+    "params lists": (put(*GROUP, "params", value=[[0], [1]]), r"params of param group 0.*\[0\]"),
+    "params tensors": (
+        put(*GROUP, "params", value=[torch.ones(4), torch.ones(2, 3)]),
+        "params of param group 0.*tensor",
+    ),
+    "a parameter twice": (put(*GROUP, "params", value=[0, 0]), "params.*0 is named twice"),
+    "other numbers": (put(*GROUP, "params", value=[5, 6]), r"state.*of 0,.*\[5, 6\]"),
+    "names a number": (put(*GROUP, "param_names", value=1), "param_names.*1"),
+    "names too few": (put(*GROUP, "param_names", value=["w"]), r"param_names.*\['w'\].*2"),
+    "names that are none": (put(*GROUP, "param_names", value=[0, 1]), r"param_names.*\[0, 1\]"),
+    "state None": (put("state", value=None), "state.*None"),
+    "state a list": (put("state", value=[{}, {}]), r"state.*\[{}, {}\]"),
+    "state of one None": (put("state", 0, value=None), "state of parameter 0.*None"),
+    "state of one a tensor": (put("state", 0, value=torch.ones(4)), "state of parameter 0.*tensor"),
+    "state of one a list": (put("state", 0, value=[1.0]), r"state of parameter 0.*\[1.0\]"),
+    "state by name": (renamed("weight"), r"state.*'weight'.*\[0, 1\]"),
+    "state by text, as JSON has it": (renamed("0"), r"state.*'0'.*\[0, 1\]"),
+    "state by tensor": (renamed(torch.ones(1)), r"state.*tensor.*\[0, 1\]"),
+    "state of None": (renamed(None), r"state.*None.*\[0, 1\]"),
+    "state of a third": (put("state", 2, value={"average": torch.ones(4)}), r"state.*2.*\[0, 1\]"),
+    **{
+        f"{key} {count}": (put(*GROUP, key, value=count), f"{key}.*{count}")
+        for key in ("step", "n_averaged")
+        for count in (True, False, -1, 2.0, NAN, INF, "3", 2**63)
+    },
+    **{
+        f"{key} {value}": (put(*GROUP, key, value=value), f"{words}.*{value}")
+        for key, words in {
+            "lr": "(lr|learning rate)",
+            "momentum": "momentum",
+            "weight_decay": "weight_decay",
+            "dampening": "dampening",
+        }.items()
+        for value in (None, "0.1", NAN, 1j, {})
+    },
+    **{
+        f"{key} {value}": (put(*GROUP, key, value=value), f"{key}.*{value}")
+        for key in ("nesterov", "maximize")
+        for value in ("no", NAN, 0.5)
+    },
+    "lr too large": (put(*GROUP, "lr", value=10**400), "lr.*1000"),
+    **{
+        f"implicit_momentum {value}": (
+            put(*GROUP, "implicit_momentum", value=value),
+            f"implicit_momentum.*{value}",
+        )
+        for value in (0.5, True, "0.9")
+    },
+}
 # what the optimizer averages, the checkpoint, what the error must say
 CHECKPOINTS: dict[str, tuple[rf.Average | None, Call, str]] = {
     "other shapes": (EMA, saved_by(EMA, shapes=[(5,), (2, 3)]), r"parameter 0.*\(5,\).*\(4,\)"),
@@ -1014,6 +1120,44 @@ CHECKPOINTS: dict[str, tuple[rf.Average | None, Call, str]] = {
     ),
     "average is bfloat16": (EMA, edited(first("average", torch.ones(4).bfloat16())), "average.*bf"),
 }
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_no_checkpoint_is_refused_in_a_line_and_changes_nothing(name: str) -> None:
+    make, words = FOREIGN[name]
+    opt, twin = simple(EMA), simple(EMA)
+    before = snapshot(opt)
+    with pytest.raises((ValueError, TypeError), match=words) as refusal:
+        opt.load_state_dict(make())
+    assert refusal.traceback[-1].path.parent == Path(rf.__file__).parent  # our words, not Python's
+    assert "\n" not in str(refusal.value)
+    assert snapshot(opt) == before
+    for o in (opt, twin):
+        for p in o.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        o.step()
+    assert result(opt) == result(twin)
+
+
+@pytest.mark.parametrize("value", [True, -0.5, 1.0, NAN, "0.9", 2])
+def test_implicit_rsgdm_refuses_a_momentum_that_it_could_not_have_started_with(value: Any) -> None:
+    opt = simple(cls=rf.RSGDM)
+    saved = copy.deepcopy(opt.state_dict())
+    assert saved["param_groups"][0]["implicit_momentum"] == 0.9
+    saved["param_groups"][0]["implicit_momentum"] = value
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=f"implicit_momentum.*{value}"):
+        opt.load_state_dict(saved)
+    assert snapshot(opt) == before
+
+
+def test_what_a_user_keeps_in_the_state_beside_the_parameters_is_kept_as_in_torch() -> None:
+    for cls in (rf.FusedSGD, torch.optim.SGD):
+        opt = cls([parameter(4)], lr=0.1)
+        opt.state["seen"] = {"images": 3}
+        again = cls([parameter(4)], lr=0.1)
+        again.load_state_dict(opt.state_dict())
+        assert again.state["seen"] == {"images": 3}
 
 
 @pytest.mark.parametrize("started", [True, False])

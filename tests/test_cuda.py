@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -164,6 +165,22 @@ def test_a_skipped_step_skips_everything_and_costs_no_look(
             assert held.keys() == other["state"][key].keys()
 
 
+def test_counters_do_not_follow_the_default_device() -> None:
+    ends = []
+    for default in ("cpu", "meta"):
+        p = nn.Parameter(torch.ones(5))
+        one, none, g = torch.ones(1), torch.zeros(1), torch.ones(5)
+        with torch.device(default):
+            opt = rf.FusedSGD([p], 0.1, 0.5, average=rf.ema(0.5), backend="cuda")
+            for found_inf in (one, none, none):
+                p.grad = g.clone()
+                opt.grad_scale, opt.found_inf = one, found_inf
+                opt.step()
+        assert opt.n_averaged == 2
+        ends.append([p.detach(), *state_of(opt, p).values()])
+    assert_same_bits(*ends)
+
+
 def test_a_custom_weight_is_counted_by_the_host() -> None:
     policy = Average(lambda n, step: 1 / (n + 1))
     ours, opt = scaled_run(torch.float32, "momentum", policy, "cuda")
@@ -189,6 +206,21 @@ def test_a_first_step_that_was_skipped_is_first_again_after_a_checkpoint() -> No
                     opt = rf.RSGDM(ps, lr=0.1, momentum=0.5, backend="cuda")
                     opt.load_state_dict(state)
         ends.append([p.detach() for p in ps])
+    assert_same_bits(*ends)
+
+
+def test_a_first_step_that_was_skipped_is_first_again_in_a_copy() -> None:
+    ends = []
+    for copied in (False, True):
+        p = nn.Parameter(torch.ones(5))
+        opt = rf.RSGDM([p], lr=0.1, momentum=0.5, backend="cuda")
+        for step in range(1, 5):
+            p.grad = torch.full_like(p, float(step))
+            Scaler(opt, 1.0).step(skip=step == 1)
+            if copied and step == 1:
+                p, opt = copy.deepcopy((p, opt))
+                assert opt.state_dict()["state"].get(0, {}) == {}
+        ends.append([p.detach()])
     assert_same_bits(*ends)
 
 

@@ -204,6 +204,22 @@ def test_a_model_of_more_than_2_to_the_31_elements(backend: str) -> None:
     assert bool((p == -1.0).all())
 
 
+def test_averages_are_evaluated_where_a_model_was_moved_after_training() -> None:
+    model = small("cuda")
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+    for _ in range(3):
+        model(torch.ones(2, 20, device="cuda")).square().sum().backward()
+        opt.step()
+    expected = {name: t.cpu() for name, t in opt.averaged_state_dict(model).items()}
+    model.cpu()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for _ in range(2):
+        with opt.averaged():
+            assert all(t.equal(expected[name]) for name, t in model.state_dict().items())
+        assert all(t.equal(before[name]) for name, t in model.state_dict().items())
+    assert not before["0.weight"].equal(expected["0.weight"])
+
+
 def test_the_command_checks_the_gpu_backends() -> None:
     command = [sys.executable, "-m", "rbwa_fused"]
     done = subprocess.run(command, capture_output=True, text=True)

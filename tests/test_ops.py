@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -87,6 +88,7 @@ def edit(column: int, value: int) -> Any:
     return change
 
 
+LARGEST = 2**63 - 1
 BROKEN: dict[str, tuple[Any, str]] = {
     "row out of range": (edit(flat.ROW, 1), "outside its tables"),
     "negative row": (edit(flat.ROW, -1), "outside its tables"),
@@ -94,16 +96,30 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "negative sampling": (edit(flat.SAMPLING, -1), "outside its tables"),
     "negative length": (edit(flat.LENGTH, -1), "outside its tables"),
     "shape out of range": (edit(flat.SHAPE, 5), "outside its tables"),
+    "shape below range": (edit(flat.SHAPE, -1), "outside its tables"),
+    "a shape whose end overflows": (edit(flat.SHAPE, LARGEST), "outside its tables"),
+    "negative dimensions": (edit(flat.DIMS, -1), "outside its tables"),
+    "dimensions whose strides overflow": (edit(flat.DIMS, 2**62), "outside its tables"),
     "buffer out of range": (edit(MOMENTUM, 1), "outside its buffer"),
     "buffer below range": (edit(MOMENTUM, -2), "outside its buffer"),
     "offset past the end": (edit(MOMENTUM + 1, 10_000), "outside its buffer"),
     "negative offset": (edit(MOMENTUM + 1, -1), "outside its buffer"),
+    "an offset whose end overflows": (edit(MOMENTUM + 1, LARGEST), "outside its buffer"),
     "no momentum buffer": (edit(MOMENTUM, -1), "no momentum buffer"),
     "half a difference": (edit(flat.STREAMS["difference_buffer"], 0), "both buffers"),
     "too few gradients": (lambda a: a[1].pop(), "gradients"),
     "rows of another dtype": (lambda a: a.__setitem__(5, a[5].float()), "documented dtype"),
     "samplings of another dtype": (lambda a: a.__setitem__(6, a[6].float()), "documented dtype"),
     "segments of another dtype": (lambda a: a.__setitem__(3, a[3].int()), "documented dtype"),
+    "rows that are one row in memory": (
+        lambda a: (a.__setitem__(5, a[5].expand(50, -1)), edit(flat.ROW, 49)(a)),
+        "contiguous",
+    ),
+    "a transposed table": (lambda a: a.__setitem__(3, a[3].t().contiguous().t()), "contiguous"),
+    "a buffer that is one element in memory": (
+        lambda a: a[2].__setitem__(0, torch.zeros(1).expand(128)),
+        "contiguous",
+    ),
     "streams of two dtypes": (
         lambda a: a[2].__setitem__(0, a[2][0].double()),
         "differ in dtype",
@@ -122,23 +138,46 @@ def test_a_broken_table_is_refused_before_anything_is_written(broken: str) -> No
     assert all(torch.equal(a, b) for a, b in zip(args[0] + args[2], before, strict=True))
 
 
+class MallInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc 2.33 and later."""
+
+    _fields_ = (("counts", ctypes.c_size_t * 10),)
+
+
+def heap() -> int:
+    """Bytes that malloc has given out."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        pytest.skip("mallinfo2 is glibc's")
+    mallinfo2.restype = MallInfo
+    return int(mallinfo2().counts[7])  # uordblks
+
+
+@pytest.mark.parametrize("door", [STEP, _C.step], ids=["dispatcher", "direct"])
+def test_neither_steps_nor_refusals_keep_memory(door: Any) -> None:
+    def call(args: list[Any], refused: bool) -> None:
+        try:
+            door(*args)
+        except RuntimeError:
+            assert refused
+
+    good, bad = arguments(), arguments()
+    MISFITS["a gradient of another shape"](bad)
+    with torch.no_grad():
+        for _ in range(20):
+            call(good, False), call(bad, True)
+        before = heap()
+        for _ in range(1000):
+            call(good, False), call(bad, True)
+    assert heap() - before < 1000 * 8  # the smallest piece that malloc gives out is 24 bytes
+
+
 def test_exchange_refuses_tensors_that_differ() -> None:
     for other in (torch.randn(4), torch.randn(3).double()):
         a, b = [torch.ones(3), torch.ones(3)], [torch.zeros(3), other]
         with pytest.raises(RuntimeError, match="pair 1"):
             torch.ops.rbwa_fused.exchange_.default(a, b)
         assert torch.equal(a[0], torch.ones(3))
-
-
-def test_the_profiler_sees_the_step_and_the_operator() -> None:
-    p = nn.Parameter(torch.ones(3))
-    opt = rf.FusedSGD([p], lr=0.5)
-    p.grad = torch.ones(3)
-    with torch.autograd.profiler.profile() as profile:
-        opt.step()
-    names = {event.name for event in profile.function_events}
-    assert {"Optimizer.step#FusedSGD.step", "rbwa_fused::step_"} <= names
-    assert p.tolist() == [0.5] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -94,6 +95,38 @@ def test_edited_groups_and_state_are_followed_as_by_torch(edit: Edit) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def share_state(opt: torch.optim.Optimizer) -> None:
+    for held in opt.state.values():
+        for value in held.values():
+            value.share_memory_()
+
+
+SHARINGS: dict[str, Callable[[torch.optim.Optimizer], object]] = {
+    "state": share_state,
+    "optimizer sent to a process": ForkingPickler.dumps,
+    "state dict sent to a process": lambda opt: ForkingPickler.dumps(opt.state_dict()),
+}
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_state_is_the_trainings_also_after_it_was_shared_with_a_process(sharing: str) -> None:
+    """Sharing moves a tensor's memory elsewhere, under the hands of those who hold it."""
+    ends = []
+    for share in (SHARINGS[sharing], lambda opt: None):
+        opt = rf.FusedSGD(params(4, 5, 6), lr=0.1, momentum=0.9, average=rf.ema(0.5))
+        train(opt, range(1, 4))
+        share(opt)
+        with opt.averaged():
+            first = [p.detach().clone() for p in opt.state]
+        weights = train(opt, range(4, 8))
+        with opt.averaged():
+            last = [p.detach().clone() for p in opt.state]
+        state = [value for held in opt.state.values() for value in held.values()]
+        ends.append([*weights, *first, *last, *state])
+    for shared, alone in zip(*ends, strict=True):
+        assert torch.equal(shared, alone)
+
+
 def test_a_group_keeps_its_count_when_others_go() -> None:
     first, second = params(4), params(5)
     opt = rf.FusedSGD([{"params": first}], lr=0.1, average=rf.mean())
@@ -166,6 +199,23 @@ def test_distributed_checkpoint_reads_the_state_without_taking_steps() -> None:
     assert opt.state_dict()["param_groups"][0]["step"] == 2
 
 
+def test_a_checkpoint_loads_into_groups_that_somebody_has_put_in_place() -> None:
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "average": rf.ema(0.5)}
+    ours, theirs = params(4, 5, 6, 1), params(4, 5, 6, 1)
+    opt = rf.FusedSGD([{"params": ours[:2]}, {"params": ours[2:]}], **options)
+    weights = train(opt, range(1, 4))
+    other = rf.FusedSGD([{"params": theirs[2:]}], **options)
+    group = other.param_groups[0]
+    other.param_groups = [{**group, "params": theirs[:2]}, {**group, "params": theirs[2:]}]
+    for p, value in zip(theirs, weights, strict=True):
+        p.data.copy_(value)
+    other.load_state_dict(opt.state_dict())
+    assert all(map(torch.equal, train(opt, range(4, 7)), train(other, range(4, 7))))
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(opt.state[p]["average"], other.state[q]["average"])
+    assert opt.n_averaged == other.n_averaged == 6
+
+
 def overlapping() -> list[nn.Parameter]:
     base = torch.arange(16.0).reshape(4, 4)
     return [nn.Parameter(base[:, :2]), nn.Parameter(base)]  # the first one is not dense
@@ -178,6 +228,19 @@ def test_overlapping_parameters_that_are_not_dense_are_stepped_in_turn() -> None
     torch.testing.assert_close(ours[1].detach(), theirs[1].detach())
 
 
+def test_a_group_added_over_parameters_that_overlapped_before_is_stepped_after_them() -> None:
+    ends = []
+    for make in (rf.FusedSGD, torch.optim.SGD):
+        base = torch.arange(16.0).reshape(4, 4)
+        ps = [nn.Parameter(base[:2]), nn.Parameter(base), nn.Parameter(base[:, :2])]
+        opt: Any = make(ps[:2], lr=1.0)
+        ps[0].data = ps[0].data.clone()  # the second is alone now, and keeps its turn
+        opt.add_param_group({"params": ps[2:], "weight_decay": 0.5})
+        train(opt, range(1, 3))
+        ends.append(base)
+    torch.testing.assert_close(*ends)
+
+
 def test_overlapping_parameters_come_back_from_averaged() -> None:
     ps = overlapping()
     opt = rf.FusedSGD(ps, lr=1.0, average=rf.ema(0.5))
@@ -187,6 +250,39 @@ def test_overlapping_parameters_come_back_from_averaged() -> None:
     with opt.averaged():
         pass
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_a_checkpoint_inside_averaged_holds_the_averages_of_overlapping_parameters() -> None:
+    ps = overlapping()
+    opt = rf.FusedSGD(ps, lr=1.0, average=rf.ema(0.5))
+    train(opt, range(1, 4))
+    expected = [opt.state[p]["average"].clone() for p in ps]
+    with opt.averaged():
+        saved = opt.state_dict()["state"]
+    assert all(torch.equal(saved[i]["average"], a) for i, a in enumerate(expected))
+
+
+def test_averages_of_two_dtypes_in_the_same_memory_come_back_from_averaged() -> None:
+    base = torch.arange(16.0).bfloat16()
+    ps = [nn.Parameter(base[:10]), nn.Parameter(base[6:])]
+    same = rf.Average(rf.Ema(0.5), dtype=torch.bfloat16)
+    groups = [{"params": ps[:1]}, {"params": ps[1:], "average": same}]
+    opt = rf.FusedSGD(groups, lr=1.0, average=rf.ema(0.5))
+    train(opt, range(1, 4))
+    tensors = [t for p in ps for t in (p.detach(), opt.state[p]["average"])]
+    before = [t.clone() for t in tensors]
+    with opt.averaged():
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_an_empty_parameter_with_other_strides_does_not_keep_averages_away() -> None:
+    p, q = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3))
+    opt = rf.FusedSGD([p, q], lr=1.0, average=rf.ema(0.5))
+    train(opt, range(1, 4))
+    p.data = torch.zeros(3, 0).t()
+    with opt.averaged():
+        assert torch.equal(q, opt.state_dict()["state"][1]["average"])
 
 
 def test_an_optimizer_is_freed_when_its_last_name_is_gone() -> None:
@@ -231,3 +327,12 @@ def test_exchange_refuses_another_layout() -> None:
     exchange = torch.ops.rbwa_fused.exchange_.default
     with pytest.raises(RuntimeError, match="layout"):
         exchange([torch.zeros(2, 3)], [torch.arange(6.0).reshape(3, 2).t()])
+
+
+def test_exchange_refuses_memory_between_its_elements() -> None:
+    exchange = torch.ops.rbwa_fused.exchange_.default
+    gaps = torch.zeros(8)
+    for left in (gaps[::2], torch.zeros(1).expand(4)):
+        with pytest.raises(RuntimeError, match="not dense"):
+            exchange([left], [torch.empty_strided(left.shape, left.stride()).fill_(1.0)])
+    assert not gaps.any()

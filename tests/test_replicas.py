@@ -187,6 +187,13 @@ def test_tensors_made_in_inference_mode_are_pulled() -> None:
     assert models[0][0].tolist() == [2.0] * 3
 
 
+def test_a_default_device_of_ones_own_does_not_matter() -> None:
+    models = [[torch.full((4,), value), torch.full((9,), value)[::3]] for value in (1.0, 3.0)]
+    with torch.device("meta"):
+        rf.pull_(models, 0.5)
+    assert [p.tolist()[0] for model in models for p in model] == [1.5, 1.5, 2.5, 2.5]
+
+
 def test_without_the_compiled_kernels_the_bits_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -494,7 +501,7 @@ MISFITS: dict[str, tuple[Tensor, Tensor, str]] = {
     "shape": (torch.ones(3), torch.ones(4), "parameter 1 of replica 1"),
     "dimensions": (torch.ones(3), torch.ones(3, 1), "parameter 1 of replica 1"),
     "layout": (torch.ones(3), gaps(), "parameter 1 of replica 1"),
-    "gaps": (gaps(), gaps(), "parameter 1 is"),
+    "gaps": (gaps(), gaps(), "parameter 1 of replica 0"),
     "integers": (torch.ones(3).int(), torch.ones(3).int(), "parameters must be"),
 }
 

@@ -1,4 +1,4 @@
-"""The CUDA code under g++'s address and alignment sanitizers, in a process of its own."""
+"""The CUDA code under g++'s sanitizers, in a process of its own; `make sanitize` runs more."""
 
 from __future__ import annotations
 
@@ -9,33 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from sanitize import environment
 
 HERE = Path(__file__).resolve().parent
 CASES = "bits and (momentum or explicit) and not float64 or alignment or launch or skipped"
 
 
 def test_no_thread_reads_or_writes_what_is_not_its_own() -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("the sanitizers are g++'s")
-
-    def library(name: str) -> str:
-        command = [compiler, f"-print-file-name={name}"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    environment = {
-        **os.environ,
-        # libstdc++ with it, or the sanitizer finds no exceptions to intercept
-        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0,halt_on_error=1",
-        "UBSAN_OPTIONS": "halt_on_error=1",
-        "RBWA_TEST_SANITIZERS": "address,alignment",
-    }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "-k", CASES, "test_cuda.py", "test_replicas.py"],
         cwd=HERE,
-        env=environment,
+        env={**os.environ, **environment()},
         capture_output=True,
         text=True,
     )

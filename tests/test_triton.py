@@ -227,6 +227,15 @@ class TestInterpreted:
                 [*half, (torch.float32, torch.float32)], key=str
             )
 
+    def test_tables_do_not_follow_the_default_device(self) -> None:
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        with torch.device("meta"):
+            opt = rf.FusedSGD([p], lr=0.5, momentum=0.5, backend="triton")
+            for _ in range(2):
+                opt.step()
+        assert p.tolist() == [1 - 0.5 * (1 + 1.5)] * 3
+
     def test_tables_are_copied_only_when_they_change_and_are_forgotten(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -176,6 +176,20 @@ def test_flat_threads_instruction_set_and_backend_do_not_change_a_bit(
         assert _C.set_cpu_capability(capability)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_momentum_too_small_for_float32_keeps_its_buffer(backend: str) -> None:
+    p, q = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    options = {"lr": 0.5, "momentum": 1e-60, "dampening": 0.5}
+    ours = rf.FusedSGD([p], **options, backend=backend)
+    theirs = torch.optim.SGD([q], **options, foreach=False)
+    for _ in range(2):
+        for x, opt in ((p, ours), (q, theirs)):
+            x.grad = torch.full_like(x, 2.0)
+            opt.step()
+    assert torch.equal(p, q)
+    assert torch.equal(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"])
+
+
 def test_layerwise_learning_rates_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     ps = params(torch.float32)
     opt = rf.FusedSGD([{"params": [p], "lr": 0.01 * i} for i, p in enumerate(ps)], momentum=0.9)

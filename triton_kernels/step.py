@@ -234,11 +234,13 @@ class Launch:
             entries += [theta_at if master else 0]
 
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        pieces = [torch.tensor(entries), rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)]
+        coefficients = rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)
+        pieces = [torch.tensor(entries, device="cpu"), *coefficients]
         device = self.chunks.device
         staging = torch.empty(
             sum(piece.nbytes for piece in pieces),
             dtype=torch.uint8,
+            device="cpu",
             pin_memory=device.type != "cpu",
         )
         for piece, part in zip(pieces, _split(staging, pieces), strict=True):
@@ -307,11 +309,12 @@ def _plan(segments: Tensor, state: Sequence[Tensor], device: torch.device) -> li
 
 def _chunks(members: list[tuple[int, list[int]]], chunk: int) -> Tensor:
     """The table of programs. An empty segment has one, which marks its first step."""
-    lengths = torch.tensor([columns[LENGTH] for _, columns in members])
+    lengths = torch.tensor([columns[LENGTH] for _, columns in members], device="cpu")
     programs = (lengths + chunk - 1).div(chunk, rounding_mode="floor").clamp(min=1)
-    member = torch.repeat_interleave(torch.arange(len(members)), programs)
+    member = torch.repeat_interleave(torch.arange(len(members), device="cpu"), programs)
     first = programs.cumsum(0) - programs
-    return torch.stack([member, torch.arange(len(member)) - first[member]], dim=1).int()
+    within = torch.arange(len(member), device="cpu") - first[member]
+    return torch.stack([member, within], dim=1).int()
 
 
 def _split(memory: Tensor, like: list[Tensor]) -> list[Tensor]:

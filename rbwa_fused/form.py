@@ -1,0 +1,84 @@
+"""What a state dict is made of, checked before anything is looked up in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from reprlib import repr as short
+from typing import Any
+
+from rbwa_fused.flat import STREAMS
+
+
+def check(state_dict: Any) -> None:
+    """Raise ValueError or TypeError for what no optimizer's ``state_dict()`` returns."""
+    mapping("state_dict", state_dict)
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(
+                f"Invalid state_dict: no {key!r} among its keys {short(list(state_dict))} "
+                "(expected what an optimizer's state_dict() returns)"
+            )
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    mapping("state in the checkpoint", state)
+    _sequence("param_groups in the checkpoint", groups)
+    known = set()
+    for i, group in enumerate(groups):
+        name = f"param group {i} in the checkpoint"
+        mapping(name, group)
+        for param in _params(name, group):
+            if param in known:
+                raise ValueError(f"Invalid params of {name}: {short(param)} is named twice")
+            known.add(param)
+        _numbers(group)
+    for key, held in state.items():
+        if key in known:
+            mapping(f"state of parameter {short(key)} in the checkpoint", held)
+        elif isinstance(held, Mapping) and STREAMS.keys() & held.keys():
+            raise ValueError(
+                f"Invalid state in the checkpoint: that of {short(key)}, which is no parameter "
+                f"(expected some of {short(sorted(known, key=str))})"
+            )
+
+
+def mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"Invalid {name}: {short(value)} (expected a dict)")
+
+
+def _sequence(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"Invalid {name}: {short(value)} (expected a list)")
+
+
+def _params(name: str, group: Mapping[str, Any]) -> list[int | str]:
+    """The numbers by which a group names its parameters, or names after a conversion."""
+    if "params" not in group:
+        raise ValueError(f"Invalid {name}: no 'params' among its keys {short(list(group))}")
+    params = group["params"]
+    _sequence(f"params of {name}", params)
+    for param in params:
+        if not isinstance(param, int | str):
+            raise TypeError(f"Invalid params of {name}: {short(param)} (expected a number)")
+    names = group.get("param_names")
+    if names is not None:
+        _sequence(f"param_names of {name}", names)
+        if len(names) != len(params) or not all(isinstance(n, str) for n in names):
+            raise ValueError(
+                f"Invalid param_names of {name}: {short(names)} (expected {len(params)} texts)"
+            )
+    return list(params)
+
+
+def _numbers(group: Mapping[str, Any]) -> None:
+    """What rbwa_fused adds to a group, as far as its type goes; checkpoint.py reads it."""
+    for key in ("step", "n_averaged"):
+        count = group.get(key)
+        if isinstance(count, bool) or (isinstance(count, int) and count >= 2**63):
+            raise ValueError(f"Invalid {key} in the checkpoint: {short(count)} (expected a count)")
+    beta = group.get("implicit_momentum")
+    implicit = group.get("rule") == "rsgdm_implicit"
+    if beta is not None and not (implicit and isinstance(beta, float) and 0.0 <= beta < 1.0):
+        raise ValueError(
+            f"Invalid implicit_momentum in the checkpoint: {short(beta)} (expected None, or the "
+            "momentum at implicit RSGDM's first step)"
+        )

@@ -1,0 +1,214 @@
+"""Lightning: validation, test and prediction with the averaged weights.
+
+Lightning is no dependency of this package: either of its two names may be installed.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rbwa_fused.evaluate import averaged_model
+from rbwa_fused.fused import FusedOptimizer
+
+NAMES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _lightning() -> Any:
+    """The installed one; of two the one that is in use, since importing the other takes seconds."""
+    for name in sorted(NAMES, key=lambda name: name not in sys.modules):
+        try:
+            return import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name not in (name, name.partition(".")[0]):
+                raise
+    raise ImportError(
+        "rbwa_fused.integrations.lightning needs Lightning: pip install pytorch-lightning, or "
+        "pip install lightning"
+    )
+
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    Callback = _lightning().Callback
+
+
+class AveragedEvaluation(Callback):
+    """Runs validation, test and prediction inside ``opt.averaged()``, for each optimizer of ours.
+
+    The averaged weights are live from ``on_validation_start`` until ``on_validation_end`` (and the
+    same of test and predict), the training weights everywhere else and exactly as they were, also
+    after an exception or an interrupt. Before the first sample nothing moves, so the sanity check
+    and the first epochs see the training weights. Several optimizers, manual optimization and
+    resuming need nothing more.
+
+    A checkpoint holds the training weights, whoever writes it and when, so that a resumed run is
+    the run that never stopped. Lightning asks no callback about a checkpoint of weights alone
+    (``save_weights_only``): one that is written in the midst of validation has what is live then.
+
+    Outside ``fit`` the averages are those of the last ``fit`` of the same trainer, or, with
+    ``ckpt_path``, those that ``save_averaged`` put into the checkpoint.
+
+    Args:
+        loader: batches, on which BatchNorm statistics are estimated for the averaged weights before
+            each evaluation (``rbwa_fused.averaged_model``); None leaves those of training, which
+            fit an EMA that follows closely, but not the mean of a long run (default: None).
+        save_averaged (bool): put the averaged weights into each checkpoint, under the key
+            ``averaged_state_dict`` beside ``state_dict``; with a ``loader`` each costs a pass over
+            it (default: False).
+
+    Raises:
+        ValueError: at the start of ``fit``, if no optimizer is one of ours.
+
+    Example:
+        >>> from rbwa_fused.integrations.lightning import AveragedEvaluation
+        >>> trainer = Trainer(callbacks=[AveragedEvaluation(), ModelCheckpoint(monitor="val_loss")])
+        >>> trainer.fit(model)  # configure_optimizers returns FusedSGD(…, average=ema(0.999))
+    """
+
+    KEY = "averaged_state_dict"
+
+    def __init__(self, *, loader: Iterable[Any] | None = None, save_averaged: bool = False) -> None:
+        super().__init__()
+        self._loader = loader
+        self._save_averaged = save_averaged
+        self._loaded = False  # the averaged weights out of a checkpoint, outside fit
+        self._live: ExitStack | None = None  # brings the training weights back
+
+    # ---- entered and left ----------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()  # where another callback's on_exception kept ours from being called
+        self._loaded = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _ours(trainer):
+            kinds = [type(opt).__name__ for opt in trainer.optimizers]
+            raise ValueError(
+                f"Invalid optimizers for AveragedEvaluation: {kinds} (expected one of rbwa_fused's)"
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._leave()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" and trainer.ckpt_path:  # the optimizers have other averages
+            if not self._loaded:
+                warnings.warn(
+                    f"{trainer.ckpt_path} has no averaged weights, its training weights are "
+                    "evaluated (AveragedEvaluation(save_averaged=True) puts them there)",
+                    stacklevel=2,
+                )
+        else:
+            self._enter(trainer, pl_module)
+
+    def _enter(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Puts the averaged weights in place; `buffers` are those that go with them, if known."""
+        opts = [opt for opt in _ours(trainer) if opt.n_averaged > 0]
+        with ExitStack() as stack:
+            for opt in opts:
+                stack.enter_context(opt.averaged())
+            if buffers is not None:
+                stack.enter_context(_with_buffers(pl_module, buffers))
+            elif opts and self._loader is not None:
+                with trainer.precision_plugin.forward_context():
+                    stack.enter_context(
+                        averaged_model(opts[0], pl_module, self._loader, pl_module.device)
+                    )
+            self._live = stack.pop_all()
+
+    def _leave(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.close()
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._live is not None:
+            averaged = checkpoint["state_dict"]
+            buffers = _copy(dict(pl_module.named_buffers()))
+            self._leave()
+            try:
+                checkpoint["state_dict"] = _copy(trainer.strategy.lightning_module_state_dict())
+            finally:
+                self._enter(trainer, pl_module, buffers)
+        elif self._save_averaged:
+            self._enter(trainer, pl_module)
+            try:
+                averaged = _copy(trainer.strategy.lightning_module_state_dict())
+            finally:
+                self._leave()
+        if self._save_averaged:
+            checkpoint[self.KEY] = averaged
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn != "fit" and self.KEY in checkpoint:
+            pl_module.load_state_dict(checkpoint[self.KEY], strict=pl_module.strict_loading)
+            self._loaded = True
+
+
+def _ours(trainer: Trainer) -> list[FusedOptimizer]:
+    return [opt for opt in trainer.optimizers if isinstance(opt, FusedOptimizer)]
+
+
+def _copy(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Detached from the model's memory, where the next exchange would change them."""
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in tensors.items()}
+
+
+@contextmanager
+def _with_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model's buffers have these values inside, and their own again after it."""
+    own = _copy(dict(model.named_buffers()))
+    _assign(model, values)
+    try:
+        yield
+    finally:
+        _assign(model, own)
+
+
+@torch.no_grad()
+def _assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        buffer.copy_(values[name])

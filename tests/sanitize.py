@@ -1,0 +1,150 @@
+"""The compiled code under g++'s address and undefined-behaviour sanitizers: `make sanitize`.
+
+A copy of the tree is compiled with them under build/sanitized and runs the tests that exercise C++.
+Then the copy is broken on purpose in one place after the other, and each time the sanitizers must
+say so: that they find nothing means something only where they look. Leaks are not their business
+here, since LeakSanitizer takes minutes over what Python keeps until its end; test_ops.py counts the
+heap instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+from workspace import ROOT, Edit, Workspace
+
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+TESTS = (
+    "test_update.py",
+    "test_ops.py",
+    "test_methods.py",
+    "test_optimizer.py",
+    "test_threads.py",
+    "test_outside_edits.py",
+    "test_averaged.py",
+    "test_bad_input.py",
+    "test_cuda.py",
+    "test_replicas.py",
+)
+
+
+class Canary(NamedTuple):
+    """A defect, the tests that run into it, and what the sanitizers call it."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    tests: tuple[str, ...]
+    found: str
+
+
+LOOP = "csrc/step_cpu_loop.h"
+BODY = "csrc/step_cuda_body.h"
+TABLES = "csrc/tables.cpp"
+FLOAT32_ALONE: tuple[Edit, ...] = tuple(  # which compiles in a fraction of the time
+    ("tests/emulated_cuda.cpp", f"with_average<{kind}>(", "with_average<float>(")
+    for kind in ("double", "Bfloat16", "Float16")
+)
+BROKEN_TABLE = "test_ops.py::test_a_broken_table_is_refused_before_anything_is_written"
+CANARIES = (
+    Canary(
+        "a loop that goes one element too far",
+        ((LOOP, "i < n; ++i) {\n    Element", "i <= n; ++i) {\n    Element"),),
+        ("test_update.py", "-k", "literal and plain and none and cpu"),
+        "heap-buffer-overflow",
+    ),
+    Canary(
+        "a last tile that is as long as the others",
+        ((LOOP, "n - at < kTile ? n - at : kTile", "kTile"),),
+        ("test_update.py", "-k", "literal and plain and none and float16"),
+        "heap-buffer-overflow",
+    ),
+    Canary(
+        "a row that nobody checks",
+        ((TABLES, "segment.row < row_count", "true"),),
+        (f"{BROKEN_TABLE}[row out of range]",),
+        "heap-buffer-overflow",
+    ),
+    Canary(
+        "a sum that overflows",
+        (
+            (
+                TABLES,
+                "offset <= numel[index] - segment.length",
+                "offset + segment.length <= numel[index]",
+            ),
+        ),
+        (f"{BROKEN_TABLE}[an offset whose end overflows]",),
+        "signed integer overflow",
+    ),
+    Canary(
+        "a thread of CUDA's that goes one element too far",
+        ((BODY, "i < chunk.n; i += kThreads", "i <= chunk.n; i += kThreads"), *FLOAT32_ALONE),
+        ("test_cuda.py", "-k", "bits and plain and none and float32"),
+        "heap-buffer-overflow",
+    ),
+    Canary(
+        "a vector of CUDA's off its boundary",
+        ((BODY, "all % kVectorBytes == 0", "true"), *FLOAT32_ALONE),
+        ("test_cuda.py", "-k", "bits and plain and none and float32"),
+        "misaligned address",
+    ),
+)
+
+
+def environment() -> dict[str, str]:
+    """What a process needs to load sanitized modules; an error aborts it."""
+
+    def library(name: str) -> str:
+        command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    return {
+        # libstdc++ with them, or they find no exceptions to intercept
+        "LD_PRELOAD": " ".join(map(library, ("libasan.so", "libubsan.so", "libstdc++.so"))),
+        "ASAN_OPTIONS": "abort_on_error=1:detect_leaks=0",
+        "UBSAN_OPTIONS": "abort_on_error=1:halt_on_error=1:print_stacktrace=1",
+        "RBWA_TEST_SANITIZERS": "address,undefined",
+    }
+
+
+def run(workspace: Workspace, tests: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether the tests pass, and the first of what the sanitizers or else pytest say."""
+    done = workspace.pytest("-s", *tests, environment=environment())  # -s, or a report is lost
+    said = done.stdout + done.stderr
+    report = re.search(r"[^\n]*(ERROR: AddressSanitizer|runtime error: )", said)
+    said = said[report.start() :][:3000] if report else said[-3000:]
+    return done.returncode == 0, said
+
+
+def main() -> int:
+    """Runs the tests, then the canaries; the exit status counts what went wrong."""
+    start = time.monotonic()
+
+    def tell(words: str) -> None:
+        print(f"{time.monotonic() - start:5.0f} s  {words}", flush=True)
+
+    workspace = Workspace(ROOT / "build" / "sanitized")
+    workspace.compile(FLAGS)
+    tell("built the CPU module; building the emulated CUDA kernels is part of their tests")
+    wrong = 0
+    for test in TESTS:
+        clean, said = run(workspace, (test,))
+        wrong += not clean
+        tell(f"{test}: {'clean' if clean else said}")
+    for canary in CANARIES:
+        with workspace.broken(*canary.edits):
+            workspace.compile(FLAGS)
+            clean, said = run(workspace, canary.tests)
+        caught = not clean and canary.found in said
+        wrong += not caught
+        tell(f"{canary.name}: {f'caught, {canary.found}' if caught else f'NOT CAUGHT {said}'}")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""An optimizer of rbwa_fused and its twin, built from the same description, and compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bounds import F64, Value
+from program import Case, GroupSpec, TensorSpec, laid_out, numbers, overrun, within
+from torch import Tensor, nn
+from twin import AVERAGE, Group, Member, Twin
+
+import rbwa_fused as rf
+
+DIFFERENCE = {"sgdm": None, "implicit": "implicit", "explicit": "explicit"}
+
+
+def equal(left: tuple[list[Tensor], str], right: tuple[list[Tensor], str]) -> bool:
+    """Whether two results of `SideBySide.held` are the same."""
+    pairs = zip(left[0], right[0], strict=True)
+    return left[1] == right[1] and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def own(options: dict[str, Any]) -> dict[str, Any]:
+    """Hyperparameters whose tensors are nobody else's."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()}
+
+
+class SideBySide:
+    """An optimizer, its model, and their twin.
+
+    Attributes:
+        tried: what this case has tried, in words.
+        bases, twin_bases: memory that parameters share.
+        shares: the parameters that lie in it.
+    """
+
+    def __init__(self, case: Case, backend: str) -> None:
+        self.case, self.backend = case, backend
+        self.tried: set[str] = set()
+        self.twin = Twin(case.rule)
+        self.model = nn.ParameterList()
+        self.bases: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.twin_bases: dict[tuple[int, torch.dtype], Value] = {}
+        self.shares: dict[int, TensorSpec] = {}
+        self.opt = self.optimizer([self.group(spec) for spec in case.groups], case.flatten)
+        self.check()
+
+    def optimizer(self, groups: list[dict[str, Any]], flatten: bool) -> Any:
+        more: dict[str, Any] = {
+            "average": self.case.average,
+            "backend": self.backend,
+            "flatten": flatten,
+            "capturable": self.case.capturable,
+        }
+        if self.case.rule == "sgd":
+            return rf.FusedSGD(groups, **more)
+        return rf.RSGDM(groups, difference=DIFFERENCE[self.case.rule], **more)
+
+    def group(self, spec: GroupSpec) -> dict[str, Any]:
+        """Adds a group to the model and to the twin, and returns what the optimizer takes."""
+        policy = self.case.average if spec.average is None else spec.average or None
+        members, params = [], []
+        for tensor in spec.tensors:
+            if tensor.base:
+                key = tensor.base, tensor.dtype
+                if key not in self.bases:
+                    base = numbers((tensor.base,), tensor.base).to(tensor.dtype)
+                    self.bases[key], self.twin_bases[key] = base, Value.of(base)
+                shared = self.twin_bases[key]
+                theta = Value(within(shared.v, tensor), within(shared.off, tensor))
+                p = nn.Parameter(within(self.bases[key], tensor))
+                self.shares[len(self.model)] = tensor
+            else:
+                values = numbers(tensor.shape, tensor.seed)
+                p = nn.Parameter(laid_out(values, tensor.dtype, tensor.layout))
+                theta = Value.of(p)
+            members.append(Member(theta, tensor.dtype))
+            params.append(p)
+            self.model.append(p)
+            self.tried.add(f"{'shared' if tensor.base else tensor.layout} memory")
+        self.twin.groups.append(Group(own(spec.options), policy, members))
+        chosen = {} if spec.average is None else {"average": spec.average}
+        return {"params": params, **own(spec.options), **chosen}
+
+    # ---- comparison ----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Compares everything; the twin then goes on from the optimizer's numbers."""
+        saved = self.opt.state_dict()
+        groups, twin = saved["param_groups"], self.twin
+        for theirs, ours in zip(groups, twin.groups, strict=True):
+            for name, value in ours.options.items():
+                assert theirs[name] == value, name
+            assert theirs["step"] == twin.steps
+            assert theirs["n_averaged"] == ours.averaged
+            assert theirs["implicit_momentum"] == ours.beta
+            assert theirs["average"] == (None if ours.policy is None else repr(ours.policy))
+        assert self.opt.n_averaged == max(group.averaged for group in twin.groups)
+        for i, (p, member) in enumerate(zip(self.model, twin.members, strict=True)):
+            name = f"parameter {i}"
+            self.compare(name, p, member.theta, member.dtype)
+            state = saved["state"].get(i, {})
+            if self.backend == "cuda" and p.numel() == 0:
+                continue  # no block runs for it, which could mark its first step
+            assert state.keys() == member.state.keys(), name
+            for key, (value, dtype) in member.state.items():
+                self.compare(f"{key} of {name}", state[key], value, dtype)
+                member.state[key] = Value.of(state[key]), dtype
+            if member in twin.copied and i not in self.shares:
+                assert torch.equal(p, member.state[AVERAGE][0].v.to(p.dtype)), f"copy of {name}"
+            if i not in self.shares:
+                assert not overrun(p), f"beside {name}"
+        for key, base in self.bases.items():
+            self.compare(f"base {key}", base, self.twin_bases[key], key[1])
+            self.twin_bases[key].v.copy_(base)
+            self.twin_bases[key].off.zero_()
+        for p, member in zip(self.model, twin.members, strict=True):
+            member.theta.v.copy_(p.detach())
+            member.theta.off.zero_()
+        twin.copied = []
+
+    def compare(self, name: str, actual: Tensor, expected: Value, dtype: torch.dtype) -> None:
+        assert actual.dtype == dtype, name
+        assert actual.shape == expected.v.shape, name
+        apart = (actual.detach().to(F64) - expected.v).abs()
+        assert bool((apart <= expected.off).all()), f"{name}: {apart.max()} > {expected.off.max()}"
+
+    def held(self, weights: bool = True) -> tuple[list[Tensor], str]:
+        """Weights, state and counters: what must come back, or must not change."""
+        saved = self.opt.state_dict()
+        tensors = [p.detach().clone() for p in self.model] if weights else []
+        tensors += [t.clone() for i in sorted(saved["state"]) for t in saved["state"][i].values()]
+        return tensors, repr(saved["param_groups"])
+
+    # ---- averages ------------------------------------------------------------------------------
+
+    def averages(self) -> dict[int, Value]:
+        """The averages that are not the parameters themselves, once there is a sample."""
+        found, i = {}, 0
+        for group in self.twin.groups:
+            for member in group.members:
+                if group.samples > 0 and AVERAGE in member.state and group.average_dtype(member):
+                    found[i] = member.state[AVERAGE][0]
+                i += 1
+        return found
+
+    def live(self) -> list[Tensor]:
+        """The weights inside `averaged()`; where parameters overlap, the last one has the say."""
+        bases = {key: value.v.clone() for key, value in self.twin_bases.items()}
+        thetas = []
+        for i, member in enumerate(self.twin.members):
+            spec = self.shares.get(i)
+            theta = within(bases[spec.base, spec.dtype], spec) if spec else member.theta.v.clone()
+            thetas.append(theta)
+        for i, average in self.averages().items():
+            thetas[i].copy_(average.v.to(self.model[i].dtype))
+        return thetas

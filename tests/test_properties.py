@@ -1,0 +1,85 @@
+"""Whole training runs, drawn at random, on the optimizer and on an independent float64 model.
+
+A failing case is printed as code, event by event, and with a line `@reproduce_failure(...)`: put
+that line above `@given` below and run the test that failed, under the same version of hypothesis.
+A case found on this machine also stays in .hypothesis/ and is tried first the next time.
+`RBWA_PROFILE=long` draws five times as many cases.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from program import DTYPES, EVENTS, LAYOUTS, RULES, Case
+from strategies import cases
+from training import Training
+
+TIMES = 5 if os.environ.get("RBWA_PROFILE") == "long" else 1
+
+
+def explore(backend: str, examples: int, *, device: bool = False) -> Counter[str]:
+    """Runs cases; returns how many of them tried what."""
+    tried: Counter[str] = Counter()
+
+    # All is named: a CI machine's defaults, and those of torch's test helpers, are the same cases
+    # each time.
+    @settings(
+        max_examples=TIMES * examples,
+        derandomize=False,
+        print_blob=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(device))
+    def run(case: Case) -> None:
+        tried.update({"case", *Training(case, backend).tried})
+
+    run()
+    return tried
+
+
+KINDS = [
+    *(event.__name__ for event in EVENTS),
+    *(f"{layout} memory" for layout in (*LAYOUTS, "shared")),
+    *(f"gradients {layout}" for layout in (*LAYOUTS, "like", "expanded")),
+    *map(str, DTYPES),
+    *(f"rule {rule}" for rule in RULES),
+    "no gradient",
+    "overflow",
+    "unscaled",
+    "unscaled already",
+    "some gradients missing",
+    "all gradients",
+    "40 tensors",
+    "two threads",
+    "refused momentum",
+    "average Mean",
+    "average Ema",
+    "average Algorithm2",
+    "average function",
+    "average starts at the first_sample",
+    "average starts at the current",
+    "average written back never",
+    "average written back at every step",
+    "average written back at each sample",
+    "average written back rarely",
+    "average of a dtype of its own",
+]
+
+
+def test_any_run_takes_the_steps_and_averages_of_an_independent_model() -> None:
+    tried = explore("auto", 500)
+    print(sorted(tried.items(), key=lambda x: x[1])[:20])
+    assert tried["step"] > tried["case"] // 2
+    assert {kind: tried[kind] for kind in KINDS if tried[kind] < tried["case"] // 100} == {}
+
+
+def test_the_reference_does_so_too() -> None:
+    explore("reference", 80)
+
+
+def test_kernels_that_count_on_the_device_do_so_too(emulated_cuda: Any) -> None:
+    explore("cuda", 80, device=True)

@@ -1,0 +1,227 @@
+"""A second optimizer, in float64: rules and averages as README.md and their papers print them.
+
+One parameter at a time; nothing is shared with rbwa_fused but the policies' fields. bounds.py says
+how far the kernels may be from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from bounds import F32, F64, Arithmetic, Value
+from torch import Tensor
+
+import rbwa_fused as rf
+
+MOMENTUM, DIFFERENCE = "momentum_buffer", "difference_buffer"
+PREVIOUS, AVERAGE = "previous_gradient", "average"
+
+
+@dataclass(eq=False)
+class Member:
+    """One parameter. `theta` may be a view of memory that other members share."""
+
+    theta: Value
+    dtype: torch.dtype
+    state: dict[str, tuple[Value, torch.dtype]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.arithmetic = Arithmetic(self.dtype)
+
+    def put_elsewhere(self, dtype: torch.dtype) -> None:
+        """The parameter has memory of its own now, maybe of another dtype."""
+        self.theta = Value.of(self.theta.v.to(dtype))
+        self.dtype = dtype
+        self.arithmetic = Arithmetic(dtype)
+
+    def keep(self, name: str, value: Value, dtype: torch.dtype) -> None:
+        self.state[name] = self.arithmetic.stored(value, dtype), dtype
+
+    def move(self, rule: str, group: Group, gradient: Value) -> Value:
+        """Lines (1)-(3) for a gradient that is unscaled and has its sign."""
+        options, linear = group.options, self.arithmetic.linear
+        theta = self.theta.clone()
+        lr, beta = float(options["lr"]), float(options["momentum"])
+        g = linear((1.0, gradient), (float(options["weight_decay"]), theta))
+        if beta == 0.0:
+            return linear((1.0, theta), (-lr, g))
+        zero = Value.of(torch.zeros_like(g.v))
+        first = MOMENTUM not in self.state
+        held = {name: value for name, (value, _) in self.state.items()}
+        old = held.get(MOMENTUM, zero)
+        new: dict[str, Value] = {}
+        if rule == "sgd":
+            m = g if first else linear((beta, old), (1.0 - options["dampening"], g))
+            direction = linear((1.0, g), (beta, m)) if options["nesterov"] else m
+        elif rule == "sgdm":
+            m = direction = linear((beta, old), (1.0 - beta, g))
+        elif rule == "implicit":  # the buffer never sees the first gradient (docs/equivalences.md)
+            m = zero if first else linear((beta, old), (1.0 - beta, g))
+            direction = linear((1.0 - beta, g), (beta, m))
+        else:
+            m = linear((beta, old), (1.0 - beta, g))
+            difference = zero if first else linear((1.0, g), (-1.0, held[PREVIOUS]))
+            z = linear((beta, held.get(DIFFERENCE, zero)), (1.0 - beta, difference))
+            direction = linear((1.0, m), (beta, z))
+            new = {DIFFERENCE: z, PREVIOUS: g}
+        for name, value in {MOMENTUM: m, **new}.items():
+            self.keep(name, value, self.dtype)
+        return linear((1.0, theta), (-lr, direction))
+
+
+@dataclass(eq=False)
+class Group:
+    options: dict[str, Any]
+    policy: rf.Average | None
+    members: list[Member]
+    samples: int = 0
+    beta: float | None = None  # of implicit RSGDM, from its first step on
+
+    @property
+    def averaged(self) -> int:
+        """Samples in the averages; there are none without parameters."""
+        return self.samples if self.members else 0
+
+    def average_dtype(self, member: Member) -> torch.dtype | None:
+        """Of a member's average, or None where it keeps none beside the parameter."""
+        if self.policy is None:
+            return None
+        wide = self.policy.dtype or (F64 if member.dtype == F64 else F32)
+        itself = self.policy.write_back_every == 1 and wide == member.dtype
+        return None if itself else wide
+
+    def sampling(self, step: int) -> tuple[bool, float | None, bool]:
+        """For the step to come: whether the average starts at the weights before it, the weight of
+        its sample (None: none is taken) and whether the average is written back. Counts it."""
+        policy = self.policy
+        past = step - policy.start if policy is not None else 0
+        if policy is None or past <= 0:
+            return False, None, False
+        current = self.samples == 0 and policy.initial == "current"
+        self.samples += current
+        if past % policy.every != 0:
+            return current, None, False
+        weight = self._weight(policy.weight, step)
+        self.samples += 1
+        back = policy.write_back_every > 0 and past % policy.write_back_every == 0
+        return current, weight, back
+
+    def _weight(self, weight: Any, step: int) -> float:
+        if self.samples == 0:
+            return 1.0
+        if isinstance(weight, rf.Mean):
+            return 1.0 / (self.samples + 1)
+        if isinstance(weight, rf.Ema):
+            return 1.0 - weight.decay
+        if isinstance(weight, rf.Algorithm2):
+            epoch = (step - 1) // weight.steps_per_epoch + 1
+            batch = (step - 1) % weight.steps_per_epoch
+            return 1.0 / ((epoch - weight.start_epoch) * batch + 1)
+        return weight(self.samples, step)
+
+
+class Twin:
+    """The optimizer: a rule, groups, and the count of steps taken."""
+
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
+        self.groups: list[Group] = []
+        self.steps = 0
+        self.copied: list[Member] = []  # weights and averages that the last step made equal
+
+    @property
+    def members(self) -> list[Member]:
+        return [member for group in self.groups for member in group.members]
+
+    def follow(self) -> None:
+        """State takes on the dtype of a parameter that was converted."""
+        for group in self.groups:
+            for member in group.members:
+                for name, (value, dtype) in list(member.state.items()):
+                    wanted = group.average_dtype(member) if name == AVERAGE else member.dtype
+                    if wanted is None:
+                        del member.state[name]
+                    elif wanted != dtype:
+                        member.state[name] = Value.of(value.v.to(wanted)), wanted
+
+    def outdated(self) -> bool:
+        """Whether an average waits for the next step to take on another dtype."""
+        kept = [
+            (member.state[AVERAGE][1], group.average_dtype(member))
+            for group in self.groups
+            for member in group.members
+            if AVERAGE in member.state
+        ]
+        return any(wanted is not None and wanted != dtype for dtype, wanted in kept)
+
+    def start(self, gradients: Sequence[Tensor | None]) -> None:
+        """What a step gives before it computes: averages, and the beta that implicit RSGDM keeps.
+
+        An average that was the parameter itself, until a conversion, starts as the parameter.
+        """
+        given = iter(gradients)
+        for group in self.groups:
+            for member in group.members:
+                dtype = group.average_dtype(member)
+                if dtype is not None and AVERAGE not in member.state:
+                    v = member.theta.v if group.samples > 0 else torch.zeros_like(member.theta.v)
+                    member.state[AVERAGE] = Value.of(v.to(dtype)), dtype
+                momentum = float(group.options["momentum"])
+                begins = next(given) is not None and MOMENTUM not in member.state
+                if self.rule == "implicit" and momentum != 0.0 and begins:
+                    group.beta = momentum
+
+    def step(self, gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
+        """One step that is taken; some parameter has a gradient."""
+        self.follow()
+        self.start(gradients)
+        self.steps += 1
+        self.copied = []
+        given = iter(gradients)
+        for group in self.groups:
+            current, weight, back = group.sampling(self.steps)
+            sign = -1.0 if group.options["maximize"] else 1.0
+            for member in group.members:
+                g = next(given)
+                x = member.theta.clone()
+                if g is not None:
+                    signed = member.arithmetic.linear((sign / scale, Value.of(g)))
+                    x = member.move(self.rule, group, signed)
+                x = self._average(group, member, x, current, weight, back)
+                theta = member.arithmetic.stored(x, member.dtype)
+                member.theta.v.copy_(theta.v)
+                member.theta.off.copy_(theta.off)
+
+    def _average(
+        self,
+        group: Group,
+        member: Member,
+        x: Value,
+        current: bool,
+        weight: float | None,
+        back: bool,
+    ) -> Value:
+        """Lines (4) and (5)."""
+        if weight is None and not current:
+            return x
+        dtype = group.average_dtype(member)
+        beside = dtype is not None and not current
+        a = member.state[AVERAGE][0] if beside else member.theta.clone()
+        arithmetic = member.arithmetic
+        if weight is not None and arithmetic.round(weight) == 1.0:
+            a = x
+        elif weight is not None:
+            a = arithmetic.linear((1.0, a), (weight, arithmetic.linear((1.0, x), (-1.0, a))))
+        if dtype is not None:
+            member.keep(AVERAGE, a, dtype)
+            if back or (weight is not None and arithmetic.round(weight) == 1.0):
+                self.copied.append(member)
+        return a if back else x
+
+    def unscaled(self, member: Member, gradient: Tensor, scale: float) -> Value:
+        """What AMP's contract wants in `grad` after a step."""
+        divided = member.arithmetic.linear((1.0 / scale, Value.of(gradient)))
+        return member.arithmetic.stored(divided, member.dtype)
