@@ -53,10 +53,11 @@ def extensions() -> list:
         print("rbwa_fused: no C++ compiler found; installing without compiled kernels")
         return []
     depends = glob("csrc/*.h")
+    names = ["ops.cpp", "tables.cpp", "step_cpu.cpp", "replica_tables.cpp", "replicas_cpu.cpp"]
     found = [
         CppExtension(
             "rbwa_fused._C",
-            ["csrc/ops.cpp", "csrc/tables.cpp", "csrc/step_cpu.cpp"],
+            [f"csrc/{name}" for name in names],
             depends=depends,
             include_dirs=pybind11(),
             extra_compile_args=FLAGS,
@@ -65,7 +66,8 @@ def extensions() -> list:
     if home and torch.version.cuda and os.environ.get("RBWA_CUDA", "1") != "0":
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
         told = f'-DRBWA_ARCHITECTURES="{architectures}"'
-        names = ["ops_cuda.cpp", "cuda_tables.cpp", "launches.cpp", "tables.cpp", "step_cuda.cu"]
+        names = ["ops_cuda.cpp", "tables.cpp", "cuda_tables.cpp", "launches.cpp", "step_cuda.cu"]
+        names += ["replica_tables.cpp", "replicas_launches.cpp", "replicas_cuda.cu"]
         found.append(
             CUDAExtension(
                 "rbwa_fused._C_cuda",

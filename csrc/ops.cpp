@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "python_tensors.h"
+#include "replica_tables.h"
 #include "step.h"
 #include "tables.h"
 
@@ -53,6 +54,10 @@ void exchange_op(std::vector<Tensor> a, std::vector<Tensor> b) {
   }
 }
 
+void pull_op(std::vector<Tensor> params, int64_t replicas, double alpha) {
+  pull_cpu(replicated(views_of(params), replicas, alpha, kCpu), {1.0 / replicas, alpha});
+}
+
 // ---- the Python module -------------------------------------------------------------------------
 
 void step_python(const py::list& params, const py::list& grads, const py::list& state,
@@ -70,11 +75,13 @@ STABLE_TORCH_LIBRARY(rbwa_fused, library) {
       "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
       "Tensor shapes, Tensor rows, Tensor samplings) -> ()");
   library.def("exchange_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()");
+  library.def("pull_(Tensor(a!)[] params, int replicas, float alpha) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CPU, library) {
   library.impl("step_", TORCH_BOX(&step_op));
   library.impl("exchange_", TORCH_BOX(&exchange_op));
+  library.impl("pull_", TORCH_BOX(&pull_op));
 }
 
 PYBIND11_MODULE(_C, module) {

@@ -11,6 +11,8 @@
 
 #include "cuda_tables.h"
 #include "python_tensors.h"
+#include "replica_tables.h"
+#include "replicas_cuda.h"
 #include "step_cuda.h"
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -91,6 +93,18 @@ void exchange_op(Tensors a, Tensors b) {
   }
 }
 
+void pull_op(Tensors params, int64_t replicas, double alpha) {
+  if (params.empty()) return;
+  STD_TORCH_CHECK(replicas <= kMostReplicas, "pull_: ", replicas, " replicas, more than ",
+                  kMostReplicas);
+  const DLDevice device = view_of(params[0]).device;
+  STD_TORCH_CHECK(device.device_type == kDLCUDA, "pull_: parameter 0 is not on a CUDA device");
+  const std::vector<Replicated> checked = replicated(views_of(params), replicas, alpha, device);
+  const torch::stable::accelerator::DeviceGuard guard(device.device_id);
+  const char* error = pull_in_launches(checked, {1.0 / replicas, alpha}, current_stream(device));
+  STD_TORCH_CHECK(error == nullptr, "pull_: ", error);
+}
+
 // ---- the Python module -------------------------------------------------------------------------
 
 void step_python(const py::list& params, const py::list& grads, const py::list& state,
@@ -136,6 +150,7 @@ STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CUDA, library) {
   library.impl("step_deferred_", TORCH_BOX(&step_deferred_op));
   library.impl("advance_", TORCH_BOX(&advance_op));
   library.impl("exchange_", TORCH_BOX(&exchange_op));
+  library.impl("pull_", TORCH_BOX(&pull_op));
 }
 
 PYBIND11_MODULE(_C_cuda, module) {

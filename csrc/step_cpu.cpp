@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "replicas.h"
 #include "step.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -36,7 +37,8 @@ inline Float16 narrow_float16(float x) {
 
 namespace baseline {
 #include "step_cpu_loop.h"
-}
+#include "step_cpu_pull.h"
+}  // namespace baseline
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RBWA_X86
@@ -45,13 +47,15 @@ namespace baseline {
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 #include "step_cpu_loop.h"
-}
+#include "step_cpu_pull.h"
+}  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace avx512 {
 #include "step_cpu_loop.h"
-}
+#include "step_cpu_pull.h"
+}  // namespace avx512
 #pragma GCC pop_options
 #endif
 
@@ -59,6 +63,7 @@ struct Capability {
   const char* name;
   bool available;
   void (*range)(const Segment&, const Row&, const Sampling&, int64_t begin, int64_t n);
+  void (*pull)(const Replicated&, const Pull&, int64_t begin, int64_t n);
 };
 
 const Capability kCapabilities[] = {
@@ -67,13 +72,13 @@ const Capability kCapabilities[] = {
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("f16c"),
-     avx512::range},
+     avx512::range, avx512::pull_range},
     {"avx2",
      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c"),
-     avx2::range},
+     avx2::range, avx2::pull_range},
 #endif
-    {"baseline", true, baseline::range},
+    {"baseline", true, baseline::range, baseline::pull_range},
 };
 
 const Capability* best_capability() {
@@ -141,6 +146,10 @@ void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sam
 void exchange_cpu(void* a, void* b, int64_t bytes) {
   Exchange exchange{static_cast<char*>(a), static_cast<char*>(b)};
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, bytes, 1 << 18, exchange_bytes, &exchange));
+}
+
+void pull_range_cpu(const Replicated& param, const Pull& pull, int64_t begin, int64_t n) {
+  chosen->pull(param, pull, begin, n);
 }
 
 const char* cpu_capability() { return chosen->name; }

@@ -32,11 +32,11 @@ const T* table_of(const View& view, DLDataType type, const char* name) {
   return static_cast<const T*>(view.data);
 }
 
-static Dtype dtype_of(DLDataType type) {
+Dtype dtype_of(DLDataType type) {
   if (same(type, kFloat)) return Dtype::kFloat32;
   if (same(type, kDouble)) return Dtype::kFloat64;
   STD_TORCH_CHECK(type.bits == 16 && (type.code == kDLBfloat || type.code == kDLFloat),
-                  "step_: parameters must be float32, float64, bfloat16 or float16");
+                  "parameters must be float32, float64, bfloat16 or float16");
   return type.code == kDLBfloat ? Dtype::kBfloat16 : Dtype::kFloat16;
 }
 

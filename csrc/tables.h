@@ -44,6 +44,9 @@ bool same(DLDataType a, DLDataType b);
 bool same(DLDevice a, DLDevice b);
 int64_t numel_of(const View& view);
 
+// A parameter's dtype, or an error.
+Dtype dtype_of(DLDataType type);
+
 // Whether the elements fill a range of memory in the order of the dimensions.
 bool is_contiguous(const View& view);
 

@@ -75,3 +75,23 @@ RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
   }
   e.theta = x;
 }
+
+// Elastic replicas: one weight of K models. The mean is the first model's weight and the mean
+// distance of the others from it, so that equal weights are exactly their own mean; distances are
+// summed in the models' order, and `share` is 1/K.
+template <typename T>
+RBWA_INLINE T farther(T distance, T theta, T first) {
+  return distance + (theta - first);
+}
+
+template <typename T>
+RBWA_INLINE T mean_of(T first, T distance, T share) {
+  return first + share * distance;
+}
+
+// A model's weight, pulled to the mean. alpha = 1 makes the models equal to the last bit, which
+// theta + (mean - theta) would not.
+template <typename T>
+RBWA_INLINE T pulled(T theta, T mean, T alpha) {
+  return alpha == T(1) ? mean : alpha != T(0) ? theta + alpha * (mean - theta) : theta;
+}

@@ -16,6 +16,7 @@ from rbwa_fused.average import (
 )
 from rbwa_fused.evaluate import averaged_model
 from rbwa_fused.optimizer import RSGDM, FusedSGD
+from rbwa_fused.replicas import Elastic, pull_
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "RSGDM",
     "Algorithm2",
     "Average",
+    "Elastic",
     "Ema",
     "FusedSGD",
     "Mean",
@@ -30,6 +32,7 @@ __all__ = [
     "ema",
     "lookahead",
     "mean",
+    "pull_",
     "rbwa",
     "rbwa_e",
     "rswa",

@@ -43,7 +43,7 @@ def average(group: dict[str, Any], capturable: bool) -> None:
 def params(group: dict[str, Any], master_weights: bool) -> None:
     """Raise for parameters that no kernel can step or average, naming the first."""
     for i, p in enumerate(group["params"]):
-        name = f"parameter {_name(group, i)}"
+        name = f"parameter {name_of(group, i)}"
         if is_lazy(p):
             raise ValueError(f"{name} is uninitialized; run the model once before")
         if p.is_meta:
@@ -68,7 +68,7 @@ def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
             value = held[p][stream]
             if value is not None and value.shape != p.shape:
                 raise ValueError(
-                    f"parameter {_name(group, i)} has shape {tuple(p.shape)}, its {stream} "
+                    f"parameter {name_of(group, i)} has shape {tuple(p.shape)}, its {stream} "
                     f"{tuple(value.shape)}"
                 )
 
@@ -88,7 +88,7 @@ def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any
         if g is None:
             continue
         p, memory = table.params[i], table.memory[i]
-        name = f"the gradient of parameter {_name(groups[table.groups[i]], table.index[i])}"
+        name = f"the gradient of parameter {name_of(groups[table.groups[i]], table.index[i])}"
         if g.layout != torch.strided:
             raise RuntimeError(f"rbwa_fused does not support sparse gradients: {name} is one")
         if g.dtype != p.dtype:
@@ -106,6 +106,6 @@ def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any
     return True
 
 
-def _name(group: dict[str, Any], index: int) -> str:
+def name_of(group: dict[str, Any], index: int) -> str:
     names = group.get("param_names")
     return f"{index} ({names[index]!r})" if names else str(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from rbwa_fused import reference
 from rbwa_fused.deferred import Deferred
+from rbwa_fused.flat import is_dense, same_layout
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+MOST_REPLICAS = 4000  # whose addresses are kernel arguments of one launch
 OWN = ("rbwa_fused", "torch")  # whose frames are not the user's
 BUILD_HINT = (
     "the {} kernels are not built; with {} at hand run "
@@ -154,6 +156,32 @@ def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
         right.copy_(kept)
 
 
+def pull_(replicas: Sequence[Sequence[Tensor]], alpha: float) -> None:
+    """Pulls each parameter of K models to its mean: K lists, equal in shapes, dtypes and devices.
+
+    In one pass where a kernel serves the device and a parameter is dense in one layout, in plain
+    torch elsewhere; the bits are the same.
+    """
+    compiled = {"cpu": _C, "cuda": _C_cuda}
+    fused: dict[torch.device, list[tuple[Tensor, ...]]] = {}
+    for param in zip(*replicas, strict=True):
+        first = param[0]
+        alike = all(p.stride() == first.stride() or same_layout(p, first) for p in param)
+        dense = first.is_contiguous() or is_dense(first)
+        if (
+            alike
+            and dense
+            and compiled.get(first.device.type) is not None
+            and len(param) <= MOST_REPLICAS
+        ):
+            fused.setdefault(first.device, []).append(param)
+        else:
+            reference.pull_(param, alpha)
+    for params in fused.values():
+        model_by_model = [p for model in zip(*params, strict=True) for p in model]
+        torch.ops.rbwa_fused.pull_.default(model_by_model, len(replicas), alpha)
+
+
 def choose(backend: str, device: torch.device) -> Backend:
     """The backend that serves tensors of a device, by name or by ``"auto"``.
 
@@ -215,6 +243,7 @@ def _user_level() -> int:
 if _C is not None:
     torch.library.register_fake("rbwa_fused::step_", lambda *tables: None)
     torch.library.register_fake("rbwa_fused::exchange_", lambda a, b: None)
+    torch.library.register_fake("rbwa_fused::pull_", lambda params, replicas, alpha: None)
 if _C_cuda is not None:
     torch.library.register_fake("rbwa_fused::step_deferred_", lambda *tables: None)
     torch.library.register_fake("rbwa_fused::advance_", lambda *tables: None)

@@ -115,6 +115,33 @@ def _in_memory_order(tensor: Tensor, length: int) -> Tensor:
     return tensor.as_strided((length,), (1,))
 
 
+def mean(replicas: Sequence[Tensor]) -> Tensor:
+    """The mean of one parameter over K models, in the arithmetic's dtype; the names of update.h."""
+    wide = torch.float64 if replicas[0].dtype == torch.float64 else torch.float32
+    first = replicas[0].detach().to(wide)
+    distance = torch.zeros_like(first)
+    for theta in replicas[1:]:
+        distance = distance + (theta.detach().to(wide) - first)
+    share = _rounded(1.0 / len(replicas), wide)
+    return first + share * distance
+
+
+def pull_(replicas: Sequence[Tensor], alpha: float) -> None:
+    """One parameter of K models, each pulled to their mean in place; any layouts."""
+    average = mean(replicas)
+    alpha = _rounded(alpha, average.dtype)
+    if alpha == 0:
+        return
+    for replica in replicas:
+        theta = replica.detach().to(average.dtype)
+        replica.detach().copy_(average if alpha == 1 else theta + alpha * (average - theta))
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """A number as the arithmetic has it; on the host, whatever torch.set_default_device says."""
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
+
+
 Gradient = Callable[[Tensor, int], Tensor]
 
 
@@ -273,4 +300,29 @@ def switch_ema(
             path.append(w)
         assert average is not None
         w = path[-1] = average
+    return path
+
+
+def elastic(
+    models: list[Tensor],
+    gradients: Sequence[Gradient],
+    lr: float,
+    epochs: int,
+    batches: int,
+    every: int,
+) -> list[list[Tensor]]:
+    """K models trained alone and, every few batches, pulled to their mean (the blog on it):
+    theta_k <- theta_k + alpha (mean - theta_k), alpha = 1 - T / T_max, T finished epochs.
+
+    T is 0 all through the first epoch, so what is pulled in it is equal. The shared-gradient update
+    that the blog also writes is not well defined, and left out.
+    """
+    path = []
+    for t in range(1, epochs * batches + 1):
+        models = [w - lr * gradient(w, t) for w, gradient in zip(models, gradients, strict=True)]
+        if t % every == 0:
+            average = sum(models[1:], models[0]) / len(models)
+            alpha = 1 - (t // batches) / epochs
+            models = [w + alpha * (average - w) for w in models]
+        path.append(models)
     return path

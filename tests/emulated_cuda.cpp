@@ -7,6 +7,9 @@
 
 #include "cuda_tables.h"
 #include "python_tensors.h"
+#include "replica_tables.h"
+#include "replicas_cuda.h"
+#include "replicas_cuda_body.h"
 #include "step_cuda.h"
 #include "step_cuda_body.h"
 
@@ -52,6 +55,16 @@ void with_average(const Streams& s, const void* launch, int64_t blocks) {
   with_rule<S, S, S, true>(s.rule, launch, blocks);
 }
 
+template <typename S>
+void pull_all(const void* launch, int64_t blocks) {
+  using T = typename Arithmetic<S>::type;
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int thread = 0; thread < kThreads; ++thread) {
+      pull_thread<S>(*static_cast<const PullLaunch<T>*>(launch), block, thread);
+    }
+  }
+}
+
 }  // namespace
 
 const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void*) {
@@ -60,6 +73,15 @@ const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks
   if (streams.dtype == Dtype::kFloat64) with_average<double>(streams, launch, blocks);
   if (streams.dtype == Dtype::kBfloat16) with_average<Bfloat16>(streams, launch, blocks);
   if (streams.dtype == Dtype::kFloat16) with_average<Float16>(streams, launch, blocks);
+  return nullptr;
+}
+
+const char* pull_cuda(Dtype dtype, const void* launch, int64_t blocks, void*) {
+  ++launches;
+  if (dtype == Dtype::kFloat32) pull_all<float>(launch, blocks);
+  if (dtype == Dtype::kFloat64) pull_all<double>(launch, blocks);
+  if (dtype == Dtype::kBfloat16) pull_all<Bfloat16>(launch, blocks);
+  if (dtype == Dtype::kFloat16) pull_all<Float16>(launch, blocks);
   return nullptr;
 }
 
@@ -101,6 +123,10 @@ PYBIND11_MODULE(emulated_cuda, module) {
     advance_on({view_of(counts), view_of(policies), view_of(samplings64), view_of(samplings32),
                 view_of(marks), view_of(found_inf)},
                kCpu, nullptr);
+  });
+  module.def("pull", [](const py::list& params, int64_t replicas, double alpha) {
+    pull_in_launches(replicated(views_of(params), replicas, alpha, kCpu), {1.0 / replicas, alpha},
+                     nullptr);
   });
   module.def("launches", [] { return std::exchange(launches, 0); });
   module.def("threads_run", [] { return std::exchange(threads_run, 0); });

@@ -18,6 +18,7 @@ from rbwa_fused.deferred import Deferred
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["tests/emulated_cuda.cpp", "csrc/cuda_tables.cpp", "csrc/launches.cpp"]
+SOURCES += ["csrc/tables.cpp", "csrc/replica_tables.cpp", "csrc/replicas_launches.cpp"]
 FLAGS = ["-O1", "-g0", "-std=c++20", "-ffp-contract=off"]
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
@@ -35,7 +36,7 @@ def emulated() -> Any:
     sanitize = [f"-fsanitize={name}" for name in sanitizers]
     load(
         "emulated_cuda",
-        [str(ROOT / source) for source in [*SOURCES, "csrc/tables.cpp"]],
+        [str(ROOT / source) for source in SOURCES],
         extra_cflags=[*FLAGS, TARGET, f"-I{ROOT / 'csrc'}", *sanitize],
         extra_include_paths=[pybind11.get_include()],
         extra_ldflags=sanitize,

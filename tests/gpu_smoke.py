@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from cases import DTYPES, gradients, params
 from torch import Tensor, nn
 
 import rbwa_fused as rf
+from rbwa_fused import reference
 from rbwa_fused.flat import kept_dtype
 
 STEPS = 4
@@ -207,6 +209,20 @@ class Smoke:
             reference.opt.step()
         self.compare(f"{dtype}, {rule}, {average}, capturable", (ours, reference))
 
+    def replicas(self, dtype: torch.dtype, count: int) -> None:
+        """Models pulled to their mean; more than the registers keep, too."""
+        ours, theirs = (
+            [[placed(p, device).mul_(k + 1) for p in tensors(dtype)] for k in range(count)]
+            for device in (self.device, CPU)
+        )
+        for alpha in (0.3, 1.0):
+            rf.pull_(ours, alpha)
+            for replicas in zip(*theirs, strict=True):
+                reference.pull_(replicas, alpha)
+            pairs = zip(chain(*ours), chain(*theirs), strict=True)
+            if not all(torch.equal(a.cpu(), b) for a, b in pairs):
+                self.wrong.append(f"{dtype}, {count} replicas pulled by {alpha}")
+
     def recorded(self, step: Callable[[], Any]) -> Callable[[], Any]:
         """A CUDA graph's replay of a step where it can be captured, else the step."""
         if self.device.type != "cuda" or "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
@@ -220,6 +236,8 @@ class Smoke:
         """Runs everything; the lines that say what is wrong."""
         self.many()
         for dtype in DTYPES:
+            for count in (2, 3, 6):
+                self.replicas(dtype, count)
             for rule in RULES:
                 for average in AVERAGES:
                     self.steps(dtype, rule, average)

@@ -145,7 +145,8 @@ EVALUATE: Mutants = [
     ("if opt._evaluating is None else {}", ""),
     ("copy=True", "copy=False"),
     (
-        "update_bn(loader, model, device=device)\n            for module in kept:\n                module.restore_modes()\n",
+        "update_bn(loader, model, device=device)\n"
+        "            for module in kept:\n                module.restore_modes()\n",
         "update_bn(loader, model, device=device)\n",
     ),
     ("                module.restore_buffers()\n", ""),
@@ -163,7 +164,8 @@ LAYOUT: Mutants = [
     ("self.state.get(p, {}) if p in new else {}", "self.state.get(p, {})"),
     ("held.pop(stream, None)", "pass"),
     (
-        "            self.state[table.params[i]][stream] = view\n        self._known_size = len(self.state)\n",
+        "            self.state[table.params[i]][stream] = view\n"
+        "        self._known_size = len(self.state)\n",
         "            self.state[table.params[i]][stream] = view\n",
     ),
     ("0 if starts_again else plan.n_averaged", "plan.n_averaged"),

@@ -43,6 +43,33 @@ UPDATE = [
     ("  e.theta = x;\n", ""),
     ("rounded == param ? master : param", "master"),
 ]
+PULLED = [
+    ("distance + (theta - first)", "distance - (theta - first)"),
+    ("distance + (theta - first)", "theta - first"),
+    ("first + share * distance", "first + distance"),
+    ("first + share * distance", "share * distance"),
+    ("alpha == T(1) ? mean", "alpha == T(1) ? theta"),
+    ("alpha == T(1) ? mean :", "false ? mean :"),
+    ("theta + alpha * (mean - theta)", "theta + alpha * (theta - mean)"),
+    ("theta + alpha * (mean - theta)", "theta + (mean - theta)"),
+]
+PULL_BODY = [
+    ("if (k < replicas) add(", "if (k + 1 < replicas) add("),
+    ("if (k < replicas) move(", "if (k + 1 < replicas) move("),
+    ("add(further, mean);", ""),
+    ("store(again, of(theta[k], at));", ""),
+    ("+ p.first_address", ""),
+    ("<= block ? low : high", "< block ? low : high"),
+    ("done = end - (end - begin) % count", "done = end"),
+    ("at < end; at += kThreads", "at + 1 < end; at += kThreads"),
+    ("first < done; first += flight * stride", "first < done; first += stride"),
+]
+PULL_LAUNCHES = [
+    ("chunks += own;", "chunks += 1;"),
+    ("(param.length + kSmallChunk - 1) / kSmallChunk", "param.length / kSmallChunk"),
+    ("% 16 == 0", "% 2 == 0"),
+    ("bytes > kPullTableBytes", "bytes > 2 * kPullTableBytes"),
+]
 BODY = [
     ("eta * a.scale", "eta"),
     ("first ? group.first : group.usual", "group.usual"),
@@ -106,6 +133,12 @@ REFERENCE = [
     ("master.to(theta.dtype) == theta", "master == master"),
     ("theta.copy_(master)", "pass"),
 ]
+PULL_REFERENCE = [
+    ("distance + (theta.detach().to(wide) - first)", "theta.detach().to(wide) - first"),
+    ("first + share * distance", "first + distance"),
+    ("theta + alpha * (average - theta)", "theta + (average - theta)"),
+    ("average if alpha == 1 else theta", "theta if alpha == 1 else theta"),
+]
 RULES = [
     ('c = 1.0 if first else 1.0 - float(group["dampening"])', "c = 1.0"),
     (
@@ -167,16 +200,21 @@ COUNTERS = [
 ]
 
 CUDA = ("test_cuda.py",)
+REPLICAS = ("test_replicas.py",)
 PYTHON = ("test_update.py", "test_methods.py", "test_optimizer.py")
 # file, mutants, tests, whether the CPU module must be compiled
 CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     ("csrc/update.h", UPDATE, CUDA, False),
+    ("csrc/update.h", PULLED, REPLICAS, False),
+    ("csrc/replicas_cuda_body.h", PULL_BODY, REPLICAS, False),
+    ("csrc/replicas_launches.cpp", PULL_LAUNCHES, (*REPLICAS, "test_sanitized.py"), False),
     ("csrc/step_cuda_body.h", BODY, (*CUDA, "test_sanitized.py"), False),
     ("csrc/average.h", AVERAGE_H, CUDA, False),
     ("csrc/launches.cpp", LAUNCHES, CUDA, False),
     ("triton_kernels/update.py", TRITON, ("test_triton.py",), False),
     ("triton_kernels/advance.py", COUNTERS, ("test_triton.py",), False),
     ("rbwa_fused/reference.py", REFERENCE, PYTHON, False),
+    ("rbwa_fused/reference.py", PULL_REFERENCE, REPLICAS, False),
     ("rbwa_fused/rules.py", RULES, PYTHON, False),
     ("rbwa_fused/average.py", AVERAGE, PYTHON, False),
     ("rbwa_fused/plan.py", PLAN, PYTHON, False),

@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from benchmarks import (
     gpu_rows,
     graph,
     progress,
+    replicas,
     report,
     shapes,
     step,
@@ -694,3 +696,16 @@ def test_results_name_the_gpu_and_the_versions_but_no_path(monkeypatch: pytest.M
     assert facts["multiprocessors"] == 132 and facts["L2 MB"] == 62.9
     assert {"cuda", "torch", "triton", "rbwa_fused", "date"} <= facts.keys()
     assert not any("/" in str(fact) for fact in facts.values())
+
+
+def test_the_rows_of_replicas_pull_to_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        replicas.MODELS, "small", lambda: shapes.Layout([(3, 4), (5,), (2, 3, 2, 2)])
+    )
+    for dtype, count in product(replicas.DTYPES, (2, 3, 4)):
+        for provider in replicas.PROVIDERS:
+            replicas.check(provider, replicas.drawn("small", getattr(torch, dtype), count))
+    wrong = replace(replicas.PROVIDERS[0], pull=lambda models: rf.pull_(models, 0.4))
+    with pytest.raises(ArithmeticError, match="is off by"):
+        replicas.check(wrong, replicas.drawn("small", torch.float32, 3))
+    assert [p.moved(3) * 4 for p in replicas.PROVIDERS] == [68, 76, 24]

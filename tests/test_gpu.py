@@ -50,6 +50,17 @@ def test_every_run_has_the_same_bits(backend: str) -> None:
     assert_same_bits(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_replicas_have_the_bits_of_the_cpu(dtype: torch.dtype, count: int) -> None:
+    ends = []
+    for device in ("cpu", "cuda"):
+        models = [[moved(p, device) for p in params(dtype, seed=k)] for k in range(count)]
+        rf.pull_(models, 0.3)
+        ends.append([p.cpu() for model in models for p in model])
+    assert_same_bits(*ends)
+
+
 def small(device: str) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(20, 33), nn.ReLU(), nn.Linear(33, 5)).to(device)

@@ -20,7 +20,7 @@ def test_no_thread_reads_or_writes_what_is_not_its_own() -> None:
         pytest.skip("the sanitizers are g++'s")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "-k", CASES, "test_cuda.py"],
+        [*command, "-k", CASES, "test_cuda.py", "test_replicas.py"],
         cwd=HERE,
         env={**os.environ, **environment()},
         capture_output=True,

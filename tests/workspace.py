@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TREE = ("csrc", "rbwa_fused", "triton_kernels", "tests", "setup.py", "pyproject.toml")
+TREE = (
+    "csrc",
+    "rbwa_fused",
+    "triton_kernels",
+    "tests",
+    "benchmarks",
+    "setup.py",
+    "pyproject.toml",
+)
 TEXTS = ("README.md", "docs")  # tests read them
 OURS = (".cpp", ".cu", ".h", ".md", ".py", ".toml")
 
