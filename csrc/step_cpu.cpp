@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -86,7 +87,7 @@ const Capability* best_capability() {
                       [](const Capability& c) { return c.available; });
 }
 
-const Capability* chosen = best_capability();
+std::atomic<const Capability*> chosen = best_capability();  // a step reads it without the GIL
 
 // Work is dealt out in chunks of one segment, so threads share it by elements and every chunk but
 // a segment's last starts on the segment's own alignment.
@@ -109,7 +110,6 @@ void step_chunks(int64_t begin, int64_t end, void* context) {
   for (int64_t i = after - work.first_chunk - 1; i < work.count && begin < end; ++i) {
     const Segment& segment = work.segments[i];
     const int64_t stop = std::min(end, work.first_chunk[i + 1]);
-    if (stop == begin) continue;  // an empty segment
     const int64_t from = (begin - work.first_chunk[i]) * kChunk;
     const int64_t to = std::min(segment.length, (stop - work.first_chunk[i]) * kChunk);
     work.capability->range(segment, work.rows[segment.row], work.samplings[segment.sampling], from,
@@ -149,10 +149,10 @@ void exchange_cpu(void* a, void* b, int64_t bytes) {
 }
 
 void pull_range_cpu(const Replicated& param, const Pull& pull, int64_t begin, int64_t n) {
-  chosen->pull(param, pull, begin, n);
+  chosen.load()->pull(param, pull, begin, n);
 }
 
-const char* cpu_capability() { return chosen->name; }
+const char* cpu_capability() { return chosen.load()->name; }
 
 bool set_cpu_capability(const char* name) {
   for (const Capability& c : kCapabilities) {

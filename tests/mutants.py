@@ -30,7 +30,7 @@ CPU_LOOP: Mutants = [
     ("if (s.g == nullptr) return;", ""),
 ]
 STEP_CPU: Mutants = [
-    ("std::upper_bound(work", "std::lower_bound(work"),
+    ("after - work.first_chunk - 1", "after - work.first_chunk"),
     ("std::min(end, work.first_chunk[i + 1])", "work.first_chunk[i + 1]"),
     ("(begin - work.first_chunk[i]) * kChunk", "begin * kChunk"),
     ("(segments[i].length + kChunk - 1) / kChunk", "segments[i].length / kChunk"),
@@ -47,7 +47,6 @@ OPS: Mutants = [
 TABLES: Mutants = [
     ("      same(view.dtype, type) && view.device.device_type", "      view.device.device_type"),
     ("expected *= view.shape[d]", "expected = view.shape[d]"),
-    ("return numel_of(view) == 0;", "return false;"),
     ("if (!same(view.dtype, type) || !same", "if (!same"),
     (" || view.ndim != dims", ""),
     ("if (view.shape[d] != sizes[d]) return false;", ""),
@@ -62,7 +61,6 @@ TABLES: Mutants = [
     ("segment.sampling >= 0", "segment.sampling >= -1"),
     ("segment.length >= 0 && dims >= 0", "dims >= 0"),
     ("column[kShape] >= 0 &&", ""),
-    ("dims <= shape_count / 2 &&", ""),
     ("STD_TORCH_CHECK(is_contiguous(buffer)", "STD_TORCH_CHECK(true"),
     ("std::vector<int64_t> numel;", "auto& numel = *new std::vector<int64_t>;"),  # a leak
     ("index >= 0 && index < state_count", "index < state_count"),
@@ -144,11 +142,7 @@ EVALUATE: Mutants = [
     ("        opt._evaluating = None\n", ""),
     ("if opt._evaluating is None else {}", ""),
     ("copy=True", "copy=False"),
-    (
-        "update_bn(loader, model, device=device)\n"
-        "            for module in kept:\n                module.restore_modes()\n",
-        "update_bn(loader, model, device=device)\n",
-    ),
+    ("restore_modes()\n            yield model", "restore_buffers\n            yield model"),
     ("                module.restore_buffers()\n", ""),
     ("self.module.momentum = self.momentum", "pass"),
 ]
@@ -163,11 +157,7 @@ LAYOUT: Mutants = [
     ("sorted(self._tables.items(), key=lambda item: item[0][1])", "self._tables.items()"),
     ("self.state.get(p, {}) if p in new else {}", "self.state.get(p, {})"),
     ("held.pop(stream, None)", "pass"),
-    (
-        "            self.state[table.params[i]][stream] = view\n"
-        "        self._known_size = len(self.state)\n",
-        "            self.state[table.params[i]][stream] = view\n",
-    ),
+    ("[stream] = view\n        self._known_size = len(self.state)\n", "[stream] = view\n"),
     ("0 if starts_again else plan.n_averaged", "plan.n_averaged"),
     ("cleared and any(plan.buffered(p) for p in plan.params)", "cleared"),
     ("None if cleared else plan.beta", "plan.beta"),
@@ -223,12 +213,16 @@ STEPS = (
     "test_checkpoint.py",
     "test_master_weights.py",
     "test_threads.py",
+    "test_distributed_checkpoint.py",
 )
-BITS = ("test_ops.py", "test_update.py", "-k", "test_ops or flat_threads")
+BITS = (
+    *("test_ops.py", "test_threads.py", "test_update.py", "-k"),
+    "test_ops or test_threads or flat_threads or (literal and none)",
+)
 # file, mutants, tests, whether the CPU module must be compiled
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("csrc/step_cpu_loop.h", CPU_LOOP, BITS, True),
-    ("csrc/step_cpu.cpp", STEP_CPU, ("test_threads.py", *BITS), True),
+    ("csrc/step_cpu.cpp", STEP_CPU, BITS, True),
     ("csrc/ops.cpp", OPS, ("test_ops.py", "test_outside_edits.py", "test_threads.py"), True),
     (
         "csrc/tables.cpp",
@@ -248,4 +242,8 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ),
 ]
 # Edits that change no result, with the reason; they are printed and not run.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("csrc/tables.cpp", "dims <= shape_count / 2 &&", ""): (
+        "the product overflows then, and wraps to what is refused; `make sanitize` finds it"
+    ),
+}

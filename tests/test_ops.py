@@ -66,6 +66,7 @@ MISFITS: dict[str, Any] = {
     "a gradient of another dtype": lambda a: a[1].__setitem__(1, torch.randn(40).double()),
     "a gradient of another shape": lambda a: a[1].__setitem__(1, torch.randn(41)),
     "a gradient of other dimensions": lambda a: a[1].__setitem__(1, torch.randn(1, 40)),
+    "a gradient of one dimension more": lambda a: a[1].__setitem__(1, torch.randn(40, 1)),
     "a gradient of another layout": lambda a: a[1].__setitem__(1, torch.randn(80)[::2]),
 }
 
@@ -79,6 +80,26 @@ def test_a_misfit_is_named_and_nothing_is_written(misfit: str, door: Any) -> Non
     with pytest.raises(RuntimeError, match=r"step_: .* 1 "):
         door(*args)
     assert all(torch.equal(a, b) for a, b in zip(args[0] + args[2], before, strict=True))
+
+
+def converted(args: list[Any]) -> None:
+    for tensors in args[:2]:
+        tensors[1] = tensors[1].detach().double()
+
+
+WITHOUT_MOMENTUM: dict[str, Any] = {
+    "a parameter of another dtype, with its gradient": converted,
+    "a parameter without memory": lambda a: a[0].__setitem__(1, torch._efficientzerotensor(40)),
+}
+
+
+@pytest.mark.parametrize("misfit", WITHOUT_MOMENTUM)
+def test_a_misfit_is_named_also_where_no_buffer_shows_it(misfit: str) -> None:
+    args = arguments()
+    args[5][0, 2] = 0.0
+    WITHOUT_MOMENTUM[misfit](args)
+    with pytest.raises(RuntimeError, match="parameter 1 differs"):
+        _C.step(*args)
 
 
 def edit(column: int, value: int) -> Any:
@@ -96,6 +117,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "sampling out of range": (edit(flat.SAMPLING, 1), "outside its tables"),
     "negative sampling": (edit(flat.SAMPLING, -1), "outside its tables"),
     "negative length": (edit(flat.LENGTH, -1), "outside its tables"),
+    "another length than the parameter's": (edit(flat.LENGTH, 41), "differs from what"),
     "shape out of range": (edit(flat.SHAPE, 5), "outside its tables"),
     "shape below range": (edit(flat.SHAPE, -1), "outside its tables"),
     "a shape whose end overflows": (edit(flat.SHAPE, LARGEST), "outside its tables"),
@@ -114,6 +136,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "segments of another dtype": (lambda a: a.__setitem__(3, a[3].int()), "documented dtype"),
     "rows that are one row in memory": (
         lambda a: (a.__setitem__(5, a[5].expand(50, -1)), edit(flat.ROW, 49)(a)),
+        "contiguous",
+    ),
+    "rows that overlap": (
+        lambda a: a.__setitem__(5, torch.zeros(36).double().as_strided((2, 2, 9), (2, 9, 1))),
         "contiguous",
     ),
     "a transposed table": (lambda a: a.__setitem__(3, a[3].t().contiguous().t()), "contiguous"),
@@ -154,6 +180,18 @@ def heap() -> int:
     return int(mallinfo2().counts[7])  # uordblks
 
 
+@pytest.mark.parametrize("average", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_average_of_a_dtype_that_no_kernel_has_is_refused(average: torch.dtype) -> None:
+    param = nn.Parameter(torch.ones(40, dtype=torch.float64))
+    table = flat.Table()
+    table.add(param, 0, 0, row=0, sampling=0)
+    table.attach("average", {0: None}, {0: average})
+    rows = torch.tensor([[1.0, 0, 0, 0, 0, 1.0, 0, 0, 0.5]], dtype=torch.float64)
+    samplings = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="average of segment 0 must have"):
+        _C.step([param], [param.detach()], table.state, *table.tensors(), rows, samplings)
+
+
 @pytest.mark.parametrize("door", [STEP, _C.step], ids=["dispatcher", "direct"])
 def test_neither_steps_nor_refusals_keep_memory(door: Any) -> None:
     def call(args: list[Any], refused: bool) -> None:
@@ -179,6 +217,14 @@ def test_exchange_refuses_tensors_that_differ() -> None:
         with pytest.raises(RuntimeError, match="pair 1"):
             torch.ops.rbwa_fused.exchange_.default(a, b)
         assert torch.equal(a[0], torch.ones(3))
+    with pytest.raises(RuntimeError, match="2 tensors against 1"):
+        torch.ops.rbwa_fused.exchange_.default(a, b[:1])
+
+
+def test_exchange_takes_tensors_without_elements() -> None:
+    a, b = ([torch.full((2,), value), torch.empty(3, 0)] for value in (1.0, 2.0))
+    torch.ops.rbwa_fused.exchange_.default(a, b)
+    assert a[0].tolist() == [2.0, 2.0] and b[0].tolist() == [1.0, 1.0]
 
 
 def narrowed(wanted: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
