@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from examples.papers import schedules
@@ -95,7 +96,7 @@ class Table:
     about: str
     systems: tuple[str, ...]  # empty for all
     baseline: str  # what differences are taken to; with momentum it is "momentum", if this is "sgd"
-    models: dict[str, tuple[str, ...]]
+    models: Mapping[str, tuple[str, ...]]
     batch_sizes: tuple[int, ...]
     epochs: int = 50
     quick_epochs: int = 15

@@ -211,7 +211,7 @@ SYSTEMS: dict[str, System] = {
         averaging(lambda r: rf.rbwa(r.steps_per_epoch, r.start_epoch, "algorithm2")),
     ),
     "rbwa-algorithm2-control": System(
-        "its control: SGD, lr η/((e−c)j+1)",
+        "its control: SGD, lr η/((e-c)j+1)",
         EVERY_STEP,
         control,
         lambda r, step: schedules.rbwa_algorithm2(step, r.steps_per_epoch, r.start_epoch),
@@ -224,7 +224,7 @@ SYSTEMS: dict[str, System] = {
         ),
     ),
     "rbwa-e-control": System(
-        "its control: SGD, lr (1−β)η",
+        "its control: SGD, lr (1-β)η",
         EVERY_STEP,
         control,
         lambda r, step: schedules.rbwa_e(step, r.start, BETA),

@@ -133,9 +133,7 @@ class Learner:
             update_bn(estimation(self.data, self.setting), copies[0])
             yield copies[0]
         elif (
-            self.system.tested == "average"
-            and isinstance(opt, rf.FusedSGD)
-            and opt.n_averaged > 0
+            self.system.tested == "average" and isinstance(opt, rf.FusedSGD) and opt.n_averaged > 0
         ):
             with rf.averaged_model(opt, network, estimation(self.data, self.setting)):
                 yield network

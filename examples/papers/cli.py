@@ -1,0 +1,294 @@
+"""The command line: one line for each thing that is wrong with it, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from examples.options import Parser, folder, integer, invalid, number, seeds
+from examples.papers.datasets import CIFAR, Part, Source, training_images
+from examples.papers.flatness import DIRECTIONS
+from examples.papers.jobs import Where
+from examples.papers.networks import NETWORKS
+from examples.papers.settings import GRID, QUICK_GRID, TABLES, Setting, Table
+from examples.papers.sweep import Plan
+from examples.papers.systems import NEED_MOMENTUM, SYSTEMS
+
+DATA = ("digits", *CIFAR)
+SMALL = ("small", "mlp")  # networks that a core trains in seconds
+
+
+class Command(NamedTuple):
+    """What the command line asks for."""
+
+    plan: Plan
+    where: Where
+    out: Path
+    jobs: int
+    parser: Parser
+
+
+def parse(argv: Sequence[str] | None) -> Command:
+    """The plan and the output folder, which exists then and can be written to."""
+    parser = Parser(
+        prog="papers",
+        description="Trains the systems of the papers, several seeds each, and prints the papers' "
+        "figures and the measured ones side by side.",
+        epilog="Ctrl-C keeps the runs that are finished; the same command goes on from there.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, table in TABLES.items():
+        about = table.about
+        sub = commands.add_parser(name, help=about, description=f"{about}.", allow_abbrev=False)
+        add_options(sub, name, table)
+    given = parser.parse_args(argv)
+    sub = commands.choices[given.command]
+    table = TABLES[given.command]
+    settings = make_settings(sub, given, table)
+    systems = make_systems(sub, given, table, settings[0])
+    rates = given.lr
+    if rates is None:
+        rates = () if table.lr is None or "digits" in given.data else (table.lr,)
+    baseline = table.baseline
+    if baseline == "sgd" and settings[0].momentum > 0.0:
+        baseline = "momentum"
+    plan = Plan(
+        command=given.command,
+        settings=settings,
+        systems=systems,
+        baseline=baseline,
+        rates=rates,
+        grid=QUICK_GRID if given.quick else GRID,
+        sweeps=given.sweep_seeds or (1 if given.quick else 2),
+        seeds=given.seeds or tuple(range(3 if given.quick or "digits" not in given.data else 5)),
+        rays=getattr(given, "rays", 0),
+        directions=getattr(given, "directions", ""),
+    )
+    device = given.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        sub.error("argument --device: 'cuda' is not available here")
+    out = make_folder(sub, given)
+    where = Where(str(given.root or ""), device, given.threads)
+    return Command(plan, where, out, given.jobs, sub)
+
+
+def make_folder(parser: Parser, given: argparse.Namespace) -> Path:
+    words = [given.command, *given.data, *["hard"] * given.hard, *["quick"] * given.quick]
+    out: Path = given.out or Path("papers") / "-".join(words)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        parser.error(f"argument --out: cannot write to {str(out)!r}: {error.strerror}")
+    return out
+
+
+def make_settings(parser: Parser, given: argparse.Namespace, table: Table) -> tuple[Setting, ...]:
+    """Every data set with its networks and every batch size."""
+    cifar = [name for name in given.data if name != "digits"]
+    if cifar and given.root is None:
+        parser.error(f"argument --root: needed for --data {cifar[0]}, the folder with its archive")
+    if given.hard and cifar:
+        parser.error(f"argument --hard: for digits alone, not for {cifar[0]}")
+    epochs = given.epochs or (table.quick_epochs if given.quick else table.epochs)
+    start_epoch = given.start_epoch
+    if start_epoch is None:
+        start_epoch = min(math.ceil(epochs / 5), epochs - 1)
+    if start_epoch >= epochs:
+        parser.error(
+            f"argument --start-epoch: invalid value {start_epoch} (expected less than --epochs, "
+            f"{epochs})"
+        )
+    weight_decay = table.weight_decay if given.weight_decay is None else given.weight_decay
+    settings = tuple(
+        Setting(
+            data=data,
+            hard=given.hard,
+            model=model,
+            stem=given.stem,
+            augment=given.augment or ("none" if data == "digits" else table.augment),
+            dtype=given.dtype,
+            batch_size=batch_size,
+            epochs=epochs,
+            start_epoch=start_epoch,
+            halve_epochs=max(1, epochs // 4) if table.halvings else 0,
+            momentum=table.momentum if given.momentum is None else given.momentum,
+            weight_decay=weight_decay,
+        )
+        for data in given.data
+        for model in given.model or table.models[data]
+        for batch_size in given.batch_size or table.batch_sizes
+    )
+    for setting in settings:
+        if setting.model == "mlp" and setting.data != "digits":
+            parser.error(f"argument --model: 'mlp' is for digits alone, not for {setting.data}")
+    return settings
+
+
+def make_systems(
+    parser: Parser, given: argparse.Namespace, table: Table, setting: Setting
+) -> tuple[str, ...]:
+    """In the table's order; all that make sense with the momentum, unless they were named."""
+    usual = list(table.systems or SYSTEMS)
+    if usual[0] == "sgd" and table.baseline == "sgd" and setting.momentum > 0.0:
+        usual[0] = "momentum"
+    if setting.momentum == 0.0:
+        usual = [name for name in usual if name not in NEED_MOMENTUM]
+    wanted = given.method or usual
+    for name in wanted:
+        if name in NEED_MOMENTUM and setting.momentum == 0.0:
+            parser.error(f"argument --method: {name!r} needs a --momentum above 0")
+    if given.command == "flatness" and len(wanted) != 2:
+        parser.error(f"argument --method: flatness compares two systems, not {len(wanted)}")
+    if given.command == "flatness":
+        for name in wanted:
+            if SYSTEMS[name].tested == "ensemble":
+                parser.error(f"argument --method: {name!r} has no one solution to look around")
+        return tuple(wanted)
+    return tuple(name for name in SYSTEMS if name in wanted)
+
+
+def check_batch_sizes(command: Command, images: dict[str, int]) -> None:
+    """Against the training images that there are, by data set; the sweep's are fewer."""
+    plan = command.plan
+    for setting in plan.settings:
+        part: Part = "final" if plan.rates else "sweep"
+        source = Source(setting.data, setting.hard)
+        most = training_images(source, part, images[setting.data])
+        if setting.batch_size > most:
+            command.parser.error(
+                f"argument --batch-size: {setting.batch_size} is more than the {most} training "
+                f"images{'' if plan.rates or setting.hard else ' of the learning-rate sweep'}"
+            )
+
+
+def add_options(parser: argparse.ArgumentParser, command: str, table: Table) -> None:
+    """Every option with its unit and default."""
+    add = parser.add_argument
+    kinds: list[tuple[str, Any, str]] = [
+        ("--data", one_of(DATA), "images: digits (scikit-learn's), cifar10, cifar100"),
+        ("--model", one_of(tuple(NETWORKS)), f"networks: {', '.join(NETWORKS)}"),
+        ("--method", one_of(tuple(SYSTEMS)), f"systems: {', '.join(SYSTEMS)}"),
+        ("--batch-size", integer(2), "images a step, at least 2"),
+    ]
+    defaults = {
+        "--data": "digits",
+        "--model": "on digits " + ", ".join(table.models["digits"]),
+        "--method": ", ".join(table.systems) or "all",
+        "--batch-size": ", ".join(map(str, table.batch_sizes)),
+    }
+    for option, kind, about in kinds:
+        add(
+            option,
+            type=listed(kind),
+            default=("digits",) if option == "--data" else None,
+            metavar="A[,B...]",
+            help=f"{about} (default: {defaults[option]})",
+        )
+    add(
+        "--root",
+        type=folder,
+        metavar="DIR",
+        help="folder that holds cifar-10-batches-py or cifar-100-python; nothing is downloaded",
+    )
+    add(
+        "--hard",
+        action="store_true",
+        help="digits: 300 training images, a fifth of their labels wrong, so that methods differ",
+    )
+    add("--quick", action="store_true", help="minutes: fewer epochs, seeds and learning rates")
+    add(
+        "--lr",
+        type=rates,
+        metavar="auto|A[,B...]",
+        help="learning rates of SGD without momentum; where momentum sums gradients the optimizer "
+        "gets 1 - momentum of it. All of a list are reported; auto gives each system the one that "
+        "does best on validation images (default: auto, on CIFAR the paper's where it names one)",
+    )
+    add("--seeds", type=seeds, metavar="N|S,S,...", help="as in the demo (default: 5, quick: 3)")
+    add(
+        "--sweep-seeds",
+        type=integer(1, 100),
+        metavar="N",
+        help="runs for each learning rate of the sweep (default: 2, quick: 1)",
+    )
+    add("--epochs", type=integer(1), metavar="N", help=f"(default: {table.epochs})")
+    add(
+        "--start-epoch",
+        type=integer(0),
+        metavar="N",
+        help="epochs before averages start (default: a fifth of the epochs, rounded up)",
+    )
+    add(
+        "--momentum",
+        type=number(least=0.0, below=1.0),
+        metavar="MU",
+        help=f"of every system but sgd (default: {table.momentum:g})",
+    )
+    add(
+        "--weight-decay",
+        type=number(least=0.0),
+        metavar="LAMBDA",
+        help=f"L2 penalty (default: {table.weight_decay:g})",
+    )
+    add(
+        "--stem",
+        choices=("small", "imagenet"),
+        default="small",
+        help="torchvision's networks with a stem for 32x32 images, or unchanged "
+        "(default: %(default)s)",
+    )
+    add(
+        "--augment",
+        choices=("none", "crop-flip"),
+        help=f"(default: none on digits, {table.augment} on CIFAR)",
+    )
+    add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if any)")
+    add("--threads", type=integer(1, 1024), default=1, metavar="N", help="a process (default: 1)")
+    add("--jobs", type=integer(1, 256), default=1, metavar="N", help="processes (default: 1)")
+    add("--out", type=folder, metavar="FOLDER", help="(default: papers/ and the command's words)")
+    if command == "flatness":
+        add("--rays", type=integer(1, 1000), default=10, metavar="N", help="(default: %(default)s)")
+        add(
+            "--directions",
+            choices=DIRECTIONS,
+            default=DIRECTIONS[0],
+            help="drawn from the unit sphere, or normalised by filter (default: %(default)s)",
+        )
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A parser of values between commas, each once."""
+
+    def parse_list(text: str) -> tuple[Any, ...]:
+        values = tuple(kind(part.strip()) for part in text.split(","))
+        if len(set(values)) < len(values):
+            raise invalid(text, "every value once")
+        return values
+
+    return parse_list
+
+
+def one_of(known: Sequence[str]) -> Callable[[str], str]:
+    def parse_name(text: str) -> str:
+        if text not in known:
+            raise invalid(text, f"one of {', '.join(known)}")
+        return text
+
+    return parse_name
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Empty for ``auto``."""
+    return () if text == "auto" else tuple(sorted(listed(number(above=0.0))(text)))

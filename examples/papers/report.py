@@ -1,0 +1,211 @@
+"""table.md and table.csv: published and measured figures side by side, and how to read them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+
+from examples.papers.rows import Row
+from examples.papers.settings import Setting
+from examples.papers.statistics import Difference, Summary, paired
+from examples.papers.store import Store
+from examples.papers.sweep import Plan
+from examples.papers.systems import SYSTEMS
+
+WIDTH = 100
+CSV = (
+    *("setting", "system", "about", "data", "hard", "model", "batch_size", "lr", "own_lr", "seeds"),
+    *("accuracy", "accuracy_deviation", "test_loss", "test_loss_deviation"),
+    *("train_loss", "train_loss_deviation"),
+    *("difference", "difference_low", "difference_high", "p"),
+    *("published_source", "published_accuracy", "published_train_loss"),
+    *("published_gain_low", "published_gain_high"),
+)
+
+
+def markdown(plan: Plan, store: Store, rows: Sequence[Row]) -> str:
+    """The table and what one must know to read it."""
+    notes = list(dict.fromkeys(str(row.figure) for row in rows if row.figure is not None))
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("setting", lambda row: row.setting.name),
+        ("system", lambda row: row.system),
+        ("lr", lambda row: f"{row.own_lr:g}"),
+        ("paper: accuracy %", lambda row: published(row, notes)),
+        ("accuracy %", lambda row: spread(row.accuracy, 2)),
+        (f"paper: to {plan.baseline}", published_gain),
+        (f"to {plan.baseline} (95 %)", lambda row: difference(row.difference)),
+        ("p", lambda row: p_value(row.difference)),
+        ("paper: training loss", published_loss),
+        ("training loss", lambda row: spread(row.train_loss, 5)),
+        ("test loss", lambda row: spread(row.test_loss, 4)),
+        ("seeds", lambda row: str(row.accuracy.runs)),
+    ]
+    cells = [[cell(row) for row in rows] for _, cell in columns]
+    kept = [k for k, column in enumerate(cells) if any(text not in ("", "-") for text in column)]
+    texts = [[columns[k][0], *cells[k]] for k in kept]
+    widths = [max(map(len, column)) for column in texts]
+    lines = [
+        "| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in zip(*texts, strict=True)
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    table = "\n".join([lines[0], rule, *lines[1:]])
+    sources = [f"[{number}] {note}." for number, note in enumerate(notes, 1)]
+    paragraphs = [" ".join(sources), *verdicts(plan, rows), *caption(plan, store, rows)]
+    return "\n\n".join([table, *(fill(text) for text in paragraphs if text)]) + "\n"
+
+
+def fill(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+
+
+def spread(values: Summary, digits: int) -> str:
+    if math.isnan(values.deviation):
+        return f"{values.mean:.{digits}f}"
+    return f"{values.mean:.{digits}f} ± {values.deviation:.{digits}f}"
+
+
+def difference(value: Difference | None) -> str:
+    if value is None:
+        return "-"
+    if math.isnan(value.low):
+        return f"{value.mean:+.2f}"
+    return f"{value.mean:+.2f} ({value.low:+.2f} to {value.high:+.2f})"
+
+
+def p_value(value: Difference | None) -> str:
+    if value is None or math.isnan(value.p):
+        return "-"
+    return "<0.001" if value.p < 0.001 else f"{value.p:.3f}"
+
+
+def published(row: Row, notes: Sequence[str]) -> str:
+    if row.figure is None or row.figure.accuracy is None:
+        return "-"
+    return f"{row.figure.accuracy:.2f} [{notes.index(str(row.figure)) + 1}]"
+
+
+def published_gain(row: Row) -> str:
+    if row.published_gain is None:
+        return "-"
+    low, high = row.published_gain
+    return f"{low:+.2f}" if low == high else f"{low:+.2f} to {high:+.2f}"
+
+
+def published_loss(row: Row) -> str:
+    if row.figure is None or row.figure.train_loss is None:
+        return "-"
+    return f"{row.figure.train_loss:.5f}"
+
+
+def verdicts(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    """For each setting, the highest mean and who is within chance of it."""
+    if len(plan.seeds) < 2:
+        return []
+    texts = []
+    for setting in plan.settings:
+        own = [row for row in rows if row.setting == setting and math.isfinite(row.test_loss.mean)]
+        if not own:
+            continue
+        first = max(own, key=lambda row: row.accuracy.mean)
+        near = []
+        for row in own:
+            if row is not first:
+                apart = paired(row.accuracies, first.accuracies)
+                if apart.low <= 0.0 <= apart.high:
+                    near.append(named(plan, row))
+        texts.append(
+            f"{setting.title}: highest mean {named(plan, first)}. The 95 % interval of the paired "
+            f"difference to it contains 0 for {', '.join(near) or 'no other'}."
+        )
+    return texts
+
+
+def named(plan: Plan, row: Row) -> str:
+    return f"{row.system} at lr {row.own_lr:g}" if len(plan.rates) > 1 else row.system
+
+
+def caption(plan: Plan, store: Store, rows: Sequence[Row]) -> list[str]:
+    """What was run with what."""
+    one = plan.settings[0]
+    sentences = [
+        f"After {one.epochs} epochs, averages from epoch {one.start_epoch} on; momentum "
+        f"{one.momentum:g}, weight decay {one.weight_decay:g}, augmentation {one.augment}, "
+        f"{one.dtype}",
+    ]
+    if one.halve_epochs > 0:
+        sentences.append(f"learning rate halved every {one.halve_epochs} epochs")
+    networks = {setting.model for setting in plan.settings} & {"resnet18", "resnet50", "vgg16"}
+    if networks:
+        sentences.append(f"stem {one.stem}")
+    if one.hard:
+        sentences.append("300 training images, a fifth of their labels wrong")
+    text = "; ".join(sentences) + "."
+    text += (
+        f" {'Mean ± standard deviation' if len(plan.seeds) > 1 else 'One run'} over seeds "
+        f"{', '.join(map(str, plan.seeds))}; losses in nats an image. Differences are paired by "
+        f"seed (initial weights and data order); p is Student's t of one pair of systems, not "
+        f"corrected for the number of rows. The papers' figures are single runs."
+    )
+    versions = store.head["versions"]
+    ran = (
+        f"torch {versions['torch']}, rbwa_fused {versions['rbwa_fused']}, "
+        f"{store.cpu if store.head['device'] == 'cpu' else store.head['device']}."
+    )
+    return [text, rates(plan, rows), ran]
+
+
+def rates(plan: Plan, rows: Sequence[Row]) -> str:
+    """How the learning rates were chosen, and where the grid was too narrow to tell."""
+    shown = "lr is what the system's own optimizer is given (the rate at a schedule's top)."
+    if plan.rates:
+        return f"Learning rates as given. {shown}"
+    grid = ", ".join(f"{lr:g}" for lr in plan.grid)
+    text = (
+        f"Learning rates: for each system the one of {grid} (for SGD without momentum; momentum "
+        f"that sums gradients takes 1 - momentum of it) with the highest accuracy on validation "
+        f"images, mean of {plan.sweeps} seed{'s' * (plan.sweeps > 1)} that are not the results'. "
+        f"{shown}"
+    )
+    edge = [
+        f"{row.system} ({row.setting.name})"
+        for row in rows
+        if row.lr in (plan.grid[0], plan.grid[-1])
+    ]
+    if edge:
+        text += f" At the grid's edge, where another rate may do better: {', '.join(edge)}."
+    return text
+
+
+def as_csv(plan: Plan, rows: Sequence[Row]) -> str:
+    """The same, unrounded, a column for each number."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV)
+    for row in rows:
+        writer.writerow(
+            [
+                row.setting.name,
+                row.system,
+                SYSTEMS[row.system].about,
+                *facts(row.setting),
+                row.lr,
+                row.own_lr,
+                row.accuracy.runs,
+                *row.accuracy[:2],
+                *row.test_loss[:2],
+                *row.train_loss[:2],
+                *(row.difference or [""] * 4),
+                row.figure or "",
+                "" if row.figure is None else row.figure.accuracy,
+                "" if row.figure is None else row.figure.train_loss,
+                *(row.published_gain or ["", ""]),
+            ]
+        )
+    return text.getvalue()
+
+
+def facts(setting: Setting) -> list[object]:
+    return [setting.data, setting.hard, setting.model, setting.batch_size]

@@ -1,0 +1,52 @@
+"""What several seeds say: mean, spread, and paired differences with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+class Summary(NamedTuple):
+    """Mean and sample standard deviation, which is nan of one value."""
+
+    mean: float
+    deviation: float
+    runs: int
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences, its 95 % interval and p-value (Student's t, two-sided)."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def summary(values: Sequence[float]) -> Summary:
+    deviation = stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+    return Summary(mean(values), deviation, len(values))
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
+    """Of values and others of the same seeds, in the same order; of one pair the mean alone.
+
+    Where all differences are equal there is nothing to estimate a spread from: the interval is that
+    one point, and p is 1 if it is 0 and 0 otherwise.
+    """
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    middle = mean(differences)
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+        return Difference(middle, math.nan, math.nan, math.nan)
+    error = stdev(differences) / math.sqrt(len(differences))
+    if error == 0.0:
+        return Difference(middle, middle, middle, 1.0 if middle == 0.0 else 0.0)
+    width = error * float(stats.t.ppf(0.5 + CONFIDENCE / 2.0, len(differences) - 1))
+    p = float(stats.ttest_rel(values, others).pvalue)
+    return Difference(middle, middle - width, middle + width, p)
