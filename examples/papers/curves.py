@@ -31,7 +31,7 @@ CURVES = (
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), "-.", (0, (2, 1)), (0, (7, 1.5, 1.5, 1.5)))
 BASELINE_COLOR, CONTROL_COLOR = "#8A8A8A", "#000000"
-PALETTE = 64  # colours of the file, a third of the bytes
+PALETTE = 128  # colours of the file, for a third of the bytes
 
 
 class Panel(NamedTuple):
@@ -67,7 +67,8 @@ def panels(plan: Plan, store: Store) -> list[Panel]:
 def draw(plan: Plan, store: Store) -> bytes:
     """The picture as PNG."""
     columns = panels(plan, store)
-    size = (max(4.2 * len(columns), 8.0), 11.5)
+    legend = 0.24 * max(len(panel.lines) for panel in columns)  # inches
+    size = (max(4.2 * len(columns), 8.0), 1.0 + 3.0 * len(CURVES) + legend)
     figure = Figure(figsize=size, dpi=80, layout="constrained")
     axes = figure.subplots(
         len(CURVES) + 1,
@@ -75,7 +76,7 @@ def draw(plan: Plan, store: Store) -> bytes:
         sharex=True,
         sharey="row" if len(plan.settings) == 1 else False,
         squeeze=False,
-        height_ratios=[3.0] * len(CURVES) + [1.6],
+        height_ratios=[3.0] * len(CURVES) + [legend],
     )
     for row, (curve, label) in zip(axes, CURVES, strict=False):
         shown = [
@@ -122,13 +123,14 @@ def draw_panel(axis: Axes, panel: Panel, curve: str, plan: Plan, store: Store) -
         style: dict[str, Any] = {"linewidth": 1.8}
         if system == plan.baseline:
             style |= {"color": BASELINE_COLOR, "linewidth": 2.4}
-        elif is_control(system):  # a thin line on top of the one that it must hide in
+        elif is_control(system):  # a thin line on top of the wide one that it must hide in
             style |= {"color": CONTROL_COLOR, "linewidth": 1.1, "linestyle": (0, (1, 2))}
         else:
-            style |= {
-                "color": COLORS[shades % len(COLORS)],
-                "linestyle": DASHES[shades % len(DASHES)],
-            }
+            style["color"] = COLORS[shades % len(COLORS)]
+            if (f"{system}-control", lr) in panel.lines:
+                style |= {"linewidth": 4.0, "alpha": 0.6}
+            else:
+                style["linestyle"] = DASHES[shades % len(DASHES)]
             shades += 1
         draw_line(axis, values, SYSTEMS[system].about, style, band=not is_control(system))
     if panel.setting.start_epoch > 0:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from examples.papers.curves import COLORS, DASHES, png
 from examples.papers.flatness import doubling
-from examples.papers.report import caption, fill
+from examples.papers.report import conditions, fill, machine, rates
 from examples.papers.settings import Setting
 from examples.papers.store import Store
 from examples.papers.sweep import Plan
@@ -78,7 +78,9 @@ def markdown(plan: Plan, store: Store) -> str:
         f"{len(gaps)} seed{'s' * (len(gaps) > 1)}), their weights' norms "
         + " and ".join(f"{median(pair[k] for pair in norms):.3g}" for k in range(2))
         + ".",
-        *caption(plan, store, []),
+        f"{conditions(plan)} Seeds {', '.join(map(str, plan.seeds))}; losses in nats an image.",
+        rates(plan, []),
+        machine(store),
     ]
     return "\n".join(lines) + "\n\n" + "\n\n".join(fill(text) for text in texts) + "\n"
 

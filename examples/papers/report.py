@@ -8,6 +8,7 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 
+from examples.papers.datasets import HARD_IMAGES, HARD_NOISE
 from examples.papers.rows import Row
 from examples.papers.settings import Setting
 from examples.papers.statistics import Difference, Summary, paired
@@ -129,32 +130,38 @@ def named(plan: Plan, row: Row) -> str:
 
 def caption(plan: Plan, store: Store, rows: Sequence[Row]) -> list[str]:
     """What was run with what."""
+    text = f"{conditions(plan)} Seeds {', '.join(map(str, plan.seeds))}"
+    if len(plan.seeds) > 1:
+        text += ": mean ± standard deviation"
+    text += (
+        "; losses in nats an image. Differences are paired by seed (initial weights and data "
+        "order); p is Student's t of one pair of systems, not corrected for the number of rows. "
+        "The papers' figures are single runs."
+    )
+    return [text, rates(plan, rows), machine(store)]
+
+
+def conditions(plan: Plan) -> str:
+    """What the settings of a table have in common."""
     one = plan.settings[0]
-    sentences = [
-        f"After {one.epochs} epochs, averages from epoch {one.start_epoch} on; momentum "
-        f"{one.momentum:g}, weight decay {one.weight_decay:g}, augmentation {one.augment}, "
-        f"{one.dtype}",
+    parts = [
+        f"After {one.epochs} epochs, averages from epoch {one.start_epoch} on",
+        f"momentum {one.momentum:g}, weight decay {one.weight_decay:g}, augmentation "
+        f"{one.augment}, {one.dtype}",
     ]
     if one.halve_epochs > 0:
-        sentences.append(f"learning rate halved every {one.halve_epochs} epochs")
-    networks = {setting.model for setting in plan.settings} & {"resnet18", "resnet50", "vgg16"}
-    if networks:
-        sentences.append(f"stem {one.stem}")
+        parts.append(f"learning rate halved every {one.halve_epochs} epochs")
+    if {setting.model for setting in plan.settings} & {"resnet18", "resnet50", "vgg16"}:
+        parts.append(f"stem {one.stem}")
     if one.hard:
-        sentences.append("300 training images, a fifth of their labels wrong")
-    text = "; ".join(sentences) + "."
-    text += (
-        f" {'Mean ± standard deviation' if len(plan.seeds) > 1 else 'One run'} over seeds "
-        f"{', '.join(map(str, plan.seeds))}; losses in nats an image. Differences are paired by "
-        f"seed (initial weights and data order); p is Student's t of one pair of systems, not "
-        f"corrected for the number of rows. The papers' figures are single runs."
-    )
+        parts.append(f"{HARD_IMAGES} training images, {100 * HARD_NOISE:g} % of the labels wrong")
+    return "; ".join(parts) + "."
+
+
+def machine(store: Store) -> str:
     versions = store.head["versions"]
-    ran = (
-        f"torch {versions['torch']}, rbwa_fused {versions['rbwa_fused']}, "
-        f"{store.cpu if store.head['device'] == 'cpu' else store.head['device']}."
-    )
-    return [text, rates(plan, rows), ran]
+    device = store.cpu if store.head["device"] == "cpu" else store.head["device"]
+    return f"torch {versions['torch']}, rbwa_fused {versions['rbwa_fused']}, {device}."
 
 
 def rates(plan: Plan, rows: Sequence[Row]) -> str:

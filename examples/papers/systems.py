@@ -146,7 +146,7 @@ SYSTEMS: dict[str, System] = {
         momentum,
         lambda r, step: schedules.cosine(step, r.steps),
     ),
-    "sgdm": System("SGD with momentum, RSGDM paper's form", PLAIN, sgdm),
+    "sgdm": System("the same in the RSGDM paper's form", PLAIN, sgdm),
     "nesterov": System("Nesterov, PyTorch's", PLAIN, nesterov),
     "rsgdm": System("RSGDM", PLAIN, rsgdm),
     "rsgdm-control": System(
