@@ -28,9 +28,9 @@ from examples.papers.datasets import (
     load,
     training_images,
 )
+from examples.papers.plan import Plan, best
 from examples.papers.settings import Setting
 from examples.papers.store import Key, Store
-from examples.papers.sweep import Plan, best
 from examples.papers.systems import SYSTEMS, is_control
 from examples.papers.training import Curves, Learner, scores, train
 
@@ -297,30 +297,51 @@ def test_a_paired_difference_by_hand():
     assert found.p == pytest.approx(0.0741799, rel=1e-5)
 
 
-def test_pairs_without_spread_are_told_apart_from_pairs_without_difference():
-    assert statistics.paired([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 0.0, 1.0)
-    assert statistics.paired([2.0, 3.0], [1.0, 2.0]) == (1.0, 1.0, 1.0, 0.0)
-    assert math.isnan(statistics.paired([1.0], [0.0]).p)
+def test_pairs_that_say_nothing_about_their_spread_have_no_interval_and_no_p():
+    for values, others in (([1.0], [0.5]), ([98.7, 98.2], [98.2, 97.7]), ([math.nan, 1.0], [1, 1])):
+        found = statistics.paired(values, others)
+        assert found.mean == pytest.approx(values[0] - others[0], nan_ok=True)
+        assert math.isnan(found.low) and math.isnan(found.high) and math.isnan(found.p)
     assert statistics.summary([1.0, 3.0])[:2] == (2.0, math.sqrt(2.0))
 
 
 def test_the_rate_with_the_best_mean_on_validation_images_wins_and_a_tie_goes_to_the_lower_loss(
     tmp_path: Path,
 ):
-    one = setting()
-    plan = Plan("table5", (one,), ("swa",), "momentum", (), (0.1, 0.3, 1.0, 3.0), 2, (0,))
-    store = Store(tmp_path / "results.json", "table5", plan.settings, "cpu")
     found = {
         0.1: [(90.0, 0.5), (92.0, 0.5)],
         0.3: [(95.0, 0.4), (91.0, 0.4)],
         1.0: [(93.0, 0.3), (93.0, 0.3)],
         3.0: [(99.0, 0.1), (10.0, math.nan)],
     }
+    plan, store = sweep_with(found, (0.1, 0.3, 1.0, 3.0), tmp_path)
+    assert best(plan, plan.settings[0], "swa", store) == 1.0
+    assert plan.tried(plan.settings[0], "swa", store) == (0.1, 0.3, 1.0, 3.0)
+
+
+def test_a_sweep_whose_best_rate_is_an_end_goes_on_beyond_it(tmp_path: Path):
+    falling = {lr: [(90.0 - lr, 0.5)] * 2 for lr in (0.1, 0.3, 1.0)}
+    plan, store = sweep_with(falling, (0.1, 0.3, 1.0), tmp_path / "down")
+    assert plan.tried(plan.settings[0], "swa", store) == (0.03, 0.1, 0.3, 1.0)
+    assert [job.lr for job in plan.sweep_jobs(store) if job.key not in store.records] == [0.03] * 2
+    rising = {lr: [(90.0 + lr, 0.5)] * 2 for lr in (0.1, 0.3, 1.0, 3.0)} | {10.0: [(9.0, 2.0)] * 2}
+    plan, store = sweep_with(rising, (0.1, 0.3, 1.0), tmp_path / "up")
+    assert plan.tried(plan.settings[0], "swa", store) == (0.1, 0.3, 1.0, 3.0, 10.0)
+    assert best(plan, plan.settings[0], "swa", store) == 3.0
+
+
+def sweep_with(
+    found: dict[float, list[tuple[float, float]]], grid: tuple[float, ...], folder: Path
+) -> tuple[Plan, Store]:
+    """A sweep of one system whose runs gave (accuracy, loss) so."""
+    folder.mkdir(exist_ok=True)
+    plan = Plan("table5", (setting(),), ("swa",), "momentum", (), grid, 2, (0,))
+    store = Store(folder / "results.json", "table5", plan.settings, "cpu")
     for lr, runs in found.items():
         for k, (accuracy, loss) in enumerate(runs):
             record = {"validation_accuracy": accuracy, "validation_loss": loss}
-            store.add(Key("sweep", one.name, "swa", lr, 1000 + k), record)
-    assert best(plan, one, "swa", store) == 1.0
+            store.add(Key("sweep", plan.settings[0].name, "swa", lr, 1000 + k), record)
+    return plan, store
 
 
 def test_a_papers_figure_is_found_where_it_belongs_and_says_where_it_comes_from():

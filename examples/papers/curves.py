@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
+from examples.papers.plan import Plan
 from examples.papers.settings import TABLES, Setting
 from examples.papers.store import Key, Store
-from examples.papers.sweep import Plan
 from examples.papers.systems import SYSTEMS, is_control
 
 Array = npt.NDArray[np.float64]

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from examples.papers.curves import COLORS, DASHES, png
 from examples.papers.flatness import doubling
+from examples.papers.plan import Plan
 from examples.papers.report import conditions, fill, machine, rates
 from examples.papers.settings import Setting
 from examples.papers.store import Store
-from examples.papers.sweep import Plan
 from examples.papers.systems import SYSTEMS
 
 Array = npt.NDArray[np.float64]

@@ -64,10 +64,12 @@ def leave(command: cli.Command, store: Store) -> list[str]:
 
 def interrupted(command: cli.Command, store: Store | None) -> int:
     """What Ctrl-C leaves."""
-    finished = len(store.records) if store is not None else 0
-    kept = f"kept in {command.out / 'results.json'}" if finished else "nothing written"
+    if store is None:
+        print(f"{command.parser.prog}: interrupted: nothing started", file=sys.stderr)
+        return 130
+    kept = f"kept in {store.path}" if store.records else "nothing written"
     print(
-        f"{command.parser.prog}: interrupted: {finished} of {command.plan.count()} runs finished, "
+        f"{command.parser.prog}: interrupted: {sweep.progress(command.plan, store)} runs finished, "
         f"{kept}; the same command goes on from there",
         file=sys.stderr,
     )

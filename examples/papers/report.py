@@ -9,11 +9,11 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from examples.papers.datasets import HARD_IMAGES, HARD_NOISE
+from examples.papers.plan import Plan
 from examples.papers.rows import Row
-from examples.papers.settings import Setting
+from examples.papers.settings import LADDER, Setting
 from examples.papers.statistics import Difference, Summary, paired
 from examples.papers.store import Store
-from examples.papers.sweep import Plan
 from examples.papers.systems import SYSTEMS
 
 WIDTH = 100
@@ -22,6 +22,7 @@ CSV = (
     *("accuracy", "accuracy_deviation", "test_loss", "test_loss_deviation"),
     *("train_loss", "train_loss_deviation"),
     *("difference", "difference_low", "difference_high", "p"),
+    *("loss_difference", "loss_difference_low", "loss_difference_high", "loss_p"),
     *("published_source", "published_accuracy", "published_train_loss"),
     *("published_gain_low", "published_gain_high"),
 )
@@ -34,14 +35,16 @@ def markdown(plan: Plan, store: Store, rows: Sequence[Row]) -> str:
         ("setting", lambda row: row.setting.name),
         ("system", lambda row: row.system),
         ("lr", lambda row: f"{row.own_lr:g}"),
-        ("paper: accuracy %", lambda row: published(row, notes)),
+        ("paper: accuracy %", lambda row: published_accuracy(row, notes)),
         ("accuracy %", lambda row: spread(row.accuracy, 2)),
-        (f"paper: to {plan.baseline}", published_gain),
-        (f"to {plan.baseline} (95 %)", lambda row: difference(row.difference)),
+        (f"paper: to {plan.baseline}", lambda row: published_gain(row, notes)),
+        (f"to {plan.baseline} (95 %)", lambda row: difference(row.difference, 2)),
         ("p", lambda row: p_value(row.difference)),
         ("paper: training loss", published_loss),
         ("training loss", lambda row: spread(row.train_loss, 5)),
         ("test loss", lambda row: spread(row.test_loss, 4)),
+        (f"to {plan.baseline} (95 %)", lambda row: difference(row.loss_difference, 4)),
+        ("p", lambda row: p_value(row.loss_difference)),
         ("seeds", lambda row: str(row.accuracy.runs)),
     ]
     cells = [[cell(row) for row in rows] for _, cell in columns]
@@ -68,12 +71,11 @@ def spread(values: Summary, digits: int) -> str:
     return f"{values.mean:.{digits}f} ± {values.deviation:.{digits}f}"
 
 
-def difference(value: Difference | None) -> str:
+def difference(value: Difference | None, digits: int) -> str:
     if value is None:
         return "-"
-    if math.isnan(value.low):
-        return f"{value.mean:+.2f}"
-    return f"{value.mean:+.2f} ({value.low:+.2f} to {value.high:+.2f})"
+    middle, low, high = (f"{round(number, digits) + 0.0:+.{digits}f}" for number in value[:3])
+    return middle if math.isnan(value.low) else f"{middle} ({low} to {high})"
 
 
 def p_value(value: Difference | None) -> str:
@@ -82,17 +84,20 @@ def p_value(value: Difference | None) -> str:
     return "<0.001" if value.p < 0.001 else f"{value.p:.3f}"
 
 
-def published(row: Row, notes: Sequence[str]) -> str:
+def published_accuracy(row: Row, notes: Sequence[str]) -> str:
     if row.figure is None or row.figure.accuracy is None:
         return "-"
     return f"{row.figure.accuracy:.2f} [{notes.index(str(row.figure)) + 1}]"
 
 
-def published_gain(row: Row) -> str:
-    if row.published_gain is None:
+def published_gain(row: Row, notes: Sequence[str]) -> str:
+    """With its source where no accuracy beside it has it."""
+    if row.published_gain is None or row.figure is None:
         return "-"
     low, high = row.published_gain
-    return f"{low:+.2f}" if low == high else f"{low:+.2f} to {high:+.2f}"
+    if row.figure.gain is None:
+        return f"{low:+.2f}"
+    return f"{low:+.2f} to {high:+.2f} [{notes.index(str(row.figure)) + 1}]"
 
 
 def published_loss(row: Row) -> str:
@@ -115,11 +120,11 @@ def verdicts(plan: Plan, rows: Sequence[Row]) -> list[str]:
         for row in own:
             if row is not first:
                 apart = paired(row.accuracies, first.accuracies)
-                if apart.low <= 0.0 <= apart.high:
+                if not apart.high < 0.0:
                     near.append(named(plan, row))
         texts.append(
-            f"{setting.title}: highest mean {named(plan, first)}. The 95 % interval of the paired "
-            f"difference to it contains 0 for {', '.join(near) or 'no other'}."
+            f"{setting.title}: highest mean accuracy {named(plan, first)}. Not told from it by the "
+            f"95 % interval of the paired difference: {', '.join(near) or 'none'}."
         )
     return texts
 
@@ -171,18 +176,16 @@ def rates(plan: Plan, rows: Sequence[Row]) -> str:
         return f"Learning rates as given. {shown}"
     grid = ", ".join(f"{lr:g}" for lr in plan.grid)
     text = (
-        f"Learning rates: for each system the one of {grid} (for SGD without momentum; momentum "
-        f"that sums gradients takes 1 - momentum of it) with the highest accuracy on validation "
-        f"images, mean of {plan.sweeps} seed{'s' * (plan.sweeps > 1)} that are not the results'. "
-        f"{shown}"
+        f"Learning rates: each system's best on validation images (accuracy, mean of "
+        f"{plan.sweeps} seed{'s' * (plan.sweeps > 1)} that are not the results'), of {grid} and, "
+        f"while an end is the best, the next in half decades; these are for SGD without momentum, "
+        f"and where momentum sums gradients the optimizer gets 1 - momentum of them. {shown}"
     )
     edge = [
-        f"{row.system} ({row.setting.name})"
-        for row in rows
-        if row.lr in (plan.grid[0], plan.grid[-1])
+        f"{row.system} ({row.setting.name})" for row in rows if row.lr in (LADDER[0], LADDER[-1])
     ]
     if edge:
-        text += f" At the grid's edge, where another rate may do better: {', '.join(edge)}."
+        text += f" At the end of all rates: {', '.join(edge)}."
     return text
 
 
@@ -205,6 +208,7 @@ def as_csv(plan: Plan, rows: Sequence[Row]) -> str:
                 *row.test_loss[:2],
                 *row.train_loss[:2],
                 *(row.difference or [""] * 4),
+                *(row.loss_difference or [""] * 4),
                 row.figure or "",
                 "" if row.figure is None else row.figure.accuracy,
                 "" if row.figure is None else row.figure.train_loss,

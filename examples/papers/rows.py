@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from examples.papers import published
+from examples.papers.plan import Plan
 from examples.papers.published import Figure
 from examples.papers.settings import Setting, recipe
 from examples.papers.statistics import Difference, Summary, paired, summary
 from examples.papers.store import Key, Store
-from examples.papers.sweep import Plan
 from examples.papers.systems import SYSTEMS
 
 
@@ -27,6 +28,7 @@ class Row(NamedTuple):
     test_loss: Summary
     train_loss: Summary
     difference: Difference | None  # of the accuracy to the baseline's; None for the baseline
+    loss_difference: Difference | None  # of the test loss
     accuracies: tuple[float, ...]
     figure: Figure | None
     published_gain: tuple[float, float] | None  # over the paper's SGD, lowest and highest
@@ -44,12 +46,13 @@ def rows(plan: Plan, store: Store) -> list[Row]:
 
 def row(plan: Plan, store: Store, setting: Setting, system: str, lr: float) -> Row:
     accuracy = last(plan, store, setting, system, lr, "test_accuracy")
-    difference = None
+    test_loss = last(plan, store, setting, system, lr, "test_loss")
+    difference = loss_difference = None
     if plan.baseline in plan.systems and system != plan.baseline:
-        rates = plan.rates_of(setting, plan.baseline, store)
-        base_lr = lr if plan.rates else rates[0]
-        base = last(plan, store, setting, plan.baseline, base_lr, "test_accuracy")
-        difference = paired(accuracy, base)
+        base_lr = lr if plan.rates else plan.rates_of(setting, plan.baseline, store)[0]
+        base = partial(last, plan, store, setting, plan.baseline, base_lr)
+        difference = paired(accuracy, base("test_accuracy"))
+        loss_difference = paired(test_loss, base("test_loss"))
     figure = figure_of(plan, setting, system)
     return Row(
         setting,
@@ -57,9 +60,10 @@ def row(plan: Plan, store: Store, setting: Setting, system: str, lr: float) -> R
         lr,
         own_lr(setting, system, lr),
         summary(accuracy),
-        summary(last(plan, store, setting, system, lr, "test_loss")),
+        summary(test_loss),
         summary(last(plan, store, setting, system, lr, "train_loss")),
         difference,
+        loss_difference,
         tuple(accuracy),
         figure,
         gain(figure, figure_of(plan, setting, plan.baseline)),

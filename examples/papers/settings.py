@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from examples.papers import schedules
 from examples.papers.published import TITLES
 
-GRID = (0.03, 0.1, 0.3, 1.0, 3.0)  # learning rates of the sweep
+# Learning rates of a sweep: it begins with GRID and goes on along LADDER while the best is an end.
+LADDER = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+GRID = (0.1, 0.3, 1.0, 3.0)
 QUICK_GRID = (0.1, 0.3, 1.0)
 SWEEP_SEED = 1000  # the first of the sweep's seeds, which are none of the results'
 

@@ -35,18 +35,17 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """Of values and others of the same seeds, in the same order; of one pair the mean alone.
+    """Of values and others of the same seeds, in the same order.
 
-    Where all differences are equal there is nothing to estimate a spread from: the interval is that
-    one point, and p is 1 if it is 0 and 0 otherwise.
+    The mean alone (the rest is nan) of one pair, and where all differences are the same to
+    rounding: accuracies of few images often are, and say nothing about their spread then.
     """
     differences = [value - other for value, other in zip(values, others, strict=True)]
     middle = mean(differences)
-    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+    same = max(differences) - min(differences) <= 1e-12 * max(map(abs, [*values, *others]))
+    if len(differences) < 2 or same or not all(map(math.isfinite, differences)):
         return Difference(middle, math.nan, math.nan, math.nan)
     error = stdev(differences) / math.sqrt(len(differences))
-    if error == 0.0:
-        return Difference(middle, middle, middle, 1.0 if middle == 0.0 else 0.0)
     width = error * float(stats.t.ppf(0.5 + CONFIDENCE / 2.0, len(differences) - 1))
     p = float(stats.ttest_rel(values, others).pvalue)
     return Difference(middle, middle - width, middle + width, p)

@@ -1,16 +1,7 @@
-"""Which runs there are, which are finished, and the rest of them, one by one or in processes.
-
-Learning rates. A list is run as it is, and all of it is reported. ``auto`` gives each system of
-each setting the rate of a grid that does best on validation images: a fifth of the training images,
-trained on the other four fifths (under --hard: those training images that are not among the 300),
-with seeds that are not the results'. Best is the highest mean accuracy after the last epoch, of
-equals the lowest mean loss. No test image is looked at. The results then train on all training
-images.
-"""
+"""Performs what of a plan is not finished yet, one by one or in processes."""
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import signal
 import sys
@@ -18,116 +9,49 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
-from statistics import mean
 
 from tqdm import tqdm
 
 from examples.papers.jobs import Job, JobError, Where, perform
-from examples.papers.settings import SWEEP_SEED, Setting
-from examples.papers.store import Key, Record, Store
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything to be run.
-
-    Args:
-        command: the table's name, or flatness.
-        systems: names in SYSTEMS' order; of flatness the two to compare.
-        baseline: the system that differences are taken to.
-        rates: explicit learning rates, empty for ``auto``.
-        grid: the rates of the sweep.
-        sweeps: how many seeds the sweep has.
-        rays, directions: of flatness.
-    """
-
-    command: str
-    settings: tuple[Setting, ...]
-    systems: tuple[str, ...]
-    baseline: str
-    rates: tuple[float, ...]
-    grid: tuple[float, ...]
-    sweeps: int
-    seeds: tuple[int, ...]
-    rays: int = 0
-    directions: str = ""
-
-    @property
-    def swept(self) -> tuple[str, ...]:
-        """Flatness compares two solutions at one rate, the first system's."""
-        return self.systems[:1] if self.command == "flatness" else self.systems
-
-    def sweep_jobs(self) -> list[Job]:
-        if self.rates:
-            return []
-        return [
-            Job("sweep", setting, system, lr, SWEEP_SEED + k)
-            for setting in self.settings
-            for system in self.swept
-            for lr in self.grid
-            for k in range(self.sweeps)
-        ]
-
-    def result_jobs(self, store: Store) -> list[Job]:
-        """Those that report, once the sweep is finished."""
-        if self.command == "flatness":
-            pair = "+".join(self.systems)
-            return [
-                Job("flatness", setting, pair, lr, seed, self.rays, self.directions)
-                for setting in self.settings
-                for lr in self.rates_of(setting, self.systems[0], store)
-                for seed in self.seeds
-            ]
-        return [
-            Job("runs", setting, system, lr, seed)
-            for setting in self.settings
-            for seed in self.seeds
-            for system in self.systems
-            for lr in self.rates_of(setting, system, store)
-        ]
-
-    def rates_of(self, setting: Setting, system: str, store: Store) -> tuple[float, ...]:
-        """The learning rates that are reported."""
-        return self.rates or (best(self, setting, system, store),)
-
-    def count(self) -> int:
-        """Runs in all."""
-        systems = 1 if self.command == "flatness" else len(self.systems)
-        results = len(self.settings) * systems * max(1, len(self.rates)) * len(self.seeds)
-        return len(self.sweep_jobs()) + results
-
-
-def best(plan: Plan, setting: Setting, system: str, store: Store) -> float:
-    """The rate of the grid that did best on validation images."""
-
-    def success(lr: float) -> tuple[float, float]:
-        keys = [Key("sweep", setting.name, system, lr, SWEEP_SEED + k) for k in range(plan.sweeps)]
-        records = [store.records[key] for key in keys]
-        losses = [record["validation_loss"] for record in records]
-        loss = mean(losses) if None not in losses else math.inf  # null: diverged
-        return mean(record["validation_accuracy"] for record in records), -loss
-
-    return max(plan.grid, key=success)
+from examples.papers.plan import Plan
+from examples.papers.store import Record, Store
 
 
 def run(plan: Plan, store: Store, where: Where, processes: int) -> None:
     """Performs what is not finished yet; each run is in the file as soon as it is done."""
-    done, wanted = 0, plan.count()
     with tqdm(unit="epoch", smoothing=0.05, disable=None) as bar:
-        for stage in ("sweep", "results"):
-            jobs = plan.sweep_jobs() if stage == "sweep" else plan.result_jobs(store)
-            todo = [job for job in jobs if job.key not in store.records]
-            done += len(jobs) - len(todo)
-            bar.total = epochs(todo) + (bar.n if stage == "results" else 0)
-            if stage == "sweep":  # what the results will take, whichever rates are chosen
-                bar.total += (wanted - len(jobs)) * epochs_of_result(plan)
+        while True:
+            sweep = unfinished(plan.sweep_jobs(store), store)
+            todo = sweep or unfinished(plan.result_jobs(store), store)
+            if not todo:
+                return
+            bar.total = bar.n + epochs(todo)
+            if sweep:  # and what the results will take, whichever rates are chosen
+                results = plan.count(store) - len(plan.sweep_jobs(store))
+                bar.total += results * epochs_of_result(plan)
             with closing(execute(todo, where, processes, bar)) as finished:
                 for job, record in finished:
                     store.add(job.key, record)
-                    done += 1
                     if bar.disable:  # not a terminal: a line for each run in place of the bar
-                        print(f"{done}/{wanted} {title(job)}: {told(record)}", file=sys.stderr)
+                        print(
+                            f"{progress(plan, store)} {title(job)}: {told(record)}", file=sys.stderr
+                        )
+
+
+def unfinished(jobs: Sequence[Job], store: Store) -> list[Job]:
+    return [job for job in jobs if job.key not in store.records]
+
+
+def progress(plan: Plan, store: Store) -> str:
+    """Finished runs of the plan, of how many; a sweep may yet grow."""
+    wanted = plan.count(store)
+    sweep = plan.sweep_jobs(store)
+    left = len(unfinished(sweep, store))
+    if left == 0:
+        left = len(unfinished(plan.result_jobs(store), store))
+    else:
+        left += wanted - len(sweep)
+    return f"{wanted - left}/{wanted}"
 
 
 def epochs(jobs: Sequence[Job]) -> int:
