@@ -5,10 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -19,7 +19,7 @@ from examples.papers.store import Record, Store
 
 def run(plan: Plan, store: Store, where: Where, processes: int) -> None:
     """Performs what is not finished yet; each run is in the file as soon as it is done."""
-    with tqdm(unit="epoch", smoothing=0.05, disable=None) as bar:
+    with workers(processes) as pool, tqdm(unit="epoch", smoothing=0.05, disable=None) as bar:
         while True:
             sweep = unfinished(plan.sweep_jobs(store), store)
             todo = sweep or unfinished(plan.result_jobs(store), store)
@@ -29,13 +29,38 @@ def run(plan: Plan, store: Store, where: Where, processes: int) -> None:
             if sweep:  # and what the results will take, whichever rates are chosen
                 results = plan.count(store) - len(plan.sweep_jobs(store))
                 bar.total += results * epochs_of_result(plan)
-            with closing(execute(todo, where, processes, bar)) as finished:
-                for job, record in finished:
-                    store.add(job.key, record)
-                    if bar.disable:  # not a terminal: a line for each run in place of the bar
-                        print(
-                            f"{progress(plan, store)} {title(job)}: {told(record)}", file=sys.stderr
-                        )
+            for job, record in execute(todo, where, pool, bar):
+                store.add(job.key, record)
+                if bar.disable:  # not a terminal: a line for each run in place of the bar
+                    line = f"{progress(plan, store)} {title(job)}: {told(record)}"
+                    print(line, file=sys.stderr)
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes to share the runs, or None for this one."""
+    if processes == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=ignore_interrupts)
+    try:
+        yield pool
+        pool.shutdown()
+    except BaseException as error:  # after Ctrl-C too, nobody waits for runs that are not finished
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise JobError(
+                "a process was killed, most likely out of memory: try fewer --jobs"
+            ) from None
+        raise
+
+
+def ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def unfinished(jobs: Sequence[Job], store: Store) -> list[Job]:
@@ -78,36 +103,18 @@ def title(job: Job) -> str:
 
 
 def execute(
-    jobs: Sequence[Job], where: Where, processes: int, bar: tqdm[None]
-) -> Generator[tuple[Job, Record], None, None]:
+    jobs: Sequence[Job], where: Where, pool: ProcessPoolExecutor | None, bar: tqdm[None]
+) -> Iterator[tuple[Job, Record]]:
     """Jobs and their records as they finish."""
-    if processes == 1 or len(jobs) < 2:
+    if pool is None:
         for job in jobs:
             bar.set_description(title(job))
             yield job, perform(job, where, bar.update)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=ignore_interrupts)
-    try:
-        futures = {pool.submit(perform, job, where): job for job in jobs}
-        for future in as_completed(futures):
-            job = futures[future]
-            record = future.result()
-            bar.set_description(title(job))
-            bar.update(epochs([job]))
-            yield job, record
-        pool.shutdown()
-    except BaseException as error:  # after Ctrl-C too, nobody waits for runs that are not finished
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.terminate()
-        if isinstance(error, BrokenProcessPool):
-            raise JobError(
-                "a process was killed, most likely out of memory: try fewer --jobs"
-            ) from None
-        raise
-
-
-def ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; the first one ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    futures = {pool.submit(perform, job, where): job for job in jobs}
+    for future in as_completed(futures):
+        job = futures[future]
+        record = future.result()
+        bar.set_description(title(job))
+        bar.update(epochs([job]))
+        yield job, record
