@@ -147,6 +147,8 @@ def make_systems(
     if given.command == "flatness" and len(wanted) != 2:
         parser.error(f"argument --method: flatness compares two systems, not {len(wanted)}")
     if given.command == "flatness":
+        if given.lr and len(given.lr) > 1:
+            parser.error("argument --lr: flatness compares two systems at one learning rate")
         for name in wanted:
             if SYSTEMS[name].tested == "ensemble":
                 parser.error(f"argument --method: {name!r} has no one solution to look around")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import NamedTuple
 
@@ -59,17 +60,24 @@ def perform(job: Job, where: Where, on_epoch: Callable[[], object] = lambda: Non
     """
     torch.set_num_threads(where.threads)
     begin = perf_counter()
-    try:
+    with memory_errors_told(job.setting, where):
         record = record_of(job, data_of(job.setting, part_of(job), where), on_epoch)
+    return record | {"seconds": round(perf_counter() - begin, 2)}
+
+
+@contextmanager
+def memory_errors_told(setting: Setting, where: Where) -> Iterator[None]:
+    """Raises JobError for whatever way PyTorch has to say that memory is short."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        size = job.setting.batch_size
+        size = setting.batch_size
         raise JobError(
-            f"out of memory on {where.device} with {job.setting.model} at batch size {size}: try "
+            f"out of memory on {where.device} with {setting.model} at batch size {size}: try "
             f"--batch-size {max(2, size // 2)}"
         ) from None
-    return record | {"seconds": round(perf_counter() - begin, 2)}
 
 
 def part_of(job: Job) -> Part:

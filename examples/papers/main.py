@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from examples.papers import cli, curves, flatness_report, report, rows, sweep
 from examples.papers.datasets import DataError
-from examples.papers.jobs import JobError, data_of
+from examples.papers.jobs import JobError, data_of, memory_errors_told
 from examples.papers.store import Store, StoreError, write
 
 
@@ -35,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_images(command: cli.Command) -> None:
     """Before hours of training: are the archives there, and larger than a batch?"""
-    settings = {setting.data: setting for setting in command.plan.settings}
-    images = {
-        name: len(data_of(setting, "final", command.where).train.labels)
-        for name, setting in settings.items()
-    }
+    images = {}
+    for setting in command.plan.settings:
+        if setting.data not in images:
+            with memory_errors_told(setting, command.where):
+                data = data_of(setting, "final", command.where)
+            images[setting.data] = len(data.train.labels)
     cli.check_batch_sizes(command, images)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from scipy import stats
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-5  # relative, of float32 in training; an image of 10,000 is 1e-4
 
 
 class Summary(NamedTuple):
@@ -42,7 +43,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
     """
     differences = [value - other for value, other in zip(values, others, strict=True)]
     middle = mean(differences)
-    same = max(differences) - min(differences) <= 1e-12 * max(map(abs, [*values, *others]))
+    same = max(differences) - min(differences) <= ROUNDING * max(map(abs, [*values, *others]))
     if len(differences) < 2 or same or not all(map(math.isfinite, differences)):
         return Difference(middle, math.nan, math.nan, math.nan)
     error = stdev(differences) / math.sqrt(len(differences))
