@@ -343,6 +343,14 @@ def test_a_file_that_is_no_results_file_is_left_alone(content, tmp_path, capsys)
     assert (tmp_path / "results.json").read_text(encoding="utf-8") == content
 
 
+def test_a_reader_of_a_file_that_is_written_anew_sees_a_whole_one(tmp_path):
+    store.write(tmp_path / "file", "old")
+    with (tmp_path / "file").open(encoding="utf-8") as reader:
+        store.write(tmp_path / "file", "new and longer")
+        assert reader.read() == "old"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "new and longer"
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_whole_file(tmp_path, monkeypatch, capsys):
     calls = []
 
@@ -576,5 +584,10 @@ def test_flatness_leaves_rays_a_segment_a_table_and_a_picture(
         assert float(row["at the solution"]) == pytest.approx(
             record["test_loss"][place][0][0], rel=1e-3
         )
+    # The average with BatchNorm estimated for it, which a table of the same setting tests too.
+    options = ("--method", "swa", "--lr", str(record["lr"]), "--seeds", "1")
+    assert main(["table5", *TINY, *options, "--out", str(tmp_path / "table")]) == 0
+    (run,) = load(tmp_path / "table")["runs"]
+    assert record["test_loss"][1][0][0] == pytest.approx(run["test_loss"][-1], rel=1e-5)
     picture = (tmp_path / "flatness.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) < 150_000
