@@ -143,6 +143,15 @@ def test_the_tables_numbers_are_those_of_results_json(everything):
                 assert row[p] == f"{stats.ttest_1samp(apart, 0.0).pvalue:.3f}"
 
 
+def test_how_far_a_control_is_from_its_system_is_told(everything):
+    runs = {(r["system"], r["seed"]): r["test_loss"][-1] for r in load(everything)["runs"]}
+    text = " ".join((everything / "table.md").read_text(encoding="utf-8").split())
+    for name in ("rsgdm", "rbwa", "rbwa-algorithm2", "rbwa-e"):
+        (told,) = re.findall(rf" {name}-control ([-\de.]+) %", text)
+        gap = max(abs(runs[f"{name}-control", k] / runs[name, k] - 1.0) for k in (0, 1))
+        assert float(told) == pytest.approx(100.0 * gap, rel=0.06, abs=1e-12)
+
+
 def test_the_csv_holds_the_same_unrounded(everything):
     runs = load(everything)["runs"]
     rows = list(csv.DictReader((everything / "table.csv").open(encoding="utf-8")))

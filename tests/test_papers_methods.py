@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -338,17 +339,33 @@ def test_a_sweep_whose_best_rate_is_an_end_goes_on_beyond_it(tmp_path: Path):
     assert best(plan, plan.settings[0], "swa", store) == 3.0
 
 
+def test_a_control_takes_the_rate_of_its_system_and_needs_no_sweep(tmp_path: Path):
+    rising = {lr: [(90.0 + lr, 0.5)] * 2 for lr in (0.1, 0.3, 1.0)} | {3.0: [(9.0, 2.0)] * 2}
+    plan, store = sweep_with(rising, (0.1, 0.3, 1.0), tmp_path, "rbwa")
+    plan = replace(plan, systems=("rbwa", "rbwa-control"))
+    assert not [job for job in plan.sweep_jobs(store) if job.key not in store.records]
+    assert {(job.system, job.lr) for job in plan.result_jobs(store)} == {
+        ("rbwa", 1.0),
+        ("rbwa-control", 1.0),
+    }
+    alone = replace(plan, systems=("rbwa-control",))
+    assert {job.system for job in alone.sweep_jobs(store)} == {"rbwa-control"}
+
+
 def sweep_with(
-    found: dict[float, list[tuple[float, float]]], grid: tuple[float, ...], folder: Path
+    found: dict[float, list[tuple[float, float]]],
+    grid: tuple[float, ...],
+    folder: Path,
+    system: str = "swa",
 ) -> tuple[Plan, Store]:
     """A sweep of one system whose runs gave (accuracy, loss) so."""
     folder.mkdir(exist_ok=True)
-    plan = Plan("table5", (setting(),), ("swa",), "momentum", (), grid, 2, (0,))
+    plan = Plan("table5", (setting(),), (system,), "momentum", (), grid, 2, (0,))
     store = Store(folder / "results.json", "table5", plan.settings, "cpu")
     for lr, runs in found.items():
         for k, (accuracy, loss) in enumerate(runs):
             record = {"validation_accuracy": accuracy, "validation_loss": loss}
-            store.add(Key("sweep", plan.settings[0].name, "swa", lr, 1000 + k), record)
+            store.add(Key("sweep", plan.settings[0].name, system, lr, 1000 + k), record)
     return plan, store
 
 

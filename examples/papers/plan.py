@@ -6,6 +6,7 @@ trained on the other four fifths (under --hard: those training images that are n
 with seeds that are not the results'. Best is the highest mean accuracy after the last epoch, of
 equals the lowest mean loss. While the best is the highest or the lowest rate tried, the next one of
 the ladder is tried too. No test image is looked at. The results then train on all training images.
+A control takes the rate of the system that it is a control of.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from statistics import mean
 from examples.papers.jobs import Job
 from examples.papers.settings import LADDER, SWEEP_SEED, Setting
 from examples.papers.store import Key, Store
+from examples.papers.systems import controlled
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,15 @@ class Plan:
 
     @property
     def swept(self) -> tuple[str, ...]:
-        """Flatness compares two solutions at one rate, the first system's."""
-        return self.systems[:1] if self.command == "flatness" else self.systems
+        """Whose rates are chosen: flatness compares two solutions at one, the first system's."""
+        if self.command == "flatness":
+            return self.systems[:1]
+        return tuple(name for name in self.systems if self.owner(name) == name)
+
+    def owner(self, system: str) -> str:
+        """Whose rate the system takes."""
+        original = controlled(system)
+        return original if original in self.systems else system
 
     def sweep_jobs(self, store: Store) -> list[Job]:
         """Those that are known to be wanted by what is finished so far."""
@@ -97,7 +106,7 @@ class Plan:
 
     def rates_of(self, setting: Setting, system: str, store: Store) -> tuple[float, ...]:
         """The learning rates that are reported."""
-        return self.rates or (best(self, setting, system, store),)
+        return self.rates or (best(self, setting, self.owner(system), store),)
 
     def count(self, store: Store) -> int:
         """Runs in all, as far as is known."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from examples.papers.rows import Row
 from examples.papers.settings import LADDER, Setting
 from examples.papers.statistics import Difference, Summary, paired
 from examples.papers.store import Store
-from examples.papers.systems import SYSTEMS
+from examples.papers.systems import SYSTEMS, controlled, is_control
 
 WIDTH = 100
 CSV = (
@@ -143,7 +144,28 @@ def caption(plan: Plan, store: Store, rows: Sequence[Row]) -> list[str]:
         "order); p is Student's t of one pair of systems, not corrected for the number of rows. "
         "The papers' figures are single runs."
     )
-    return [text, rates(plan, rows), machine(store)]
+    return [text, controls(rows, plan.settings[0].dtype), rates(plan, rows), machine(store)]
+
+
+def controls(rows: Sequence[Row], dtype: str) -> str:
+    """How far rounding has taken each control from what it is a control of."""
+    losses = {(row.setting, row.system, row.lr): row.test_losses for row in rows}
+    gaps: dict[str, float] = {}
+    for (setting, system, lr), found in losses.items():
+        originals = losses.get((setting, controlled(system), lr))
+        if is_control(system) and originals is not None:
+            each = [
+                abs(a - b) / max(b, sys.float_info.min)
+                for a, b in zip(found, originals, strict=True)
+            ]
+            gaps[system] = max(gaps.get(system, 0.0), *each)
+    if not gaps:
+        return ""
+    told = ", ".join(f"{system} {100.0 * gap:.2g} %" for system, gap in gaps.items())
+    return (
+        f"A control is its system up to rounding, which training at a high rate amplifies. Largest "
+        f"difference of a seed's test loss in {dtype}: {told}."
+    )
 
 
 def conditions(plan: Plan) -> str:

@@ -29,7 +29,8 @@ class Row(NamedTuple):
     train_loss: Summary
     difference: Difference | None  # of the accuracy to the baseline's; None for the baseline
     loss_difference: Difference | None  # of the test loss
-    accuracies: tuple[float, ...]
+    accuracies: tuple[float, ...]  # of each seed
+    test_losses: tuple[float, ...]
     figure: Figure | None
     published_gain: tuple[float, float] | None  # over the paper's SGD, lowest and highest
 
@@ -65,6 +66,7 @@ def row(plan: Plan, store: Store, setting: Setting, system: str, lr: float) -> R
         difference,
         loss_difference,
         tuple(accuracy),
+        tuple(test_loss),
         figure,
         gain(figure, figure_of(plan, setting, plan.baseline)),
     )

@@ -236,3 +236,8 @@ NEED_MOMENTUM = ("momentum", "momentum-cosine", "sgdm", "nesterov", "rsgdm", "rs
 
 def is_control(name: str) -> bool:
     return name.endswith("-control")
+
+
+def controlled(name: str) -> str:
+    """The system that a control is a control of; any other is its own."""
+    return name.removesuffix("-control")
