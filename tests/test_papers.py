@@ -296,6 +296,25 @@ def test_a_killed_process_is_told_in_one_line_and_what_was_finished_is_what_one_
     assert load(tmp_path / "one")["runs"] == kept[:2]
 
 
+def test_ctrl_c_while_a_finished_run_is_being_written_does_not_lose_it(
+    tmp_path, monkeypatch, capsys
+):
+    calls = []
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        store_write(*arguments)
+
+    store_write = store.write
+    monkeypatch.setattr(store, "write", interrupted)
+    options = (*TINY, "--lr", "0.3", "--seeds", "4", "--method", "momentum")
+    assert main(["table5", *options, "--out", str(tmp_path)]) == 130
+    assert "interrupted: 2/4 runs finished, kept in" in error_of(capsys)
+    assert [record["seed"] for record in load(tmp_path)["runs"]] == [0, 1]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a process of Windows cannot be sent a Ctrl-C alone")
 def test_ctrl_c_ends_a_sweep_in_processes_and_keeps_what_is_finished(tmp_path):
     options = ("--model", "mlp", "--epochs", "1", "--method", "momentum", "--lr", "0.3")

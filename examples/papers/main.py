@@ -68,7 +68,13 @@ def interrupted(command: cli.Command, store: Store | None) -> int:
     if store is None:
         print(f"{command.parser.prog}: interrupted: nothing started", file=sys.stderr)
         return 130
-    kept = f"kept in {store.path}" if store.records else "nothing written"
+    kept = "nothing written"
+    if store.records:
+        try:
+            store.save()  # Ctrl-C may have come while a finished run was being written
+            kept = f"kept in {store.path}"
+        except OSError as error:
+            kept = f"the last not written ({error})"
     print(
         f"{command.parser.prog}: interrupted: {sweep.progress(command.plan, store)} runs finished, "
         f"{kept}; the same command goes on from there",

@@ -91,6 +91,10 @@ class Store:
         """Keeps the record and writes the file: synced, then put in place in one piece."""
         self.records[key] = finite(key._asdict() | record)
         self.records[key].pop("section")
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file."""
         body: Record = {"cpu": self.cpu, "python": self.python}
         keys = sorted(self.records, key=self._place)
         for section in SECTIONS:
