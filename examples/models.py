@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 
-def small() -> nn.Sequential:
-    """Three convolutions with BatchNorm, 14,458 parameters."""
+def small(channels: int = 1, classes: int = 10) -> nn.Sequential:
+    """Three convolutions with BatchNorm, 14,458 parameters on digits."""
     layers: list[nn.Module] = []
-    for width_in, width_out, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 2)):
+    for width_in, width_out, stride in ((channels, 16, 1), (16, 32, 2), (32, 32, 2)):
         layers += [
             nn.Conv2d(width_in, width_out, 3, stride=stride, padding=1, bias=False),
             nn.BatchNorm2d(width_out),
             nn.ReLU(),
         ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, classes))
 
 
 def mlp() -> nn.Sequential:

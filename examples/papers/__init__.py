@@ -1,0 +1,1 @@
+"""The papers' experiments with seeds, controls and pictures; see __main__.py."""
