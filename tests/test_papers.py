@@ -30,6 +30,7 @@ import numpy as np
 from scipy import stats
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from examples import durable
 from examples.papers import datasets, flatness, jobs, published, store, sweep, training
 from examples.papers.__main__ import main
 from examples.papers.settings import TABLES
@@ -305,10 +306,10 @@ def test_ctrl_c_while_a_finished_run_is_being_written_does_not_lose_it(
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        store_write(*arguments)
+        write(*arguments)
 
-    store_write = store.write
-    monkeypatch.setattr(store, "write", interrupted)
+    write = durable.write
+    monkeypatch.setattr(durable, "write", interrupted)
     options = (*TINY, "--lr", "0.3", "--seeds", "4", "--method", "momentum")
     assert main(["table5", *options, "--out", str(tmp_path)]) == 130
     assert "interrupted: 2/4 runs finished, kept in" in error_of(capsys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,8 @@ pytest.importorskip("tqdm")
 
 from torch import Tensor, nn
 
-from examples.papers import elastic, flatness, networks, published, schedules, statistics
+import rbwa_fused as rf
+from examples.papers import flatness, networks, published, schedules, statistics
 from examples.papers.datasets import (
     Data,
     Images,
@@ -175,13 +176,13 @@ def test_fge_averages_what_its_snapshots_in_the_middle_of_a_cycle_predict(data):
 
 
 def test_replicas_are_drawn_to_their_mean_less_and_less_and_the_mean_is_tested(data, monkeypatch):
-    pull, strengths = elastic.pull, []
+    pull, strengths = rf.Elastic.pull, []
 
-    def recorded(nets: Sequence[nn.Module], alpha: float) -> None:
-        strengths.append(alpha)
-        pull(nets, alpha)
+    def recorded(elastic: rf.Elastic, finished: int) -> None:
+        strengths.append(elastic.alpha(finished))
+        pull(elastic, finished)
 
-    monkeypatch.setattr(elastic, "pull", recorded)
+    monkeypatch.setattr(rf.Elastic, "pull", recorded)
     run = learner("replicas", data)
     spreads = []
     for _ in range(EPOCHS):
@@ -194,17 +195,6 @@ def test_replicas_are_drawn_to_their_mean_less_and_less_and_the_mean_is_tested(d
         torch.testing.assert_close(weights(network), all_weights.mean(0), rtol=0.0, atol=1e-15)
     assert torch.equal(torch.stack([weights(n) for n in run.networks]), all_weights)
     assert run.system.replicas == 3
-
-
-def test_an_elastic_pull_by_hand():
-    nets = [nn.Linear(1, 1, bias=False) for _ in range(3)]
-    for net, value in zip(nets, (0.0, 3.0, 6.0), strict=True):
-        nn.init.constant_(net.weight, value)
-    elastic.pull(nets, 0.5)
-    assert [net.weight.item() for net in nets] == [1.5, 3.0, 4.5]
-    elastic.pull(nets, 1.0)
-    assert [net.weight.item() for net in nets] == [3.0, 3.0, 3.0]
-    assert [elastic.strength(t, 4) for t in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 def test_the_sweep_sees_no_test_image_and_no_image_twice():

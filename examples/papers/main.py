@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from examples import durable
 from examples.papers import cli, curves, flatness_report, report, rows, sweep
 from examples.papers.datasets import DataError
 from examples.papers.jobs import JobError, data_of, memory_errors_told
-from examples.papers.store import Store, StoreError, write
+from examples.papers.store import Store, StoreError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +58,8 @@ def leave(command: cli.Command, store: Store) -> list[str]:
         files = {"table.csv": report.as_csv(plan, found)}
         picture, image = "curves.png", curves.draw(plan, store)
     for name, content in {"table.md": text, **files}.items():
-        write(out / name, content)
-    write(out / picture, image)
+        durable.write(out / name, content.encode())
+    durable.write(out / picture, image)
     print(text)
     return [str(out / name) for name in ("results.json", "table.md", *files, picture)]
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import rbwa_fused
+from examples import durable
 from examples.papers.settings import Setting
 from examples.papers.systems import SYSTEMS
 from examples.results import cpu_name, finite
@@ -99,7 +98,7 @@ class Store:
         keys = sorted(self.records, key=self._place)
         for section in SECTIONS:
             body[section] = [self.records[k] for k in keys if k.section == section]
-        write(self.path, as_text(self.head | body))
+        durable.write(self.path, as_text(self.head | body).encode())
 
     def _place(self, key: Key) -> tuple[int, int, str, float, int]:
         system = list(SYSTEMS).index(key.system) if key.system in SYSTEMS else len(SYSTEMS)
@@ -131,24 +130,3 @@ def as_text(results: Record) -> str:
         else:
             lines.append(f'"{name}": {json.dumps(value, ensure_ascii=False, allow_nan=False)}')
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Replaces the file in one piece and on the disk, or leaves it as it is."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name != "nt":  # the name too: a folder cannot be opened on Windows
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, nll_loss
 from torch.optim.swa_utils import update_bn
 
 import rbwa_fused as rf
-from examples.papers import elastic, networks, schedules
+from examples.papers import networks, schedules
 from examples.papers.datasets import Data, Images, batches
 from examples.papers.settings import Setting, recipe
 from examples.papers.systems import FGE_EPOCHS, System
@@ -79,7 +79,11 @@ class Learner:
                 self.take_snapshot()
         self.epochs += 1
         if len(self.networks) > 1:
-            elastic.pull(self.networks, elastic.strength(self.epochs, self.recipe.epochs))
+            self.elastic().pull(self.epochs)
+
+    def elastic(self) -> rf.Elastic:
+        """Pulls the replicas to their mean: nearly equal at first, left alone at the end."""
+        return rf.Elastic(self.networks, epochs=self.recipe.epochs)
 
     def epoch_of(self, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         augment = self.setting.augment != "none"
@@ -128,10 +132,10 @@ class Learner:
         """The network that the system gives: averaged weights with BatchNorm to match, or live."""
         network, opt = self.networks[0], self.optimizers[0]
         if len(self.networks) > 1:
-            copies = [copy.deepcopy(replica) for replica in self.networks]
-            elastic.pull(copies, 1.0)
-            update_bn(estimation(self.data, self.setting), copies[0])
-            yield copies[0]
+            mean = copy.deepcopy(network)
+            mean.load_state_dict(self.elastic().averaged_state_dict(network))
+            update_bn(estimation(self.data, self.setting), mean)
+            yield mean
         elif (
             self.system.tested == "average" and isinstance(opt, rf.FusedSGD) and opt.n_averaged > 0
         ):
