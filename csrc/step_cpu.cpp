@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -81,7 +82,7 @@ const Capability* best_capability() {
                       [](const Capability& c) { return c.available; });
 }
 
-const Capability* chosen = best_capability();
+std::atomic<const Capability*> chosen = best_capability();  // a step reads it without the GIL
 
 // Work is dealt out in chunks of one segment, so threads share it by elements and every chunk but
 // a segment's last starts on the segment's own alignment.
@@ -104,7 +105,6 @@ void step_chunks(int64_t begin, int64_t end, void* context) {
   for (int64_t i = after - work.first_chunk - 1; i < work.count && begin < end; ++i) {
     const Segment& segment = work.segments[i];
     const int64_t stop = std::min(end, work.first_chunk[i + 1]);
-    if (stop == begin) continue;  // an empty segment
     const int64_t from = (begin - work.first_chunk[i]) * kChunk;
     const int64_t to = std::min(segment.length, (stop - work.first_chunk[i]) * kChunk);
     work.capability->range(segment, work.rows[segment.row], work.samplings[segment.sampling], from,
@@ -143,7 +143,7 @@ void exchange_cpu(void* a, void* b, int64_t bytes) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, bytes, 1 << 18, exchange_bytes, &exchange));
 }
 
-const char* cpu_capability() { return chosen->name; }
+const char* cpu_capability() { return chosen.load()->name; }
 
 bool set_cpu_capability(const char* name) {
   for (const Capability& c : kCapabilities) {

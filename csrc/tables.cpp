@@ -18,7 +18,7 @@ int64_t numel_of(const View& view) {
 bool is_contiguous(const View& view) {
   int64_t expected = 1;
   for (int32_t d = view.ndim - 1; d >= 0; --d) {
-    if (view.shape[d] != 1 && view.strides[d] != expected) return numel_of(view) == 0;
+    if (view.shape[d] != 1 && view.strides[d] != expected) return false;
     expected *= view.shape[d];
   }
   return true;

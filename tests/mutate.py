@@ -1,24 +1,25 @@
-"""Breaks the mathematics in one place at a time and counts what no test notices.
+"""Breaks the code in one place at a time and counts what no test notices.
 
     python tests/mutate.py [part of a file's name ...]
 
-Each mutant is a copy of the tree under build/mutants with one edit. C++ is run by the emulated CUDA
-kernels (tests/emulation.py) against the reference, whose own mutants the literal algorithms of the
-tests must catch. The exit status is the number of survivors.
+Each mutant is one edit in a copy of the tree under build/mutants. The mathematics of the CUDA
+kernels runs in emulated ones (tests/emulation.py) against the CPU's; the mathematics of reference
+and rules must fail against the literal algorithms of the tests. mutants.py lists what stands around
+the mathematics; for its C++ the CPU module is compiled. RBWA_MUTATE_WORKERS says how many mutants
+run at a time (2). The exit status is the number of survivors.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from queue import SimpleQueue
 
-ROOT = Path(__file__).resolve().parent.parent
-MUTANTS = ROOT / "build" / "mutants"
-TREE = ("csrc", "rbwa_fused", "triton_kernels", "tests", "pyproject.toml", "README.md", "docs")
+import mutants
+from workspace import ROOT, Workspace
 
 UPDATE = [
     ("T g = k.s * e.g;", "T g = e.g;"),
@@ -159,68 +160,93 @@ COUNTERS = [
 
 CUDA = ("test_cuda.py",)
 PYTHON = ("test_update.py", "test_methods.py", "test_optimizer.py")
-CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...]]] = [
-    ("csrc/update.h", UPDATE, CUDA),
-    ("csrc/step_cuda_body.h", BODY, (*CUDA, "test_sanitized.py")),
-    ("csrc/average.h", AVERAGE_H, CUDA),
-    ("csrc/launches.cpp", LAUNCHES, CUDA),
-    ("triton_kernels/update.py", TRITON, ("test_triton.py",)),
-    ("triton_kernels/advance.py", COUNTERS, ("test_triton.py",)),
-    ("rbwa_fused/reference.py", REFERENCE, PYTHON),
-    ("rbwa_fused/rules.py", RULES, PYTHON),
-    ("rbwa_fused/average.py", AVERAGE, PYTHON),
-    ("rbwa_fused/plan.py", PLAN, PYTHON),
+# file, mutants, tests, whether the CPU module must be compiled
+CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
+    ("csrc/update.h", UPDATE, CUDA, False),
+    ("csrc/step_cuda_body.h", BODY, (*CUDA, "test_sanitized.py"), False),
+    ("csrc/average.h", AVERAGE_H, CUDA, False),
+    ("csrc/launches.cpp", LAUNCHES, CUDA, False),
+    ("triton_kernels/update.py", TRITON, ("test_triton.py",), False),
+    ("triton_kernels/advance.py", COUNTERS, ("test_triton.py",), False),
+    ("rbwa_fused/reference.py", REFERENCE, PYTHON, False),
+    ("rbwa_fused/rules.py", RULES, PYTHON, False),
+    ("rbwa_fused/average.py", AVERAGE, PYTHON, False),
+    ("rbwa_fused/plan.py", PLAN, PYTHON, False),
+    *mutants.CASES,
 ]
+PATIENCE = 600  # seconds; a test that hangs has noticed
 
 
-def survives(number: int, file: str, old: str, new: str, tests: tuple[str, ...]) -> bool:
-    """Whether all tests pass with that edit, or without one if ``old`` is empty."""
-    copy = MUTANTS / str(number)
-    shutil.rmtree(copy, ignore_errors=True)
-    copy.mkdir(parents=True)
-    for name in TREE:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, copy / name)
-    text = (copy / file).read_text()
-    if old not in text:
-        raise LookupError(f"{file} has no {old!r}")
-    (copy / file).write_text(text.replace(old, new) if old else text)
-    # As installed, or the installation's would be found.
-    shutil.copytree(copy / "triton_kernels", copy / "rbwa_fused" / "triton_kernels")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    paths = [f"tests/{name}" for name in tests]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy), "MAX_JOBS": "1"}
-    done = subprocess.run(
-        [*command, *paths], cwd=copy, env=environment, capture_output=True, timeout=600
-    )
-    shutil.rmtree(copy, ignore_errors=True)
-    return done.returncode == 0
+class Worker:
+    """A workspace, and whether its CPU module is that of a mutant."""
+
+    def __init__(self, number: int) -> None:
+        self.workspace = Workspace(ROOT / "build" / "mutants" / str(number))
+        self.stale = True
+
+    def survives(
+        self, file: str, old: str, new: str, tests: tuple[str, ...], compiled: bool
+    ) -> bool:
+        """Whether all tests pass with that edit, or without one if ``old`` is empty."""
+        edits = [(file, old, new)] if old else []
+        with self.workspace.broken(*edits):
+            if compiled or self.stale:
+                self.workspace.compile()
+            self.stale = compiled
+            one_thread = {"OMP_NUM_THREADS": "1", "MAX_JOBS": "1"}
+            try:
+                return (
+                    self.workspace.pytest(
+                        *tests, environment=one_thread, timeout=PATIENCE
+                    ).returncode
+                    == 0
+                )
+            except subprocess.TimeoutExpired:
+                return False
 
 
 def main() -> int:
-    """Runs the mutants two at a time."""
+    """Runs the mutants, a few at a time."""
+    start = time.monotonic()
     wanted = sys.argv[1:] or [""]
     edits = [
-        (file, old, new, tests)
-        for file, mutants, tests in CASES
-        for old, new in mutants
+        (file, old, new, tests, compiled)
+        for file, changes, tests, compiled in CASES
+        for old, new in changes
         if any(part in file for part in wanted)
     ]
+    count = int(os.environ.get("RBWA_MUTATE_WORKERS", "2"))
+    free: SimpleQueue[Worker] = SimpleQueue()
+    for number in range(count):
+        free.put(Worker(number))
+
+    def survives(*edit: str) -> bool:
+        worker = free.get()
+        try:
+            return worker.survives(*edit)
+        finally:
+            free.put(worker)
+
     survivors = 0
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for file, _, _, tests in {edit[3]: edit for edit in edits}.values():
-            if not survives(len(edits), file, "", "", tests):
-                raise SystemExit(f"{', '.join(tests)} fail without a mutant")
-        jobs = [pool.submit(survives, i, *edit) for i, edit in enumerate(edits)]
-        for (file, old, new, _), job in zip(edits, jobs, strict=True):
+    with ThreadPoolExecutor(max_workers=count) as pool:
+        for tests in {edit[3]: None for edit in edits}:
+            if not survives("", "", "", tests, False):
+                raise SystemExit(f"{' '.join(tests)} fail without a mutant")
+        jobs = [pool.submit(survives, *edit) for edit in edits]
+        for (file, old, new, *_), job in zip(edits, jobs, strict=True):
             alive = job.result()
             survivors += alive
             print(f"{'SURVIVED' if alive else 'killed  '} {file}: {old.strip()} -> {new.strip()}")
             sys.stdout.flush()
-    print(f"{survivors} of {len(edits)} mutants survived")
+    for (file, old, new), reason in mutants.EQUIVALENT.items():
+        print(f"the same {file}: {old.strip()} -> {new.strip()}: {reason}")
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    minutes = (time.monotonic() - start) / 60
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {commit}: {len(edits) - survivors} of {len(edits)} mutants "
+        f"killed, {len(mutants.EQUIVALENT)} equivalent; {minutes:.0f} minutes, {count} at a time"
+    )
     return survivors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -65,6 +66,7 @@ MISFITS: dict[str, Any] = {
     "a gradient of another dtype": lambda a: a[1].__setitem__(1, torch.randn(40).double()),
     "a gradient of another shape": lambda a: a[1].__setitem__(1, torch.randn(41)),
     "a gradient of other dimensions": lambda a: a[1].__setitem__(1, torch.randn(1, 40)),
+    "a gradient of one dimension more": lambda a: a[1].__setitem__(1, torch.randn(40, 1)),
     "a gradient of another layout": lambda a: a[1].__setitem__(1, torch.randn(80)[::2]),
 }
 
@@ -78,6 +80,26 @@ def test_a_misfit_is_named_and_nothing_is_written(misfit: str, door: Any) -> Non
     with pytest.raises(RuntimeError, match=r"step_: .* 1 "):
         door(*args)
     assert all(torch.equal(a, b) for a, b in zip(args[0] + args[2], before, strict=True))
+
+
+def converted(args: list[Any]) -> None:
+    for tensors in args[:2]:
+        tensors[1] = tensors[1].detach().double()
+
+
+WITHOUT_MOMENTUM: dict[str, Any] = {
+    "a parameter of another dtype, with its gradient": converted,
+    "a parameter without memory": lambda a: a[0].__setitem__(1, torch._efficientzerotensor(40)),
+}
+
+
+@pytest.mark.parametrize("misfit", WITHOUT_MOMENTUM)
+def test_a_misfit_is_named_also_where_no_buffer_shows_it(misfit: str) -> None:
+    args = arguments()
+    args[5][0, 2] = 0.0
+    WITHOUT_MOMENTUM[misfit](args)
+    with pytest.raises(RuntimeError, match="parameter 1 differs"):
+        _C.step(*args)
 
 
 def edit(column: int, value: int) -> Any:
@@ -95,6 +117,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "sampling out of range": (edit(flat.SAMPLING, 1), "outside its tables"),
     "negative sampling": (edit(flat.SAMPLING, -1), "outside its tables"),
     "negative length": (edit(flat.LENGTH, -1), "outside its tables"),
+    "another length than the parameter's": (edit(flat.LENGTH, 41), "differs from what"),
     "shape out of range": (edit(flat.SHAPE, 5), "outside its tables"),
     "shape below range": (edit(flat.SHAPE, -1), "outside its tables"),
     "a shape whose end overflows": (edit(flat.SHAPE, LARGEST), "outside its tables"),
@@ -113,6 +136,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "segments of another dtype": (lambda a: a.__setitem__(3, a[3].int()), "documented dtype"),
     "rows that are one row in memory": (
         lambda a: (a.__setitem__(5, a[5].expand(50, -1)), edit(flat.ROW, 49)(a)),
+        "contiguous",
+    ),
+    "rows that overlap": (
+        lambda a: a.__setitem__(5, torch.zeros(36).double().as_strided((2, 2, 9), (2, 9, 1))),
         "contiguous",
     ),
     "a transposed table": (lambda a: a.__setitem__(3, a[3].t().contiguous().t()), "contiguous"),
@@ -153,6 +180,18 @@ def heap() -> int:
     return int(mallinfo2().counts[7])  # uordblks
 
 
+@pytest.mark.parametrize("average", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_average_of_a_dtype_that_no_kernel_has_is_refused(average: torch.dtype) -> None:
+    param = nn.Parameter(torch.ones(40, dtype=torch.float64))
+    table = flat.Table()
+    table.add(param, 0, 0, row=0, sampling=0)
+    table.attach("average", {0: None}, {0: average})
+    rows = torch.tensor([[1.0, 0, 0, 0, 0, 1.0, 0, 0, 0.5]], dtype=torch.float64)
+    samplings = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="average of segment 0 must have"):
+        _C.step([param], [param.detach()], table.state, *table.tensors(), rows, samplings)
+
+
 @pytest.mark.parametrize("door", [STEP, _C.step], ids=["dispatcher", "direct"])
 def test_neither_steps_nor_refusals_keep_memory(door: Any) -> None:
     def call(args: list[Any], refused: bool) -> None:
@@ -178,6 +217,14 @@ def test_exchange_refuses_tensors_that_differ() -> None:
         with pytest.raises(RuntimeError, match="pair 1"):
             torch.ops.rbwa_fused.exchange_.default(a, b)
         assert torch.equal(a[0], torch.ones(3))
+    with pytest.raises(RuntimeError, match="2 tensors against 1"):
+        torch.ops.rbwa_fused.exchange_.default(a, b[:1])
+
+
+def test_exchange_takes_tensors_without_elements() -> None:
+    a, b = ([torch.full((2,), value), torch.empty(3, 0)] for value in (1.0, 2.0))
+    torch.ops.rbwa_fused.exchange_.default(a, b)
+    assert a[0].tolist() == [2.0, 2.0] and b[0].tolist() == [1.0, 1.0]
 
 
 def test_the_profiler_sees_the_step_and_the_operator() -> None:
@@ -191,19 +238,16 @@ def test_the_profiler_sees_the_step_and_the_operator() -> None:
     assert p.tolist() == [0.5] * 3
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits_are_rounded_to_nearest_even_everywhere(dtype: torch.dtype) -> None:
-    everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    finite = everything[everything.isfinite()]
-    below = finite.float().nextafter(torch.tensor(-torch.inf))
-    halves = ((finite[:-1].double() + finite[1:].double()) / 2).float()
-    wanted: Tensor = torch.cat([finite.float(), below, halves, torch.tensor([7e4, 1e-9])])
+def narrowed(wanted: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """float32 values as every instruction set stores them in 16 bits.
+
+    theta <- narrow(a), with a float32 average that holds the values: w = 0.
+    """
     chosen = _C.cpu_capability()
     try:
         for name in ("baseline", "avx2", "avx512"):
             if not _C.set_cpu_capability(name):
                 continue
-            # theta <- narrow(a) with a float32 average that holds the wanted value: w = 0
             p = nn.Parameter(torch.ones(wanted.shape, dtype=dtype))
             policy = rf.Average(lambda n, step: 0.0, write_back_every=1)
             opt = rf.FusedSGD([p], lr=0.0, average=policy)
@@ -212,9 +256,28 @@ def test_sixteen_bits_are_rounded_to_nearest_even_everywhere(dtype: torch.dtype)
             opt.state[p]["average"].copy_(wanted)
             p.data.fill_(1.0)
             opt.step()
-            assert torch.equal(p.detach(), wanted.to(dtype)), name
+            yield p.detach()
     finally:
         _C.set_cpu_capability(chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_rounded_to_nearest_even_everywhere(dtype: torch.dtype) -> None:
+    everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = everything[everything.isfinite()]
+    below = finite.float().nextafter(torch.tensor(-torch.inf))
+    halves = ((finite[:-1].double() + finite[1:].double()) / 2).float()
+    wanted = torch.cat([finite.float(), below, halves, torch.tensor([7e4, 1e-9])])
+    for stored in narrowed(wanted, dtype):
+        assert torch.equal(stored, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_is_stored_as_one_in_sixteen_bits_whatever_its_payload(dtype: torch.dtype) -> None:
+    payloads = torch.tensor([0x7F800001, 0x7FBFFFFF, 0x7FFFFFFF, 0x7FC00000] * 3)
+    nans = torch.cat([payloads, payloads - 2**31]).to(torch.int32).view(torch.float32)
+    for stored in narrowed(nans, dtype):
+        assert stored.isnan().all()
 
 
 def test_a_backend_that_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,15 @@ def test_a_model_converted_to_float64_trains_on_with_its_state(average: rf.Avera
     assert average is None or opt.n_averaged == 4
 
 
+def test_strides_that_mean_nothing_make_no_gradient_a_misfit() -> None:
+    one, none = nn.Parameter(torch.ones(1, 5)), nn.Parameter(torch.ones(3, 0))
+    opt = rf.FusedSGD([one, none], lr=0.5)
+    one.grad = torch.ones(10).as_strided((1, 5), (7, 1))
+    none.grad = torch.empty(0, 3).t()
+    opt.step()
+    assert one.tolist() == [[0.5] * 5]
+
+
 def test_state_that_a_user_clears_starts_again() -> None:
     runs = []
     for clear in (lambda o: o.state.clear(), lambda o: setattr(o, "state", type(o.state)(dict))):
