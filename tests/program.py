@@ -128,8 +128,15 @@ class Copy:
     pickled: bool
 
 
-Event = Step | Freeze | Unfreeze | Averaged | Load | AddGroup | Change | Convert | Move | Copy
-EVENTS = (Step, Freeze, Unfreeze, Averaged, Load, AddGroup, Change, Convert, Move, Copy)
+@dataclass(frozen=True)
+class Clear:
+    """The user clears `opt.state`: all starts again but the count of steps."""
+
+
+EVENTS = (Step, Freeze, Unfreeze, Averaged, Load, AddGroup, Change, Convert, Move, Copy, Clear)
+Event = (
+    Step | Freeze | Unfreeze | Averaged | Load | AddGroup | Change | Convert | Move | Copy | Clear
+)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from program import (
     Averaged,
     Case,
     Change,
+    Clear,
     Convert,
     Copy,
     Event,
@@ -155,6 +156,7 @@ def events(rule: str, groups: SearchStrategy[GroupSpec]) -> SearchStrategy[Event
         st.builds(Convert, chosen, dtypes),
         st.builds(Move, chosen, layouts),
         st.builds(Copy, st.booleans()),
+        st.builds(Clear),
     )
     kinds = st.sampled_from([*[step] * 8, *[scaled] * 5, *others])  # not flattened, as one_of is
     return kinds.flatmap(lambda kind: kind)

@@ -71,15 +71,15 @@ KINDS = [
 
 
 def test_any_run_takes_the_steps_and_averages_of_an_independent_model() -> None:
-    tried = explore("auto", 500)
+    tried = explore("auto", int(os.environ.get("N", 500)))
     print(sorted(tried.items(), key=lambda x: x[1])[:20])
     assert tried["step"] > tried["case"] // 2
     assert {kind: tried[kind] for kind in KINDS if tried[kind] < tried["case"] // 100} == {}
 
 
 def test_the_reference_does_so_too() -> None:
-    explore("reference", 80)
+    explore("reference", int(os.environ.get("N", 80)))
 
 
 def test_kernels_that_count_on_the_device_do_so_too(emulated_cuda: Any) -> None:
-    explore("cuda", 80, device=True)
+    explore("cuda", int(os.environ.get("N", 80)), device=True)

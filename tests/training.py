@@ -21,6 +21,7 @@ from program import (
     Averaged,
     Case,
     Change,
+    Clear,
     Convert,
     Copy,
     Event,
@@ -49,12 +50,18 @@ def spoil(model: nn.ParameterList, opt: Any) -> None:
 
 
 class Training(SideBySide):
-    """Goes through a case; `frozen` are parameters that have no gradients for now, `abandoned` is
-    memory that was left behind, with what it held."""
+    """Goes through a case.
+
+    Attributes:
+        frozen: parameters that have no gradients for now.
+        abandoned: memory that was left behind, with what it held.
+        cleared: whether `opt.state` was cleared since the optimizer last saw it.
+    """
 
     def __init__(self, case: Case, backend: str) -> None:
         super().__init__(case, backend)
         self.frozen: set[int] = set()
+        self.cleared = False
         self.abandoned: list[tuple[Tensor, Tensor]] = []
         for event in case.events:
             self.tried.add(type(event).__name__)
@@ -82,12 +89,21 @@ class Training(SideBySide):
                 self.opt.add_param_group(self.group(event.group))
             case Change():
                 self.change(event)
-            case Convert():
+            case Convert() if not self.cleared:
                 self.put(self.chosen(event.chosen), event.dtype, "contiguous")
             case Move():
                 self.put(self.chosen(event.chosen), None, event.layout)
             case Copy():
                 self.copy(event)
+            case Clear():
+                if self.opt.state:
+                    self.twin.clear()
+                self.opt.state.clear()
+        # Which averages start again shows in the dtypes that parameters have when it is seen.
+        self.cleared = isinstance(event, Clear) or (
+            self.cleared
+            and isinstance(event, Freeze | Unfreeze | Averaged | Change | Convert | Move)
+        )
 
     def chosen(self, mask: int) -> list[int]:
         return [i for i in range(len(self.model)) if mask >> i % 16 & 1]
@@ -132,7 +148,9 @@ class Training(SideBySide):
             self.tell(event, before)
         else:
             self.tried.add("overflow")
-            if self.backend == "cuda" and not any(p and p.custom for p in self.policies):
+            if self.backend == "cuda" and not any(
+                g.policy and g.policy.custom for g in self.twin.groups
+            ):
                 self.twin.follow()  # the device counts, and the host sees to everything else first
                 self.twin.start(before)
         for i, (p, g) in enumerate(zip(self.model, before, strict=True)):

@@ -147,6 +147,15 @@ class Twin:
                     elif wanted != dtype:
                         member.state[name] = Value.of(value.v.to(wanted)), wanted
 
+    def clear(self) -> None:
+        """State that was thrown away starts again, and with it the averages that lay in it."""
+        for group in self.groups:
+            if any(group.average_dtype(member) is not None for member in group.members):
+                group.samples = 0
+            group.beta = None
+            for member in group.members:
+                member.state.clear()
+
     def outdated(self) -> bool:
         """Whether an average waits for the next step to take on another dtype."""
         kept = [
