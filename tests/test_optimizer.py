@@ -196,6 +196,12 @@ def test_strides_that_mean_nothing_make_no_gradient_a_misfit() -> None:
     assert one.tolist() == [[0.5] * 5]
 
 
+def test_strides_that_mean_nothing_cost_no_copy_of_a_gradient() -> None:
+    one, none = torch.ones(10).as_strided((1, 5), (7, 1)), torch.empty(0, 3).t()
+    assert flat.same_layout(one, torch.ones(1, 5)) and flat.same_layout(none, torch.empty(3, 0))
+    assert not flat.same_layout(torch.ones(10)[::2], torch.ones(5))
+
+
 def test_state_that_a_user_clears_starts_again() -> None:
     runs = []
     for clear in (lambda o: o.state.clear(), lambda o: setattr(o, "state", type(o.state)(dict))):
