@@ -133,7 +133,7 @@ class LaidOut(Optimizer):
                 table.add(p, group_plan.index, index, row, sampling)
         self.backend = ops.choose(self._backend_name, torch.device("cpu")).name if not new else ""
         self._launches: list[tuple[flat.Table, ops.Backend]] = []
-        for (device, _), table in sorted(self._tables.items(), key=lambda item: item[0][1]):
+        for (device, _), table in self._tables.items():  # each turn's is made after those before it
             backend = ops.choose(self._backend_name, device)
             self.backend = backend.name
             self._launches.append((table, backend))

@@ -154,7 +154,6 @@ LAYOUT: Mutants = [
         "group_plan.row(first=True), group_plan.sampling(p)",
     ),
     ("group_plan.sampling(p)\n", "group_plan.sampler.first_row\n"),
-    ("sorted(self._tables.items(), key=lambda item: item[0][1])", "self._tables.items()"),
     ("self.state.get(p, {}) if p in new else {}", "self.state.get(p, {})"),
     ("held.pop(stream, None)", "pass"),
     ("[stream] = view\n        self._known_size = len(self.state)\n", "[stream] = view\n"),

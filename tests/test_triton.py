@@ -119,6 +119,8 @@ def run_twice(
             p.grad = g
         if step > 0:
             ps[step % len(ps)].grad = None  # takes no step, but is sampled
+        if step == 2:  # somebody else writes, which a master follows
+            ps[0].detach().mul_(0.7)
         opt.step()
     assert both.steps == steps
 

@@ -139,6 +139,9 @@ def run(
     for step in range(STEPS):
         for p, g in zip(ps, gradients(ps, step), strict=True):
             p.grad = g if device == "cpu" else moved(g, device)
+        if step == 3:  # somebody else writes, which a master follows
+            for p in ps[::2]:
+                p.detach().mul_(0.7)
         opt.step()
     return [t.cpu() for p in ps for t in (p.detach(), *state_of(opt, p).values())]
 
