@@ -166,7 +166,6 @@ class LaidOut(Optimizer):
         dtypes = {i: plan.groups[table.groups[i]].dtype_of(stream, table.params[i]) for i in values}
         for i, view in table.attach(stream, values, dtypes).items():
             self.state[table.params[i]][stream] = view
-        self._known_size = len(self.state)
 
     def _rebuild(self, counters: Counters | None = None) -> None:
         """Follows parameters that were converted, and state that was replaced."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import rbwa_fused as rf
+from rbwa_fused import flat
 
 Edit = Callable[[torch.optim.Optimizer], None]
 
@@ -149,6 +150,31 @@ def test_state_that_was_cleared_before_a_group_is_added_starts_again() -> None:
     assert opt.n_averaged == 1
     for p in (*first, *second):
         assert torch.equal(opt.state[p]["average"], p)
+
+
+def test_clearing_the_state_keeps_the_count_of_an_average_that_is_the_weights() -> None:
+    (p,) = params(4)
+    opt = rf.FusedSGD([p], lr=0.1, momentum=0.5, average=rf.rbwa(1, start_epoch=0))
+    train(opt, range(1, 4))
+    opt.state.clear()
+    train(opt, range(4, 5))
+    assert opt.n_averaged == 4
+
+
+def test_implicit_rsgdm_may_start_again_with_another_momentum() -> None:
+    (p,) = params(4)
+    opt = rf.RSGDM([p], lr=0.1, momentum=0.5)
+    train(opt, range(1, 3))
+    opt.state.clear()
+    opt.param_groups[0]["momentum"] = 0.8
+    train(opt, range(3, 5))
+    assert opt.state_dict()["param_groups"][0]["implicit_momentum"] == 0.8
+
+
+def test_neighbours_in_one_storage_share_no_memory() -> None:
+    base = torch.zeros(8)
+    assert flat.turns([base[:4], base[4:]]) == ([0, 0], [True, True])
+    assert flat.turns([base[:5], base[4:]]) == ([0, 1], [False, False])
 
 
 def test_a_momentum_switched_on_elsewhere_brings_no_stale_learning_rate() -> None:
