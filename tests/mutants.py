@@ -156,6 +156,7 @@ LAYOUT: Mutants = [
     ("group_plan.sampling(p)\n", "group_plan.sampler.first_row\n"),
     ("self.state.get(p, {}) if p in new else {}", "self.state.get(p, {})"),
     ("held.pop(stream, None)", "pass"),
+    ("0 if starts_again else plan.n_averaged", "plan.n_averaged"),
     ("cleared and any(plan.buffered(p) for p in plan.params)", "cleared"),
     ("None if cleared else plan.beta", "plan.beta"),
     ("group.sampler.written_back and group.buffered(param)", "group.buffered(param)"),
