@@ -45,7 +45,7 @@ decays = st.sampled_from([0.5, 0.0, 0.9, 0.999]) | st.floats(0.0, 1.0, exclude_m
 
 
 def _average(
-    weight: Any, start: int, every: int, back: int, initial: Any, dtype: torch.dtype | None
+    weight: Any, start: int, every: int, back: int, initial: Any, dtype: torch.dtype | None = None
 ) -> rf.Average:
     return rf.Average(
         weight,
@@ -58,7 +58,7 @@ def _average(
 
 
 initial = st.sampled_from(["first_sample", "current"])
-own_dtype = st.none() | dtypes
+own_dtype = dtypes | st.none()
 named = st.builds(rf.Mean) | st.builds(rf.Ema, decays)
 custom = st.sampled_from(CUSTOM)
 NAMED: tuple[SearchStrategy[rf.Average], ...] = (
@@ -67,13 +67,14 @@ NAMED: tuple[SearchStrategy[rf.Average], ...] = (
     st.builds(rf.swa, counts, lengths, initial),
     st.builds(rf.rswa, lengths, counts),
     st.builds(rf.rbwa, lengths, counts),
-    st.builds(rf.rbwa, lengths, st.integers(0, 1), st.just("algorithm2")),
+    *[st.builds(rf.rbwa, lengths, st.integers(0, 1), st.just("algorithm2"))] * 3,
     st.builds(rf.rbwa_e, decays, steps_per_epoch=lengths, start_epoch=counts),
     st.builds(rf.lookahead, lengths, st.sampled_from([0.5, 0.3, 1.0])),
     st.builds(rf.switch_ema, decays, steps_per_epoch=lengths),
-    st.builds(_average, named, counts, lengths, counts, initial, own_dtype),
+    st.builds(_average, named, counts, lengths, counts, initial),
+    *[st.builds(_average, named, counts, lengths, counts, initial, dtypes)] * 3,
 )
-ANY = (*NAMED, *[st.builds(_average, custom, counts, lengths, counts, initial, own_dtype)] * 2)
+ANY = (*NAMED, *[st.builds(_average, custom, counts, lengths, counts, initial, own_dtype)] * 5)
 
 
 sizes = (
@@ -104,7 +105,7 @@ def hyperparameters(draw: st.DrawFn, rule: str) -> dict[str, Any]:
         lr = torch.tensor(lr)
     options = {
         "lr": lr,
-        "momentum": draw(st.sampled_from([0.9, 0.0, 0.5]) | small),
+        "momentum": draw(st.sampled_from([0.9, 0.0, 0.5, 0.0]) | small),
         "weight_decay": draw(st.sampled_from([0.0, 0.1]) | small),
         "maximize": draw(st.booleans()),
     }
@@ -123,7 +124,9 @@ def param_groups(
     default: rf.Average | None,
     base: torch.dtype,
 ) -> GroupSpec:
-    average = draw(st.sampled_from([None, False]) | policies)
+    average = draw(st.sampled_from([None, False, True]))
+    if average:
+        average = draw(policies)
     policy = default if average is None else average
     least = draw(st.sampled_from([1, 1, 1, 0]))
     tensors = draw(st.lists(alone | alone | shared(base), min_size=least, max_size=5))
@@ -168,13 +171,16 @@ def cases(draw: st.DrawFn, device: bool = False) -> Case:
     rule = draw(st.sampled_from(RULES))
     capturable = device and draw(st.booleans())
     policies = st.one_of(NAMED if capturable else ANY)
-    average = draw(st.none() | policies.filter(lambda policy: policy.dtype is None))
+    average = None
+    if draw(st.sampled_from([True, True, False])):
+        average = draw(policies.filter(lambda policy: policy.dtype is None))
     groups = param_groups(rule, policies, average, draw(dtypes))
+    length = draw(st.integers(1, 16))  # lists that hypothesis sizes by itself have few elements
     return Case(
         rule,
         average,
         tuple(draw(st.lists(groups, min_size=1, max_size=3))),
-        tuple(draw(st.lists(events(rule, groups), min_size=1, max_size=30))),
+        tuple(draw(st.lists(events(rule, groups), min_size=length, max_size=length))),
         draw(st.booleans()),
         capturable,
     )

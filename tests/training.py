@@ -311,6 +311,7 @@ class Training(SideBySide):
 
     def finish(self) -> None:
         """What a run leaves: averages to save, and memory as it was when it was left."""
+        self.averaged(Averaged(nested=True, raises=False))
         saved = self.opt.averaged_state_dict(self.model)
         averages = self.averages()
         for i, (p, member) in enumerate(zip(self.model, self.twin.members, strict=True)):
