@@ -210,6 +210,7 @@ STEPS = (
     "test_bad_input.py",
     "test_checkpoint.py",
     "test_master_weights.py",
+    "test_catalogue_watched.py",
     "test_threads.py",
     "test_distributed_checkpoint.py",
 )
