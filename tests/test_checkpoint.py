@@ -261,6 +261,19 @@ def test_two_optimizers_never_share_loaded_state(method: str) -> None:
     assert result(opt) == result(opt2)
 
 
+def test_what_else_a_checkpoint_holds_is_copied_too() -> None:
+    """A learning rate that is a tensor, and what a user keeps beside the buffers."""
+    model, opt = one(rf.FusedSGD, {"lr": torch.tensor(0.25)})
+    p = next(iter(model.parameters()))
+    opt.state[p]["mine"] = torch.ones(3)
+    saved = opt.state_dict()
+    model2, opt2 = one(rf.FusedSGD, {"lr": 1.0})
+    opt2.load_state_dict(saved)
+    opt2.param_groups[0]["lr"].fill_(0.125)
+    opt2.state[next(iter(model2.parameters()))]["mine"].zero_()
+    assert opt.param_groups[0]["lr"] == 0.25 and opt.state[p]["mine"].tolist() == [1.0] * 3
+
+
 def test_a_16_bit_parameters_average_comes_back_in_float32() -> None:
     model, opt = build("ema", torch.bfloat16)
     train(model, opt, 1, 8)

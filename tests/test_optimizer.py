@@ -42,6 +42,16 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+def test_a_step_leaves_the_grad_mode_as_it_was() -> None:
+    net = model()
+    opt = rf.FusedSGD(net.parameters(), lr=0.1)
+    backward(net, 0)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            opt.step()
+            assert torch.is_grad_enabled() == (mode is torch.enable_grad)
+
+
 def test_momentum_may_be_switched_on_and_off_as_in_torch() -> None:
     nets = model(), model()
     opts = (

@@ -373,9 +373,9 @@ def test_a_file_that_is_no_results_file_is_left_alone(content, tmp_path, capsys)
 
 
 def test_a_reader_of_a_file_that_is_written_anew_sees_a_whole_one(tmp_path):
-    store.write(tmp_path / "file", "old")
+    durable.write(tmp_path / "file", b"old")
     with (tmp_path / "file").open(encoding="utf-8") as reader:
-        store.write(tmp_path / "file", "new and longer")
+        durable.write(tmp_path / "file", b"new and longer")
         assert reader.read() == "old"
     assert (tmp_path / "file").read_text(encoding="utf-8") == "new and longer"
 
@@ -388,7 +388,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_whole_file(tmp_path, m
         if len(calls) > 4:  # two for each file: contents and name
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(durable.os, "fsync", full)
     options = (*TINY, "--lr", "0.3", "--seeds", "4", "--method", "momentum")
     assert main(["table5", *options, "--out", str(tmp_path)]) == 1
     assert "No space left on device" in error_of(capsys)
