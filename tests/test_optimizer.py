@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import rbwa_fused as rf
 from rbwa_fused import flat
@@ -40,6 +44,28 @@ def weights(net: nn.Module) -> list[Tensor]:
 
 def equal(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    "register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook]
+)
+def test_a_hook_for_all_optimizers_needs_no_other_hook(register: Any) -> None:
+    net, seen = model(), []
+    opt = rf.FusedSGD(net.parameters(), lr=0.1)
+    backward(net, 0)
+    handle = register(lambda *told: seen.append(told[0]))
+    opt.step()
+    handle.remove()
+    assert seen == [opt]
+
+
+def test_a_closure_may_differentiate_inside_no_grad() -> None:
+    net = model()
+    opt = rf.FusedSGD(net.parameters(), lr=0.1)
+    before = weights(net)
+    with torch.no_grad():
+        assert opt.step(lambda: backward(net, 0)) is not None
+    assert not equal(before, weights(net))
 
 
 def test_a_step_leaves_the_grad_mode_as_it_was() -> None:
