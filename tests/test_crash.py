@@ -175,7 +175,7 @@ def written(folder: Path) -> dict[str, int]:
 
 def see_writes(folder: Path, known: dict[str, int], wanted: int) -> int:
     """Waits until that many writes were seen, or the last one. Returns how many."""
-    seen, patience = 0, time.monotonic() + 20
+    seen, patience = 0, time.monotonic() + 120  # a busy machine imports for long
     while seen < wanted and time.monotonic() < patience:
         if (now := written(folder)) != known:
             seen, known = seen + 1, now
