@@ -232,7 +232,12 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/flat.py", FLAT, STEPS, False),
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
-    ("rbwa_fused/evaluate.py", EVALUATE, ("test_averaged.py", "test_outside_edits.py"), False),
+    (
+        "rbwa_fused/evaluate.py",
+        EVALUATE,
+        ("test_averaged.py", "test_outside_edits.py", "test_neighbours.py"),
+        False,
+    ),
     (
         "rbwa_fused/checkpoint.py",
         CHECKPOINT,
