@@ -240,6 +240,25 @@ def test_nothing_moves_before_the_first_sample(method: str, dtype: torch.dtype) 
         assert snapshot(opt) == before
 
 
+def test_a_state_dict_taken_inside_keeps_its_averages_after_it() -> None:
+    model, opt = build("ema")
+    train(model, opt, 1, 8)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    averages = {i: opt.state[p]["average"].clone() for i, p in enumerate(params[:-1])}
+    with opt.averaged():
+        saved = opt.state_dict()["state"]
+    assert all(torch.equal(saved[i]["average"], average) for i, average in averages.items())
+
+
+def test_rbwa_converted_to_float32_is_its_own_average_at_once() -> None:
+    model, opt = build("rbwa", torch.bfloat16)
+    train(model, opt, 1, 8)
+    model.float()
+    before = [p.detach().clone() for p in model.parameters()]
+    with opt.averaged():
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def test_groups_keep_or_drop_the_average_each_for_itself() -> None:
     live, own, usual = (nn.Parameter(torch.randn(6)) for _ in range(3))
     members: list[dict[str, Any]] = [
