@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +90,15 @@ def averaged(opt: FusedOptimizer) -> Iterator[None]:
 
 def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]:
     """See FusedOptimizer.averaged_state_dict."""
-    average = dict(averages(opt)) if opt._evaluating is None else {}
+    return state_dict_with(model, dict(averages(opt)) if opt._evaluating is None else {})
+
+
+def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[str, Any]:
+    """The model's state dict with others in place of some parameters; every tensor is a copy."""
     result = model.state_dict(keep_vars=True)  # with the metadata that loading asks for
     for name, tensor in result.items():
         if isinstance(tensor, Tensor):
-            source = average.get(tensor, tensor).detach()
+            source = other.get(tensor, tensor).detach()
             result[name] = source.to(tensor.dtype, copy=True)
     return result
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from rbwa_fused import checks, flat, ops, reference
+from rbwa_fused import checks, evaluate, flat, ops, reference
 from rbwa_fused.average import _integer
+from rbwa_fused.rules import number
 
 Replica = nn.Module | Iterable[Tensor]
 
@@ -148,11 +149,7 @@ class Elastic:
         }
         if not any(p in mean_of for p in model.parameters()):
             raise ValueError(f"Invalid model: none of the parameters of {model!r} is pulled")
-        result = model.state_dict(keep_vars=True)  # with the metadata that loading asks for
-        for name, tensor in result.items():
-            if isinstance(tensor, Tensor):
-                result[name] = mean_of.get(tensor, tensor).detach().clone()
-        return result
+        return evaluate.state_dict_with(model, mean_of)
 
 
 def _tensors(replica: Replica) -> list[Tensor]:
@@ -173,10 +170,7 @@ def _several(replicas: Sequence[Replica]) -> list[Replica]:
 
 
 def _checked_alpha(alpha: float) -> float:
-    try:
-        value = float(alpha)
-    except (TypeError, ValueError):
-        raise TypeError(f"Invalid alpha: {alpha!r} (expected a number)") from None
+    value = number("alpha", alpha)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"Invalid alpha: {alpha!r} (expected 0 to 1)")
     return value

@@ -161,6 +161,18 @@ def test_clearing_the_state_keeps_the_count_of_an_average_that_is_the_weights() 
     assert opt.n_averaged == 4
 
 
+def test_a_buffer_that_somebody_assigns_is_followed_as_by_torch() -> None:
+    ends = []
+    for make in (rf.FusedSGD, torch.optim.SGD):
+        (p,) = params(4)
+        opt = make([p], lr=0.1, momentum=0.5)
+        train(opt, range(1, 3))
+        opt.state[p]["momentum_buffer"] = torch.full((4,), 10.0)
+        train(opt, range(3, 5))
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends)
+
+
 def test_implicit_rsgdm_may_start_again_with_another_momentum() -> None:
     (p,) = params(4)
     opt = rf.RSGDM([p], lr=0.1, momentum=0.5)
