@@ -241,7 +241,12 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     (
         "rbwa_fused/checkpoint.py",
         CHECKPOINT,
-        ("test_checkpoint.py", "test_bad_input.py", "test_averaged.py"),
+        (
+            "test_checkpoint.py",
+            "test_bad_input.py",
+            "test_averaged.py",
+            "test_distributed_checkpoint.py",
+        ),
         False,
     ),
 ]

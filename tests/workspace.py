@@ -85,8 +85,8 @@ class Workspace:
     def pytest(
         self, *arguments: str, environment: Mapping[str, str] | None = None, timeout: float = 900
     ) -> subprocess.CompletedProcess[str]:
-        """Runs tests on the copy. Paths are relative to its tests."""
-        pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        """Runs tests on the copy, what failed last first. Paths are relative to its tests."""
+        pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "--ff"]
         return subprocess.run(
             [*pytest, *arguments],
             cwd=self.folder / "tests",
