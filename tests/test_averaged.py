@@ -551,7 +551,8 @@ def test_a_frozen_layer_is_still_frozen_after_evaluation() -> None:
     model.train()
     model.norm.eval()
     with rf.averaged_model(opt, model, batches()):
-        pass
+        assert model.training
+        assert not model.norm.training  # and its statistics do not move inside either
     assert model.training
     assert not model.norm.training
 

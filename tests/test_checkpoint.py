@@ -231,6 +231,27 @@ def test_a_checkpoint_of_torch_with_other_parameters_is_refused() -> None:
         opt.load_state_dict(sgd.state_dict())
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_group_put_into_a_checkpoint_without_counters_counts_the_steps_of_the_others(
+    place: int,
+) -> None:
+    """As somebody does who resumes with new layers: their group is one of torch's."""
+    model, opt = one(rf.FusedSGD, {"lr": 0.1, "average": rf.mean(start=6)})
+    train(model, opt, 1, 5)
+    saved = opt.state_dict()
+    added = nn.Parameter(torch.zeros(2))
+    extra = torch.optim.SGD([added], 0.1).state_dict()["param_groups"][0]
+    saved["param_groups"].insert(place, {**extra, "params": [len(list(model.parameters()))]})
+    parts: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    parts.insert(place, {"params": [added]})
+    longer = rf.FusedSGD(parts, lr=0.1, average=rf.mean(start=6))
+    longer.load_state_dict(saved)
+    assert [group["step"] for group in longer.state_dict()["param_groups"]] == [5, 5]
+    for step, n_averaged in ((6, 0), (7, 1)):
+        train(model, longer, step, step)
+        assert longer.n_averaged == n_averaged
+
+
 # ---- what loading makes of tensors -------------------------------------------------------------
 
 
