@@ -103,6 +103,8 @@ def step_(
             if buffer != -1 and touched:
                 streams[name] = state[buffer][offset : offset + length]
         m, a, z, previous, master = streams.values()
+        if g is None and a is None:
+            continue
         if master is None:
             update(k, theta, g, m, z, previous, a)
         else:

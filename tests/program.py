@@ -147,13 +147,16 @@ class Case:
     events: tuple[Event, ...]
     flatten: bool = True
     capturable: bool = False
+    master_weights: bool = False
 
 
-def admits(policy: rf.Average | bool | None, dtype: torch.dtype) -> bool:
+def admits(policy: rf.Average | bool | None, dtype: torch.dtype, master_weights: bool) -> bool:
     """Whether a policy keeps averages of parameters of a dtype."""
     if not isinstance(policy, rf.Average) or policy.dtype is None:
         return True
-    return policy.dtype == dtype or (policy.dtype == torch.float32 and dtype.itemsize == 2)
+    if dtype.itemsize == 2:
+        return policy.dtype in (torch.float32, torch.float32 if master_weights else dtype)
+    return policy.dtype == dtype
 
 
 CANARY = 7.0

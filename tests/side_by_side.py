@@ -8,7 +8,7 @@ import torch
 from bounds import F64, Value
 from program import Case, GroupSpec, TensorSpec, laid_out, numbers, overrun, within
 from torch import Tensor, nn
-from twin import AVERAGE, Group, Member, Twin
+from twin import AVERAGE, MASTER, Group, Member, Twin
 
 import rbwa_fused as rf
 
@@ -38,7 +38,7 @@ class SideBySide:
     def __init__(self, case: Case, backend: str) -> None:
         self.case, self.backend = case, backend
         self.tried: set[str] = set()
-        self.twin = Twin(case.rule)
+        self.twin = Twin(case.rule, case.master_weights)
         self.model = nn.ParameterList()
         self.bases: dict[tuple[int, torch.dtype], Tensor] = {}
         self.twin_bases: dict[tuple[int, torch.dtype], Value] = {}
@@ -52,6 +52,7 @@ class SideBySide:
             "backend": self.backend,
             "flatten": flatten,
             "capturable": self.case.capturable,
+            "master_weights": self.case.master_weights,
         }
         if self.case.rule == "sgd":
             return rf.FusedSGD(groups, **more)
@@ -75,7 +76,7 @@ class SideBySide:
                 values = numbers(tensor.shape, tensor.seed)
                 p = nn.Parameter(laid_out(values, tensor.dtype, tensor.layout))
                 theta = Value.of(p)
-            members.append(Member(theta, tensor.dtype))
+            members.append(Member(theta, tensor.dtype, self.case.master_weights))
             params.append(p)
             self.model.append(p)
             self.tried.add(f"{'shared' if tensor.base else tensor.layout} memory")
@@ -107,8 +108,10 @@ class SideBySide:
             for key, (value, dtype) in member.state.items():
                 self.compare(f"{key} of {name}", state[key], value, dtype)
                 member.state[key] = Value.of(state[key]), dtype
-            if member in twin.copied and i not in self.shares:
-                assert torch.equal(p, member.state[AVERAGE][0].v.to(p.dtype)), f"copy of {name}"
+            for which, equals in ((AVERAGE, twin.copied), (MASTER, twin.rounded)):
+                if member in equals and i not in self.shares:
+                    source = member.state[which][0].v
+                    assert torch.equal(p, source.to(p.dtype)), f"{name}, a copy of its {which}"
             if i not in self.shares:
                 assert not overrun(p), f"beside {name}"
         for key, base in self.bases.items():
@@ -118,7 +121,7 @@ class SideBySide:
         for p, member in zip(self.model, twin.members, strict=True):
             member.theta.v.copy_(p.detach())
             member.theta.off.zero_()
-        twin.copied = []
+        twin.copied, twin.rounded = [], []
 
     def compare(self, name: str, actual: Tensor, expected: Value, dtype: torch.dtype) -> None:
         assert actual.dtype == dtype, name

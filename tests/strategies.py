@@ -123,6 +123,7 @@ def param_groups(
     policies: SearchStrategy[rf.Average],
     default: rf.Average | None,
     base: torch.dtype,
+    master_weights: bool,
 ) -> GroupSpec:
     average = draw(st.sampled_from([None, False, True]))
     if average:
@@ -132,7 +133,7 @@ def param_groups(
     tensors = draw(st.lists(alone | alone | shared(base), min_size=least, max_size=5))
     if draw(st.sampled_from([*[False] * 20, True])):  # up to 200 tensors
         tensors = 40 * [tensor for tensor in tensors if tensor.base == 0]
-    allowed = [dtype for dtype in DTYPES if admits(policy, dtype)]
+    allowed = [dtype for dtype in DTYPES if admits(policy, dtype, master_weights)]
     fitting = (t if t.dtype in allowed else replace(t, dtype=allowed[0]) for t in tensors)
     return GroupSpec(tuple(fitting), draw(hyperparameters(rule)), average)
 
@@ -170,11 +171,14 @@ def cases(draw: st.DrawFn, device: bool = False) -> Case:
     """With `device`, cases in which a device may count (deferred.py)."""
     rule = draw(st.sampled_from(RULES))
     capturable = device and draw(st.booleans())
-    policies = st.one_of(NAMED if capturable else ANY)
+    master_weights = draw(st.booleans())
+    policies = st.one_of(NAMED if capturable else ANY).filter(
+        lambda policy: any(admits(policy, dtype, master_weights) for dtype in DTYPES)
+    )
     average = None
     if draw(st.sampled_from([True, True, False])):
         average = draw(policies.filter(lambda policy: policy.dtype is None))
-    groups = param_groups(rule, policies, average, draw(dtypes))
+    groups = param_groups(rule, policies, average, draw(dtypes), master_weights)
     length = draw(st.integers(1, 16))  # lists that hypothesis sizes by itself have few elements
     return Case(
         rule,
@@ -183,4 +187,5 @@ def cases(draw: st.DrawFn, device: bool = False) -> Case:
         tuple(draw(st.lists(events(rule, groups), min_size=length, max_size=length))),
         draw(st.booleans()),
         capturable,
+        master_weights,
     )

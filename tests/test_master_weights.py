@@ -113,6 +113,19 @@ def test_a_parameter_that_somebody_writes_to_is_the_truth() -> None:
     assert torch.equal(master[100:], kept[100:])  # the bits that p cannot hold are still there
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_master_is_left_alone_by_a_step_that_leaves_its_parameter_alone(backend: str) -> None:
+    still, other = (nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
+    opt = rf.FusedSGD([still, other], 0.001, backend=backend, master_weights=True)
+    still.grad, other.grad = torch.ones_like(still), torch.ones_like(other)
+    opt.step()
+    before = opt.state[still]["master_param"].clone()
+    still.data.fill_(3.0)
+    still.grad = None
+    opt.step()
+    assert torch.equal(opt.state[still]["master_param"], before)
+
+
 def test_a_model_loaded_behind_the_optimizers_back_is_trained_from_there() -> None:
     model, opt = build("momentum", torch.bfloat16, master_weights=True)
     train(model, opt, 1, 3)

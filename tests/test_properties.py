@@ -56,6 +56,7 @@ KINDS = [
     "unscaled already",
     "some gradients missing",
     "all gradients",
+    "masters",
     "40 tensors",
     "two threads",
     "refused momentum",

@@ -37,6 +37,7 @@ from program import (
 )
 from side_by_side import SideBySide, equal, own
 from torch import Tensor, nn
+from twin import MASTER
 
 import rbwa_fused as rf
 
@@ -167,6 +168,8 @@ class Training(SideBySide):
         tried.add("step")
         tried.update(f"{p.dtype}" for p, g in zip(self.model, grads, strict=True) if g is not None)
         tried.add(f"rule {self.case.rule}")
+        if any(MASTER in member.state for member in self.twin.members):
+            tried.add("masters")
         tried.add(f"gradients {event.layout}")
         tried.add("some gradients missing" if None in grads else "all gradients")
         if event.found_inf is not None:
@@ -253,7 +256,7 @@ class Training(SideBySide):
         for i, policy in enumerate(self.policies):
             p, member = self.model[i], self.twin.members[i]
             wanted = dtype or p.dtype
-            if i not in indices or not admits(policy, wanted):
+            if i not in indices or not admits(policy, wanted, self.case.master_weights):
                 continue
             p.grad = None
             if i not in self.shares:

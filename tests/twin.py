@@ -18,6 +18,7 @@ import rbwa_fused as rf
 
 MOMENTUM, DIFFERENCE = "momentum_buffer", "difference_buffer"
 PREVIOUS, AVERAGE = "previous_gradient", "average"
+MASTER = "master_param"
 
 
 @dataclass(eq=False)
@@ -26,6 +27,7 @@ class Member:
 
     theta: Value
     dtype: torch.dtype
+    master_weights: bool
     state: dict[str, tuple[Value, torch.dtype]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -37,13 +39,37 @@ class Member:
         self.dtype = dtype
         self.arithmetic = Arithmetic(dtype)
 
+    @property
+    def mastered(self) -> bool:
+        """Whether it is to have a float32 master."""
+        return self.master_weights and self.dtype.itemsize == 2
+
+    @property
+    def kept(self) -> torch.dtype:
+        """The dtype of momentum and of what a step works on."""
+        return F32 if self.mastered else self.dtype
+
+    def weights(self) -> Value:
+        """What a step works on: the parameter, or its master where the parameter is that, rounded.
+
+        Of memory that others share and have moved in this step, the bound tells whether it may be.
+        """
+        if MASTER not in self.state:
+            return self.theta.clone()
+        master, theta = self.state[MASTER][0].v, self.theta
+        apart = (master.to(self.dtype).to(F64) - theta.v).abs()
+        known, near = theta.off == 0, apart <= theta.off
+        return Value(
+            torch.where(known & near, master, theta.v),
+            torch.where(near & ~known, theta.off.maximum((master - theta.v).abs()), theta.off),
+        )
+
     def keep(self, name: str, value: Value, dtype: torch.dtype) -> None:
         self.state[name] = self.arithmetic.stored(value, dtype), dtype
 
-    def move(self, rule: str, group: Group, gradient: Value) -> Value:
+    def move(self, rule: str, group: Group, theta: Value, gradient: Value) -> Value:
         """Lines (1)-(3) for a gradient that is unscaled and has its sign."""
         options, linear = group.options, self.arithmetic.linear
-        theta = self.theta.clone()
         lr, beta = float(options["lr"]), float(options["momentum"])
         g = linear((1.0, gradient), (float(options["weight_decay"]), theta))
         if beta == 0.0:
@@ -68,7 +94,7 @@ class Member:
             direction = linear((1.0, m), (beta, z))
             new = {DIFFERENCE: z, PREVIOUS: g}
         for name, value in {MOMENTUM: m, **new}.items():
-            self.keep(name, value, self.dtype)
+            self.keep(name, value, self.kept)
         return linear((1.0, theta), (-lr, direction))
 
 
@@ -90,7 +116,7 @@ class Group:
         if self.policy is None:
             return None
         wide = self.policy.dtype or (F64 if member.dtype == F64 else F32)
-        itself = self.policy.write_back_every == 1 and wide == member.dtype
+        itself = self.policy.write_back_every == 1 and wide == member.kept
         return None if itself else wide
 
     def sampling(self, step: int) -> tuple[bool, float | None, bool]:
@@ -126,11 +152,13 @@ class Group:
 class Twin:
     """The optimizer: a rule, groups, and the count of steps taken."""
 
-    def __init__(self, rule: str) -> None:
+    def __init__(self, rule: str, master_weights: bool) -> None:
         self.rule = rule
+        self.master_weights = master_weights
         self.groups: list[Group] = []
         self.steps = 0
         self.copied: list[Member] = []  # weights and averages that the last step made equal
+        self.rounded: list[Member] = []  # whose masters the last step rounded to weights
 
     @property
     def members(self) -> list[Member]:
@@ -141,8 +169,10 @@ class Twin:
         for group in self.groups:
             for member in group.members:
                 for name, (value, dtype) in list(member.state.items()):
-                    wanted = group.average_dtype(member) if name == AVERAGE else member.dtype
-                    if wanted is None:
+                    wanted: torch.dtype | None = member.kept
+                    if name == AVERAGE:
+                        wanted = group.average_dtype(member)
+                    if wanted is None or (name == MASTER and not member.mastered):
                         del member.state[name]
                     elif wanted != dtype:
                         member.state[name] = Value.of(value.v.to(wanted)), wanted
@@ -167,9 +197,11 @@ class Twin:
         return any(wanted is not None and wanted != dtype for dtype, wanted in kept)
 
     def start(self, gradients: Sequence[Tensor | None]) -> None:
-        """What a step gives before it computes: averages, and the beta that implicit RSGDM keeps.
+        """What a step gives before it computes: averages, masters, and the beta that implicit RSGDM
+        keeps.
 
-        An average that was the parameter itself, until a conversion, starts as the parameter.
+        An average that was the parameter itself, until a conversion, starts as the parameter. A
+        master starts with the first gradient, or where a conversion left momentum to go on with.
         """
         given = iter(gradients)
         for group in self.groups:
@@ -179,8 +211,10 @@ class Twin:
                     v = member.theta.v if group.samples > 0 else torch.zeros_like(member.theta.v)
                     member.state[AVERAGE] = Value.of(v.to(dtype)), dtype
                 momentum = float(group.options["momentum"])
-                begins = next(given) is not None and MOMENTUM not in member.state
-                if self.rule == "implicit" and momentum != 0.0 and begins:
+                present, started = next(given) is not None, MOMENTUM in member.state
+                if member.mastered and MASTER not in member.state and (present or started):
+                    member.state[MASTER] = Value.of(member.theta.v), F32
+                if self.rule == "implicit" and momentum != 0.0 and present and not started:
                     group.beta = momentum
 
     def step(self, gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
@@ -188,18 +222,24 @@ class Twin:
         self.follow()
         self.start(gradients)
         self.steps += 1
-        self.copied = []
+        self.copied, self.rounded = [], []
         given = iter(gradients)
         for group in self.groups:
             current, weight, back = group.sampling(self.steps)
             sign = -1.0 if group.options["maximize"] else 1.0
             for member in group.members:
                 g = next(given)
-                x = member.theta.clone()
+                sampled = (current or weight is not None) and AVERAGE in member.state
+                if g is None and not sampled:
+                    continue
+                x = theta = member.weights()
                 if g is not None:
                     signed = member.arithmetic.linear((sign / scale, Value.of(g)))
-                    x = member.move(self.rule, group, signed)
-                x = self._average(group, member, x, current, weight, back)
+                    x = member.move(self.rule, group, theta, signed)
+                x = self._average(group, member, theta, x, current, weight, back)
+                if MASTER in member.state:
+                    member.keep(MASTER, x, F32)
+                    self.rounded.append(member)
                 theta = member.arithmetic.stored(x, member.dtype)
                 member.theta.v.copy_(theta.v)
                 member.theta.off.copy_(theta.off)
@@ -208,6 +248,7 @@ class Twin:
         self,
         group: Group,
         member: Member,
+        theta: Value,
         x: Value,
         current: bool,
         weight: float | None,
@@ -218,7 +259,7 @@ class Twin:
             return x
         dtype = group.average_dtype(member)
         beside = dtype is not None and not current
-        a = member.state[AVERAGE][0] if beside else member.theta.clone()
+        a = member.state[AVERAGE][0] if beside else theta
         arithmetic = member.arithmetic
         if weight is not None and arithmetic.round(weight) == 1.0:
             a = x
