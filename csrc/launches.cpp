@@ -24,11 +24,12 @@ class Packer {
     if (chunks == 0) return nullptr;
     const char* error = nullptr;
     if (bytes_with(s) > kTableBytes || chunks_ + chunks > kMostChunks) error = flush();
-    const auto [group, new_group] = group_of_.try_emplace(s.row / 2, groups_.size());
-    if (new_group) groups_.push_back(group_at(s.row / 2));
+    const int64_t group = s.row / 2;
+    const auto [place, is_new] = group_of_.try_emplace(group, groups_.size());
+    if (is_new) groups_.push_back(group_at(group));
     segments_.push_back({s.theta, s.param, const_cast<void*>(s.g), s.m, s.a, s.z, s.previous,
                          s.length, static_cast<int32_t>(chunks_), index,
-                         static_cast<uint16_t>(group->second), sampling_at(s.sampling),
+                         static_cast<uint16_t>(place->second), sampling_at(s.sampling),
                          static_cast<uint8_t>(s.row % 2)});
     chunks_ += chunks;
     return error;

@@ -113,7 +113,7 @@ AVERAGE_H = [
     ("sampling_of(policy, n, step + 1, rows[0], rows[1])", "0"),
 ]
 LAUNCHES = [
-    ("s.row / 2, groups_.size()", "s.row, groups_.size()"),
+    ("group = s.row / 2;", "group = s.row;"),
     ("static_cast<uint8_t>(s.row % 2)", "uint8_t{0}"),
     ("step_.rows[2 * group + 1]", "step_.rows[2 * group]"),
     ("chunks_ += chunks;", "chunks_ += 1;"),
