@@ -86,6 +86,12 @@ def curves(data: Data) -> Callable[[str], Curves]:
     )
 
 
+@pytest.mark.parametrize("name", ["swa", "fge", "replicas"])
+def test_who_is_tested_at_the_end_alone_trains_alike(name, data, curves):
+    last = train(SYSTEMS[name], setting(halve_epochs=2), 0.3, 0, data, lambda: None, "at the end")
+    assert last == {curve: values[-1:] for curve, values in curves(name).items()}
+
+
 # What is the same in two forms differs by rounding, 1e-16 a step, which training multiplies.
 ROUNDING = 1e-10
 

@@ -89,13 +89,14 @@ def record_of(job: Job, data: Data, on_epoch: Callable[[], object]) -> Record:
     if job.section == "flatness":
         pair = [SYSTEMS[name] for name in job.system.split("+")]
         return flatness.probe(pair, setting, lr, seed, data, job.rays, job.directions, on_epoch)
-    curves = training.train(SYSTEMS[job.system], setting, lr, seed, data, on_epoch)
-    if job.section == "sweep":
-        return {
-            "validation_accuracy": curves["test_accuracy"][-1],
-            "validation_loss": curves["test_loss"][-1],
-        }
-    return dict(curves)
+    system = SYSTEMS[job.system]
+    if job.section != "sweep":
+        return dict(training.train(system, setting, lr, seed, data, on_epoch))
+    curves = training.train(system, setting, lr, seed, data, on_epoch, "at the end")
+    return {
+        "validation_accuracy": curves["test_accuracy"][-1],
+        "validation_loss": curves["test_loss"][-1],
+    }
 
 
 def out_of_memory(error: Exception) -> bool:

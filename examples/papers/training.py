@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -177,15 +177,17 @@ def train(
     seed: int,
     data: Data,
     on_epoch: Callable[[], object],
+    tested: Literal["every epoch", "at the end"] = "every epoch",
 ) -> Curves:
     """Trains for the setting's epochs."""
     learner = Learner(system, setting, lr, seed, data)
     curves = Curves(train_loss=[], test_loss=[], test_accuracy=[])
-    for _ in range(setting.epochs):
+    for epoch in range(1, setting.epochs + 1):
         learner.epoch()
-        train_score, test_score = learner.evaluate()
-        curves["train_loss"].append(train_score.loss)
-        curves["test_loss"].append(test_score.loss)
-        curves["test_accuracy"].append(test_score.accuracy)
+        if tested == "every epoch" or epoch == setting.epochs:
+            train_score, test_score = learner.evaluate()
+            curves["train_loss"].append(train_score.loss)
+            curves["test_loss"].append(test_score.loss)
+            curves["test_accuracy"].append(test_score.accuracy)
         on_epoch()
     return curves
