@@ -125,6 +125,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "dimensions whose strides overflow": (edit(flat.DIMS, 2**62), "outside its tables"),
     "buffer out of range": (edit(MOMENTUM, 1), "outside its buffer"),
     "buffer below range": (edit(MOMENTUM, -2), "outside its buffer"),
+    "buffer far below range": (edit(MOMENTUM, -(2**40)), "outside its buffer"),
     "offset past the end": (edit(MOMENTUM + 1, 10_000), "outside its buffer"),
     "negative offset": (edit(MOMENTUM + 1, -1), "outside its buffer"),
     "an offset whose end overflows": (edit(MOMENTUM + 1, LARGEST), "outside its buffer"),
@@ -190,6 +191,29 @@ def test_an_average_of_a_dtype_that_no_kernel_has_is_refused(average: torch.dtyp
     samplings = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     with pytest.raises(RuntimeError, match="average of segment 0 must have"):
         _C.step([param], [param.detach()], table.state, *table.tensors(), rows, samplings)
+
+
+@pytest.mark.parametrize(
+    ("param", "master"),
+    [
+        (torch.bfloat16, torch.float64),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
+def test_a_master_of_a_dtype_that_no_kernel_has_is_refused(
+    param: torch.dtype, master: torch.dtype
+) -> None:
+    p = nn.Parameter(torch.ones(40, dtype=param))
+    table = flat.Table()
+    table.add(p, 0, 0, row=0, sampling=0)
+    table.attach("master_param", {0: None}, {0: master})
+    rows = torch.tensor([[1.0, 0, 0, 0, 0, 1.0, 0, 0, 0.5]], dtype=torch.float64)
+    samplings = torch.zeros((1, 5), dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="master of segment 0 must be float32, of a 16-bit"):
+        _C.step([p], [p.detach()], table.state, *table.tensors(), rows, samplings)
 
 
 @pytest.mark.parametrize("door", [STEP, _C.step], ids=["dispatcher", "direct"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -173,6 +174,36 @@ def test_a_buffer_that_somebody_assigns_is_followed_as_by_torch() -> None:
     torch.testing.assert_close(*ends)
 
 
+def test_state_that_somebody_replaces_is_followed_also_while_the_old_one_is_kept() -> None:
+    ends = []
+    for make in (rf.FusedSGD, torch.optim.SGD):
+        (p,) = params(4)
+        opt = make([p], lr=0.1, momentum=0.5)
+        train(opt, range(1, 3))
+        old = opt.state
+        opt.state = copy.copy(old)
+        opt.state[p] = {"momentum_buffer": torch.full((4,), 10.0)}
+        train(opt, range(3, 5))
+        assert old[p]["momentum_buffer"].max() < 10.0
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends)
+
+
+def test_cleared_state_starts_again_also_while_its_tensors_are_kept() -> None:
+    ends = []
+    for make in (rf.FusedSGD, torch.optim.SGD):
+        first, second = params(4, 5)
+        opt = make([first, second], lr=0.1, momentum=0.5)
+        train(opt, range(1, 3))
+        kept = [dict(held) for held in opt.state.values()]
+        opt.state.clear()
+        train(opt, range(3, 5))
+        assert all(held["momentum_buffer"].max() > 0.0 for held in kept)
+        ends.append([first.detach(), second.detach()])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_implicit_rsgdm_may_start_again_with_another_momentum() -> None:
     (p,) = params(4)
     opt = rf.RSGDM([p], lr=0.1, momentum=0.5)
@@ -289,6 +320,17 @@ def test_a_group_added_over_parameters_that_overlapped_before_is_stepped_after_t
         train(opt, range(1, 3))
         ends.append(base)
     torch.testing.assert_close(*ends)
+
+
+def test_a_gradient_that_does_not_fit_is_found_before_any_of_several_launches() -> None:
+    base = torch.arange(12.0)
+    opt = rf.FusedSGD([nn.Parameter(base[:8]), nn.Parameter(base[4:])], lr=0.1, momentum=0.9)
+    train(opt, range(1, 4))
+    before = base.clone()
+    opt.param_groups[0]["params"][1].grad = torch.ones(8).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert torch.equal(base, before)
 
 
 def test_overlapping_parameters_come_back_from_averaged() -> None:
