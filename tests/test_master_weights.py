@@ -141,6 +141,15 @@ def test_a_model_loaded_behind_the_optimizers_back_is_trained_from_there() -> No
         assert torch.equal(p, q)
 
 
+def test_a_master_starts_as_its_parameter_to_the_sign_of_a_zero() -> None:
+    p = nn.Parameter(torch.tensor([-0.0, 0.0], dtype=torch.bfloat16))
+    opt = rf.FusedSGD([p], lr=0.1, master_weights=True)
+    p.grad = torch.zeros_like(p)
+    opt.step()
+    for value in (p, opt.state[p]["master_param"]):
+        assert value.signbit().tolist() == [True, False]
+
+
 def test_masters_belong_to_16_bit_parameters_alone() -> None:
     wide, narrow = vector(torch.float32), vector(torch.bfloat16)
     opt = rf.FusedSGD([wide, narrow], lr=0.1, momentum=0.9, master_weights=True)
