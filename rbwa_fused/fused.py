@@ -147,16 +147,11 @@ class FusedOptimizer(LaidOut):
         masters: dict[int, Tensor | None] = {}
         momentum: dict[int, Tensor | None] = {}
         table.lacking = []
-        if any(
-            plan.groups[group].buffered(p) and "average" not in self.state.get(p, {})
-            for p, group in zip(table.params, table.groups, strict=True)
-        ):
-            self._settle()
         for i, p in enumerate(table.params):
             group = plan.groups[table.groups[i]]
             held = self.state[p] if group.policy is not None else self.state.get(p, {})
             if group.buffered(p) and "average" not in held:
-                averages[i] = p.detach() if group.n_averaged > 0 else None
+                averages[i] = p.detach()
             moving = group.has_momentum and "momentum_buffer" not in held
             mastering = group.mastered(p) and "master_param" not in held
             if mastering and (grads[i] is not None or "momentum_buffer" in held):

@@ -200,7 +200,7 @@ class Twin:
         """What a step gives before it computes: averages, masters, and the beta that implicit RSGDM
         keeps.
 
-        An average that was the parameter itself, until a conversion, starts as the parameter. A
+        An average starts as the parameter, which it may have been until a conversion. A
         master starts with the first gradient, or where a conversion left momentum to go on with.
         """
         given = iter(gradients)
@@ -208,8 +208,7 @@ class Twin:
             for member in group.members:
                 dtype = group.average_dtype(member)
                 if dtype is not None and AVERAGE not in member.state:
-                    v = member.theta.v if group.samples > 0 else torch.zeros_like(member.theta.v)
-                    member.state[AVERAGE] = Value.of(v.to(dtype)), dtype
+                    member.state[AVERAGE] = Value.of(member.theta.v.to(dtype)), dtype
                 momentum = float(group.options["momentum"])
                 present, started = next(given) is not None, MOMENTUM in member.state
                 if member.mastered and MASTER not in member.state and (present or started):
