@@ -245,6 +245,8 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
             "test_bad_input.py",
             "test_averaged.py",
             "test_distributed_checkpoint.py",
+            "test_master_weights.py",
+            "test_outside_edits.py",
         ),
         False,
     ),

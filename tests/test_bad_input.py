@@ -1087,6 +1087,21 @@ CHECKPOINTS: dict[str, tuple[rf.Average | None, Call, str]] = {
         edited(lambda saved: [held.pop("average") for held in saved["state"].values()]),
         "parameter 0.*average",
     ),
+    "averages missing after one sample": (
+        EMA,
+        edited(
+            lambda saved: (
+                [held.pop("average") for held in saved["state"].values()],
+                group("n_averaged", 1)(saved),
+            )
+        ),
+        "counts 1 samples, but parameter 0",
+    ),
+    "averages without a policy of theirs or ours": (
+        None,
+        edited(group("average", None)),
+        "average for parameter 0",
+    ),
     "rule": (None, saved_by(cls=rf.RSGDM), "rule.*'rsgdm_implicit'.*'sgd'"),
     "explicit rule": (
         None,
