@@ -321,7 +321,17 @@ def test_the_rate_with_the_best_mean_on_validation_images_wins_and_a_tie_goes_to
     }
     plan, store = sweep_with(found, (0.1, 0.3, 1.0, 3.0), tmp_path)
     assert best(plan, plan.settings[0], "swa", store) == 1.0
-    assert plan.tried(plan.settings[0], "swa", store) == (0.1, 0.3, 1.0, 3.0)
+    assert plan.tried(plan.settings[0], "swa", store) == (0.1, 0.3, 0.56, 1.0, 1.8, 3.0)
+
+
+def test_the_quarter_decades_beside_the_best_are_tried_last(tmp_path: Path):
+    found = {lr: [(90.0 - abs(lr - 0.56), 0.5)] * 2 for lr in (0.1, 0.3, 1.0, 0.18, 0.56)}
+    half = {lr: found[lr] for lr in (0.1, 0.3, 1.0)}
+    plan, store = sweep_with(half, (0.1, 0.3, 1.0), tmp_path / "half")
+    assert plan.tried(plan.settings[0], "swa", store) == (0.1, 0.18, 0.3, 0.56, 1.0)
+    plan, store = sweep_with(found, (0.1, 0.3, 1.0), tmp_path / "quarter")
+    assert not [job for job in plan.sweep_jobs(store) if job.key not in store.records]
+    assert best(plan, plan.settings[0], "swa", store) == 0.56
 
 
 def test_a_sweep_whose_best_rate_is_an_end_goes_on_beyond_it(tmp_path: Path):
@@ -331,12 +341,13 @@ def test_a_sweep_whose_best_rate_is_an_end_goes_on_beyond_it(tmp_path: Path):
     assert [job.lr for job in plan.sweep_jobs(store) if job.key not in store.records] == [0.03] * 2
     rising = {lr: [(90.0 + lr, 0.5)] * 2 for lr in (0.1, 0.3, 1.0, 3.0)} | {10.0: [(9.0, 2.0)] * 2}
     plan, store = sweep_with(rising, (0.1, 0.3, 1.0), tmp_path / "up")
-    assert plan.tried(plan.settings[0], "swa", store) == (0.1, 0.3, 1.0, 3.0, 10.0)
+    assert plan.tried(plan.settings[0], "swa", store) == (0.1, 0.3, 1.0, 1.8, 3.0, 5.6, 10.0)
     assert best(plan, plan.settings[0], "swa", store) == 3.0
 
 
 def test_a_control_takes_the_rate_of_its_system_and_needs_no_sweep(tmp_path: Path):
-    rising = {lr: [(90.0 + lr, 0.5)] * 2 for lr in (0.1, 0.3, 1.0)} | {3.0: [(9.0, 2.0)] * 2}
+    rising = {lr: [(90.0 + lr, 0.5)] * 2 for lr in (0.1, 0.3, 0.56, 1.0)}
+    rising |= {lr: [(9.0, 2.0)] * 2 for lr in (1.8, 3.0)}
     plan, store = sweep_with(rising, (0.1, 0.3, 1.0), tmp_path, "rbwa")
     plan = replace(plan, systems=("rbwa", "rbwa-control"))
     assert not [job for job in plan.sweep_jobs(store) if job.key not in store.records]

@@ -4,8 +4,9 @@ Learning rates. A list is run as it is, and all of it is reported. ``auto`` give
 each setting the rate that does best on validation images: a fifth of the training images,
 trained on the other four fifths (under --hard: those training images that are not among the 300),
 with seeds that are not the results'. Best is the highest mean accuracy after the last epoch, of
-equals the lowest mean loss. While the best is the highest or the lowest rate tried, the next one of
-the ladder is tried too. No test image is looked at. The results then train on all training images.
+equals the lowest mean loss. The grid is the same for all; while the best is its highest or lowest
+rate, the next half decade is tried too, and at last the quarter decades beside the best. No test
+image is looked at. The results then train on all training images.
 A control takes the rate of the system that it is a control of.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from examples.papers.jobs import Job
-from examples.papers.settings import LADDER, SWEEP_SEED, Setting
+from examples.papers.settings import HALF_DECADES, LADDER, SWEEP_SEED, Setting
 from examples.papers.store import Key, Store
 from examples.papers.systems import controlled
 
@@ -30,7 +31,7 @@ class Plan:
         systems: names in SYSTEMS' order; of flatness the two to compare.
         baseline: the system that differences are taken to.
         rates: explicit learning rates, empty for ``auto``.
-        grid: the sweep's first rates, a part of LADDER.
+        grid: the sweep's first rates, a part of HALF_DECADES.
         sweeps: how many seeds the sweep has.
         rays, directions: of flatness.
     """
@@ -71,20 +72,22 @@ class Plan:
         ]
 
     def tried(self, setting: Setting, system: str, store: Store) -> tuple[float, ...]:
-        """The sweep's rates: the grid, and beyond it while the best is an end of what was tried."""
-        low, high = LADDER.index(self.grid[0]), LADDER.index(self.grid[-1])
+        """The sweep's rates, lowest first: the grid, beyond it while the best is an end of what was
+        tried, and then the best one's neighbours in quarter decades."""
+        low, high = HALF_DECADES.index(self.grid[0]), HALF_DECADES.index(self.grid[-1])
         while True:
-            rates = LADDER[low : high + 1]
+            rates = HALF_DECADES[low : high + 1]
             found = [success(self, setting, system, lr, store) for lr in rates]
             if None in found:
                 return rates
             best = rates[found.index(max(each for each in found if each is not None))]
-            if best == rates[-1] != LADDER[-1]:
+            if best == rates[-1] != HALF_DECADES[-1]:
                 high += 1
-            elif best == rates[0] != LADDER[0]:
+            elif best == rates[0] != HALF_DECADES[0]:
                 low -= 1
             else:
-                return rates
+                place = LADDER.index(best)
+                return tuple(sorted({*rates, *LADDER[max(0, place - 1) : place + 2]}))
 
     def result_jobs(self, store: Store) -> list[Job]:
         """Those that report, once the sweep is finished."""
