@@ -199,7 +199,7 @@ def rates(plan: Plan, rows: Sequence[Row]) -> str:
     grid = ", ".join(f"{lr:g}" for lr in plan.grid)
     text = (
         f"Learning rates: each system's best on validation images (accuracy, mean of "
-        f"{plan.sweeps} seed{'s' * (plan.sweeps > 1)} that are not the results'), of {grid}, "
+        f"{plan.sweeps} seed{'s' * (plan.sweeps > 1)} of its own), of {grid}, "
         f"the next half decade while an end is the best, and the quarter decades beside the best; "
         f"these are for SGD without momentum, "
         f"and where momentum sums gradients the optimizer gets 1 - momentum of them. {shown}"
