@@ -29,6 +29,7 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
     """The first hook behind ``state_dict()``: adds counters, rule and the policy's repr to the
     groups, and puts the averages that are live now back where training has them."""
     opt = opt._itself
+    opt._refuse_midway("state_dict")
     waiting = set(opt._settle())
     groups = state_dict["param_groups"]
     for group, (n_averaged, beta) in zip(groups, opt._counters(), strict=True):

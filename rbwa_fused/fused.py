@@ -20,6 +20,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
+from rbwa_fused.in_backward import InBackward
 from rbwa_fused.layout import LaidOut
 from rbwa_fused.plan import Plan
 
@@ -63,6 +64,8 @@ class FusedOptimizer(LaidOut):
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         self._refuse_inside_averaged("step")
+        if self._early is not None:
+            self._early.check(closure, self.__dict__.get("found_inf"))
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -84,19 +87,16 @@ class FusedOptimizer(LaidOut):
         """Gather, plan, launch, count. False, with nothing changed, where tables are outdated."""
         plan = self._plan
         assert plan is not None
-        if (
-            self.state is not self._known_state
-            or len(self.state) != self._known_size
-            or not self._describes(plan)
-        ):
+        if self._early is not None and self._early.stepped is not None:
+            self._early.finish(self, plan)
+            return True
+        if not self._up_to_date(plan):
             return False
         gathered: list[Gathered] = []
         absent = present = False
         if len(self._tables) > 1:
             plan.starting = True
         for table, backend in self._launches:
-            if not table.holds_state():
-                return False
             grads: Grads = [p.grad for p in table.params]
             kinds = set(map(type, grads))
             absent = absent or NONE in kinds
@@ -139,6 +139,19 @@ class FusedOptimizer(LaidOut):
             plan.commit()
         for table, _, grads in gathered:
             self._finish(plan, table, grads, absent, scale)
+        return True
+
+    def _up_to_date(self, plan: Plan) -> bool:
+        """Whether groups and state are what the tables were made for."""
+        if (
+            self.state is not self._known_state
+            or len(self.state) != self._known_size
+            or not self._describes(plan)
+        ):
+            return False
+        for table, _ in self._launches:
+            if not table.holds_state():
+                return False
         return True
 
     def _start(self, plan: Plan, table: flat.Table, grads: Grads) -> None:
@@ -276,6 +289,7 @@ class FusedOptimizer(LaidOut):
             >>> with opt.averaged():
             ...     evaluate(model)
         """
+        self._itself._refuse_midway("averaged")
         return evaluate.averaged(self._itself)
 
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
@@ -283,6 +297,7 @@ class FusedOptimizer(LaidOut):
 
         Buffers are the model's own; every tensor is a copy.
         """
+        self._itself._refuse_midway("averaged_state_dict")
         return evaluate.averaged_state_dict(self._itself, model)
 
     # ---- checkpoints ---------------------------------------------------------------------------
@@ -296,10 +311,12 @@ class FusedOptimizer(LaidOut):
         """
         opt = self._itself
         opt._refuse_inside_averaged("load_state_dict")
+        opt._refuse_midway("load_state_dict")
         checkpoint.load(opt, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_averaged("pickle or deepcopy")
+        self._refuse_midway("pickle or deepcopy")
         held = self.state.copy()
         for p in set(self._settle()) & held.keys():
             held[p] = {k: v for k, v in held[p].items() if k not in self.streams}
@@ -310,6 +327,7 @@ class FusedOptimizer(LaidOut):
             "_flatten": self._flatten,
             "_capturable": self._capturable,
             "_master_weights": self._master_weights,
+            "_in_backward": self._in_backward,
             "_steps": self._steps,
             "counters": self._counters(),
         }
@@ -318,5 +336,6 @@ class FusedOptimizer(LaidOut):
         counters = state.pop("counters")
         self._weak_self = weakref.ref(self)
         super().__setstate__(state)
+        self._early = InBackward(self) if self._in_backward else None
         self.register_state_dict_post_hook(checkpoint.export)
         self._build(self.param_groups, self._flatten, counters)

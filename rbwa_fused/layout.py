@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
+from rbwa_fused.in_backward import MIDWAY, InBackward
 from rbwa_fused.plan import GroupPlan, Plan
 
 Group = dict[str, Any]
@@ -39,6 +40,7 @@ class LaidOut(Optimizer):
     _warned = False  # that the reference runs
     _evaluating: evaluate.Exchange | None = None
     _deferred: dict[torch.device, Deferred] | None = None  # where the host does not count
+    _early: InBackward | None = None  # the hooks that step inside the backward pass
 
     def __init__(
         self,
@@ -49,12 +51,17 @@ class LaidOut(Optimizer):
         flatten: bool,
         capturable: bool,
         master_weights: bool,
+        in_backward: bool,
     ) -> None:
+        if in_backward and capturable:
+            raise ValueError("capturable=True does not go with in_backward=True")
         self._weak_self = weakref.ref(self)
         self._backend_name = backend
         self._flatten = flatten
         self._capturable = capturable
         self._master_weights = master_weights
+        self._in_backward = in_backward
+        self._early = InBackward(self) if in_backward else None
         self._steps = 0
         self._check_hyperparameters(defaults)
         checks.average(defaults, capturable)
@@ -78,6 +85,7 @@ class LaidOut(Optimizer):
             self._itself.add_param_group(param_group)
             return
         self._refuse_inside_averaged("add_param_group")
+        self._refuse_midway("add_param_group")
         checks.duplicates(param_group)
         if self._plan is not None and (
             self._deferred is not None  # the host counts again, so that the group is counted in
@@ -122,6 +130,8 @@ class LaidOut(Optimizer):
         known_turns = [turn for (_, turn), table in self._tables.items() for _ in table.params]
         new = [p for group in groups for p in group["params"]]
         turns, alone = flat.turns(known + new, known_turns)
+        if self._early is not None:  # a launch for each parameter
+            turns = list(range(len(turns)))
         turn_of = dict(zip(known + new, turns, strict=True))
         if move:
             flat.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
@@ -146,6 +156,9 @@ class LaidOut(Optimizer):
         self._kernels_check = all(backend.checks for _, backend in self._launches)
         plan.starting = True
         self._known_state, self._known_size = self.state, len(self.state)
+        if self._early is not None:
+            owners = {p for p, own in zip(known + new, alone, strict=True) if own}
+            self._early.attach(self._launches, owners)
 
     def _take_over_state(self, plan: Plan, table: flat.Table, new: set[Tensor]) -> None:
         for stream in flat.STREAMS:
@@ -244,3 +257,7 @@ class LaidOut(Optimizer):
     def _refuse_inside_averaged(self, what: str) -> None:
         if self._evaluating is not None:
             raise RuntimeError(f"{what}() inside averaged(), where the averaged weights are live")
+
+    def _refuse_midway(self, what: str) -> None:
+        if self._early is not None and self._early.stepped is not None:
+            raise RuntimeError(f"{what}() {MIDWAY}")

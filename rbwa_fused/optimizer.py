@@ -44,6 +44,11 @@ class FusedSGD(FusedOptimizer):
         master_weights (bool): bfloat16 and float16 parameters get a float32 master and float32
             momentum in the state; each step moves the master and rounds the parameter from it.
             What others write to a parameter, its master follows (default: False).
+        in_backward (bool): step each parameter inside the backward pass, as soon as its gradient is
+            complete, and free the gradient. `step()` then ends the step. The same bits, less
+            memory; not with GradScaler, closures, accumulated gradients or
+            DistributedDataParallel, and what looks at all gradients before the step (clipping by
+            their norm) finds none (default: False).
 
     Raises:
         ValueError, TypeError: naming the argument and the value received.
@@ -79,6 +84,7 @@ class FusedSGD(FusedOptimizer):
         flatten: bool = True,
         capturable: bool = False,
         master_weights: bool = False,
+        in_backward: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -96,6 +102,7 @@ class FusedSGD(FusedOptimizer):
             flatten=flatten,
             capturable=capturable,
             master_weights=master_weights,
+            in_backward=in_backward,
         )
 
 
@@ -115,7 +122,7 @@ class RSGDM(FusedOptimizer):
         difference (str, optional): "implicit" keeps one buffer and asks for a constant momentum
             (docs/equivalences.md); "explicit" keeps the paper's three; None is the paper's SGDM
             baseline without the difference (default: "implicit").
-        maximize, average, backend, flatten, capturable, master_weights: as FusedSGD's.
+        maximize, average, backend, flatten, capturable, master_weights, in_backward: as FusedSGD's.
 
     Raises:
         ValueError: also where ``momentum`` changes after the first step under "implicit".
@@ -137,6 +144,7 @@ class RSGDM(FusedOptimizer):
         flatten: bool = True,
         capturable: bool = False,
         master_weights: bool = False,
+        in_backward: bool = False,
     ) -> None:
         if difference not in ("implicit", "explicit", None):
             raise ValueError(
@@ -157,6 +165,7 @@ class RSGDM(FusedOptimizer):
             flatten=flatten,
             capturable=capturable,
             master_weights=master_weights,
+            in_backward=in_backward,
         )
 
     @property

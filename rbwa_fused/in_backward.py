@@ -1,0 +1,162 @@
+"""The step inside the backward pass: a parameter moves as soon as its gradient is complete.
+
+Every parameter has a table of its own then (layout.py). A hook that autograd calls behind the
+gradient launches that table and frees the gradient, which on a CPU is still in cache; `step()` is
+left with the parameters that had none, with hooks and counters. `InBackward` is the part of
+FusedOptimizer that knows of this.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from rbwa_fused import checks, flat, ops
+from rbwa_fused.plan import Plan
+
+if TYPE_CHECKING:
+    from rbwa_fused.fused import FusedOptimizer
+    from rbwa_fused.layout import LaidOut
+
+Launch = tuple[flat.Table, ops.Backend]
+MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
+
+
+class InBackward:
+    """The hooks of an optimizer's parameters, and how far its step has come.
+
+    Attributes:
+        stepped: parameters that the step under way has moved; None outside of one.
+    """
+
+    def __init__(self, opt: LaidOut) -> None:
+        self.stepped: set[Tensor] | None = None
+        self._opt: weakref.ref[Any] = weakref.ref(opt)
+        self._launch_of: dict[Tensor, Launch] = {}
+        self._handles: dict[Tensor, RemovableHandle] = {}
+        self._frozen: list[Tensor] = []  # autograd takes no hook for them yet
+        self._lock = RLock()  # autograd has a thread for each device
+        self._replicated = False  # whether DistributedDataParallel has been looked for
+        weakref.finalize(opt, remove, self._handles).atexit = False
+
+    def attach(self, launches: list[Launch], alone: set[Tensor]) -> None:
+        """Hooks the parameters of the tables, once each; those that share memory wait for step(),
+        which moves them in their order."""
+        self._launch_of = {launch[0].params[0]: launch for launch in launches}
+        for p in self._handles.keys() - self._launch_of.keys():
+            self._handles.pop(p).remove()
+        self._frozen = [p for p in self._launch_of if p in alone and p not in self._handles]
+        self._hook_unfrozen()
+
+    def _hook_unfrozen(self) -> None:
+        opt_of = self._opt
+
+        def hook(param: Tensor) -> None:
+            opt = opt_of()
+            if opt is not None and opt._early is not None:
+                opt._early.move(opt, param)
+
+        for p in [p for p in self._frozen if p.requires_grad]:
+            self._handles[p] = p.register_post_accumulate_grad_hook(hook)
+            self._frozen = [other for other in self._frozen if other is not p]
+
+    def move(self, opt: FusedOptimizer, param: Tensor) -> None:
+        """Steps one parameter and frees its gradient."""
+        with self._lock, torch.no_grad():
+            if self.stepped is None:
+                self._begin(opt)
+            assert self.stepped is not None and opt._plan is not None
+            if param not in self._launch_of:
+                return  # no longer the optimizer's
+            if param in self.stepped:
+                table = self._launch_of[param][0]
+                name = checks.name_of(opt.param_groups[table.groups[0]], table.index[0])
+                raise RuntimeError(
+                    f"a second gradient of parameter {name} before step(): with in_backward=True "
+                    "every backward pass is a step, so gradients cannot be accumulated"
+                )
+            self._launch(opt, opt._plan, *self._launch_of[param], absent=False)
+            param.grad = None
+            self.stepped.add(param)
+
+    def _begin(self, opt: FusedOptimizer) -> None:
+        """What `FusedOptimizer._update` looks at before its launch."""
+        opt._refuse_inside_averaged("backward")
+        self._look_for_replicas()
+        while True:
+            plan = opt._plan
+            assert plan is not None
+            if opt._up_to_date(plan) and all(table.fits(0) for table, _ in opt._launches):
+                break
+            opt._rebuild()
+        plan.sample(opt._steps + 1)
+        plan.update(1.0)
+        self.stepped = set()
+
+    def check(self, closure: object, found_inf: Tensor | None) -> None:
+        """Looks after the hooks at a step(), and raises for what comes too late."""
+        if closure is not None:
+            raise RuntimeError("step(closure) with in_backward=True: the closure's backward steps")
+        if found_inf is not None:
+            raise RuntimeError(
+                "GradScaler with in_backward=True: parameters have stepped in the backward pass "
+                "with gradients that were still scaled"
+            )
+        if self._frozen:
+            self._hook_unfrozen()
+
+    def finish(self, opt: FusedOptimizer, plan: Plan) -> None:
+        """The rest of a step that has begun: parameters whose gradient, if any, no hook has seen,
+        and the counters."""
+        stepped, self.stepped = self.stepped, None
+        assert stepped is not None
+        for table, backend in opt._launches:
+            p = table.params[0]
+            if p not in stepped and (
+                p.grad is not None or plan.groups[table.groups[0]].policy is not None
+            ):
+                self._launch(opt, plan, table, backend, absent=p.grad is None)
+        opt._steps += 1
+        plan.commit()
+
+    def _launch(
+        self, opt: FusedOptimizer, plan: Plan, table: flat.Table, backend: ops.Backend, absent: bool
+    ) -> None:
+        grads = [table.params[0].grad]
+        fits = checks.fit(table, grads, opt.param_groups)
+        opt._start(plan, table, grads)
+        if not (fits and opt._launch(plan, table, backend.step, grads)):
+            raise RuntimeError(f"a parameter was converted or moved {MIDWAY}")
+        opt._finish(plan, table, grads, absent, 1.0)
+
+    def _look_for_replicas(self) -> None:
+        """Raises for DistributedDataParallel, whose gradients are not yet averaged here. It tells
+        nobody which parameters it has, so it is looked for among all objects, once."""
+        if self._replicated or not (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        ):
+            return
+        self._replicated = True
+        replicated = torch.nn.parallel.DistributedDataParallel
+        for thing in gc.get_objects():
+            # isinstance would ask lazy objects for their class, and wake them.
+            if replicated in type(thing).__mro__ and any(
+                p in self._launch_of for p in thing.parameters()
+            ):
+                self._replicated = False
+                raise RuntimeError(
+                    "in_backward=True under DistributedDataParallel: a parameter would step before "
+                    "its gradient is averaged over the processes"
+                )
+
+
+def remove(handles: dict[Tensor, RemovableHandle]) -> None:
+    """Takes the hooks away, so that a parameter without its optimizer keeps its gradients."""
+    for handle in handles.values():
+        handle.remove()
