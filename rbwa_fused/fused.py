@@ -149,10 +149,7 @@ class FusedOptimizer(LaidOut):
             or not self._describes(plan)
         ):
             return False
-        for table, _ in self._launches:
-            if not table.holds_state():
-                return False
-        return True
+        return all(table.holds_state() for table, _ in self._launches)
 
     def _start(self, plan: Plan, table: flat.Table, grads: Grads) -> None:
         """Gives parameters the state they come to need; momentum's absence marks its first step."""
