@@ -33,6 +33,7 @@ class Provider:
             average; None where they cannot be said.
         period: steps between samples.
         eager_steps: the first steps, which are not taken in the way that is timed.
+        model: the network whose weights these are, None where there is none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Provider:
     moved: Callable[[], tuple[float, float] | None]
     period: int = 1
     eager_steps: int = 0
+    model: nn.Module | None = None
     steps: int = field(default=0, init=False)
 
     def prepare(self) -> bool:

@@ -51,6 +51,7 @@ def ours(
     difference: Difference = "implicit",
     backend: str = "cpu",
     capturable: bool = False,
+    in_backward: bool = False,
 ) -> Build:
     """A builder for FusedSGD, or for RSGDM where the maths are RSGDM's."""
 
@@ -63,6 +64,7 @@ def ours(
             "backend": backend,
             "flatten": flatten,
             "capturable": capturable,
+            "in_backward": in_backward,
         }
         opt: torch.optim.Optimizer
         if maths.rule == "rsgdm":
@@ -94,6 +96,7 @@ def ours(
             state=lambda: [t for s in opt.state.values() for t in s.values()],
             moved=moved,
             period=1 if average is None else average.every,
+            model=model,
         )
 
     return build
@@ -178,6 +181,24 @@ HOST_ROWS: tuple[str, ...] = (
 HOST_GROUP_ROWS: tuple[str, ...] = (BASELINE, "SGD + momentum", "RBWA", "EMA")
 
 
+# Rows of a whole training step; the last ones have no step of their own to be timed.
+IN_BACKWARD = ", in_backward"
+TRAINED: tuple[Row, ...] = (
+    *(
+        row
+        for row in ROWS
+        if row.name
+        in (
+            *(BASELINE, "torch SGD foreach", "SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA"),
+            *("SWA", "fused + AveragedModel (mean)", "fused + AveragedModel (EMA)"),
+            *("RBWA: fused + mean + copy back", "RSGDM, foreach"),
+        )
+    ),
+    _row("SGD + momentum" + IN_BACKWARD, in_backward=True),
+    _row("EMA" + IN_BACKWARD, in_backward=True),
+)
+
+
 def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
     """The rows that match one of the patterns (all if there are none), and always the baseline.
 
@@ -196,6 +217,6 @@ def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
     ]
 
 
-def named(names: tuple[str, ...] | list[str]) -> list[Row]:
+def named(names: tuple[str, ...] | list[str], rows: Sequence[Row] = ROWS) -> list[Row]:
     """The rows of these names, in the table's order."""
-    return [row for row in ROWS if row.name in names]
+    return [row for row in rows if row.name in names]

@@ -99,6 +99,7 @@ def _provider(
         averages=averages,
         state=state,
         moved=moved,
+        model=model,
     )
 
 
@@ -266,4 +267,5 @@ def rsgdm_foreach(problem: Problem, name: str) -> Provider:
         averages=lambda: None,
         state=lambda: [*m, *z, *previous],
         moved=lambda: (moved, moved),
+        model=model,
     )

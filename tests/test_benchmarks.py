@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from contextlib import nullcontext
@@ -36,13 +37,23 @@ from benchmarks import (
     shapes,
     step,
     today,
+    training,
 )
 from benchmarks.check import Average, Maths
 from benchmarks.gpu_timing import LEAST_ROUNDS, Series, copy_bandwidth
 from benchmarks.gpu_timing import interleaved as interleaved_on
 from benchmarks.problem import Problem, small_tensors, with_gradients
 from benchmarks.provider import Provider, check
-from benchmarks.providers import BASELINE, HOST_GROUP_ROWS, HOST_ROWS, ROWS, Row, named, selected
+from benchmarks.providers import (
+    BASELINE,
+    HOST_GROUP_ROWS,
+    HOST_ROWS,
+    ROWS,
+    TRAINED,
+    Row,
+    named,
+    selected,
+)
 from benchmarks.timing import Times, interleaved
 
 # Bytes of an element that a step moves, by hand: reads and writes of theta, g, m and a.
@@ -709,3 +720,65 @@ def test_the_rows_of_replicas_pull_to_the_mean(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ArithmeticError, match="is off by"):
         replicas.check(wrong, replicas.drawn("small", torch.float32, 3))
     assert [p.moved(3) * 4 for p in replicas.PROVIDERS] == [68, 76, 24]
+
+
+# ---- a whole training step ---------------------------------------------------------------------
+
+
+def sampled(step: float, whole: float = 10.0, disturbed: bool = False) -> training.Sample:
+    return training.Sample((whole - step) / 1e3, step / 1e3, disturbed)
+
+
+def test_overhead_is_the_steps_difference_over_the_whole_training_step() -> None:
+    base = [sampled(2.0), sampled(2.0), sampled(3.0), sampled(9.0, 99.0, disturbed=True)]
+    own = [sampled(2.5), sampled(2.5, 11.0), sampled(2.5, 12.0), sampled(2.5)]
+    found = training.figures([{BASELINE: base, "EMA": own}], "EMA")
+    assert found["step ms"] == pytest.approx(2.5)
+    assert found["overhead"] == pytest.approx(5.0)
+    assert found["ratio"] == pytest.approx(1.1)  # of 1.0, 1.1, 1.2: the disturbed pair is dropped
+    assert found["pairs"] == 3
+    low, high = found["interval"]
+    assert 1.0 - 1e-9 <= low <= 1.1 <= high <= 1.2 + 1e-9
+    within = training.figures([{BASELINE: base, "EMA, in_backward": own}], "EMA, in_backward")
+    assert within["step ms"] is None and within["ratio"] == pytest.approx(1.1)
+
+
+def test_every_row_of_a_training_step_proves_itself_and_trains(monkeypatch: Any) -> None:
+    def network(name: str, dtype: torch.dtype) -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        return nn.Sequential(*layers, nn.Linear(4, training.CLASSES)).to(dtype)
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(training, "torchvision_model", network)
+    args = training.arguments(["--processes", "1", "--repeats", "2", "--batch-size", "2"])
+    try:
+        samples = training.measure(args, args.rows, 0)
+        peaks = {"EMA, in_backward": training.peak(args, "EMA, in_backward")}
+    finally:
+        torch.set_num_threads(threads)
+        gc.enable()
+    assert list(samples) == [row.name for row in TRAINED if row.available()]
+    assert all(len(own) == 2 and all(s.step > 0.0 for s in own) for own in samples.values())
+    text = training.report(args, [samples], peaks)
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == len(samples) + 2
+    assert f"{peaks['EMA, in_backward']:.0f}" in text
+
+
+def test_a_row_in_backward_has_no_gradients_left_when_its_step_begins() -> None:
+    problem = with_gradients(nn.Sequential(nn.Flatten(), nn.Linear(12, training.CLASSES)))
+    (row,) = named(["EMA, in_backward"], TRAINED)
+    provider = row.build(problem, row.name)
+    seen = []
+    step = provider.step
+    provider.step = lambda: seen.append([p.grad for p in provider.params]) or step()
+    training.train(provider, training.images(2, 2))
+    assert seen == [[None, None]]
+
+
+@pytest.mark.parametrize("bad", [["--repeats", "0"], ["--only", "nothing of that name"]])
+def test_training_refuses_what_it_cannot_measure(bad: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        training.arguments(bad)
+    error = capsys.readouterr().err
+    assert bad[-1] in error or "at least 1" in error
