@@ -12,6 +12,7 @@ demo: .venv/demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q
+	RBWA_BENCHMARK_MODEL=squeezenet1_0 $(BIN)/python -m pytest -q benchmarks --benchmark-disable
 
 check: .venv/dev
 	$(BIN)/ruff check $(TREES)
@@ -25,7 +26,7 @@ format: .venv/dev
 	$(BIN)/clang-format -i $(CPP)
 
 bench: .venv/dev
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks
 
 # Breaks the mathematics in one place at a time; the exit status counts what no test noticed.
 mutants: .venv/dev

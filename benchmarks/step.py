@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from benchmarks.progress import bar
 
@@ -143,30 +143,30 @@ def on_gpu(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def on_cpu(args: argparse.Namespace) -> None:
-    """One model, in fresh processes."""
-    model = cpu_model(args.model)
-    if find_spec("torchvision") is None:
-        stop("torchvision is needed, for the shapes of its models")
-    if find_spec("rbwa_fused._C") is None:
-        stop("rbwa_fused's CPU kernels are not built")
-    from benchmarks import machine, problem, report
-    from benchmarks.process import HOST_TICKS, Settings, in_fresh_process
+def ticks(args: argparse.Namespace) -> int:
+    """Times that a process tells of its progress."""
+    from benchmarks.process import HOST_TICKS
 
-    try:
-        problem.known_model(model)
-        rows, library = available_rows(args.only)
-    except ValueError as error:
-        stop(str(error))
-    check_memory(model, args.dtype, len(rows))
-    description = machine.description(args.threads)
-    out = writable(args.out or RESULTS / f"{machine.slug()}-{description['date']}.json")
+    return int(args.repeats) + (HOST_TICKS if args.host else 0)
 
-    results = []
-    ticks = args.repeats + (HOST_TICKS if args.host else 0)
-    with bar(args.processes * ticks, "round") as progress:
-        for seed in range(args.processes):
-            settings = Settings(
+
+def measured(
+    args: argparse.Namespace,
+    model: str,
+    rows: tuple[str, ...],
+    library: str | None,
+    after_tick: Callable[[], object],
+) -> list[dict[str, Any]]:
+    """The result of each fresh process.
+
+    Raises:
+        RuntimeError: for a process that failed.
+    """
+    from benchmarks.process import Settings, in_fresh_process
+
+    return [
+        in_fresh_process(
+            Settings(
                 model=model,
                 dtype=args.dtype,
                 threads=args.threads,
@@ -175,19 +175,44 @@ def on_cpu(args: argparse.Namespace) -> None:
                 rows=rows,
                 library=library,
                 host=args.host,
-            )
-            try:
-                results.append(in_fresh_process(settings, progress.update))
-            except RuntimeError as error:
-                progress.close()
-                stop(str(error))
+            ),
+            after_tick,
+        )
+        for seed in range(args.processes)
+    ]
+
+
+def on_cpu(args: argparse.Namespace) -> None:
+    """One model, in fresh processes."""
+    model = cpu_model(args.model)
+    if find_spec("torchvision") is None:
+        stop("torchvision is needed, for the shapes of its models")
+    if find_spec("rbwa_fused._C") is None:
+        stop("rbwa_fused's CPU kernels are not built")
+    from benchmarks import machine, problem, report
+
+    try:
+        problem.known_model(model)
+        rows, library = available_rows(args.only)
+    except ValueError as error:
+        stop(str(error))
+    check_memory(model, args.dtype, len(rows))
+    description = machine.description(args.threads)
+    out = writable(args.out or RESULTS / f"{machine.slug()}-{description['date']}-step.json")
+
+    with bar(args.processes * ticks(args), "round") as progress:
+        try:
+            results = measured(args, model, rows, library, progress.update)
+        except RuntimeError as error:
+            progress.close()
+            stop(str(error))
     print(report.tables(description, model, args.dtype, results))
-    measured = {
+    written = {
         "machine": description,
         "settings": {"model": model, "dtype": args.dtype, "repeats": args.repeats},
         "processes": results,
     }
-    out.write_text(json.dumps(measured, indent=1) + "\n")
+    out.write_text(json.dumps(written, indent=1) + "\n")
     print(f"\nwritten: {out}")
 
 

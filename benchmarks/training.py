@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchvision.models import ResNet
 
 from benchmarks import machine
 from benchmarks.problem import Problem, torchvision_model, with_gradients
@@ -39,6 +40,7 @@ from benchmarks.report import table
 from benchmarks.timing import switches
 
 CLASSES = 1000  # of torchvision's networks
+SMALL = 64  # pixels, at which a ResNet's own stem leaves no image
 WARMING = 3  # steps before the clock runs: cuDNN, allocator, caches
 Batch = tuple[Tensor, Tensor]
 
@@ -77,14 +79,20 @@ def train(provider: Provider, batch: Batch) -> Sample:
     return Sample(between - start, end - between, switches() != before)
 
 
-def problem_of(args: argparse.Namespace) -> Problem:
-    return with_gradients(torchvision_model(args.model, torch.float32))
+def network(args: argparse.Namespace) -> nn.Module:
+    """torchvision's network; a ResNet gets the usual stem for small images, a 3x3 convolution of
+    stride 1 without max-pool, or BatchNorm would see one number a channel of a single image."""
+    model = torchvision_model(args.model, torch.float32)
+    if isinstance(model, ResNet) and args.side <= SMALL:
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    return model
 
 
 def measure(args: argparse.Namespace, rows: tuple[str, ...], seed: int) -> dict[str, list[Sample]]:
     """The samples of each row, one a round, in this process."""
     torch.set_num_threads(args.threads)
-    providers = prepared(named(rows, TRAINED), problem_of(args))
+    providers = prepared(named(rows, TRAINED), with_gradients(network(args)))
     batch = images(args.batch_size, args.side)
     for provider in providers:
         for _ in range(WARMING):
@@ -104,7 +112,7 @@ def measure(args: argparse.Namespace, rows: tuple[str, ...], seed: int) -> dict[
 def peak(args: argparse.Namespace, row: str) -> float:
     """Megabytes that the process held at most, of which its libraries take the same in each row."""
     torch.set_num_threads(args.threads)
-    problem = Problem(torchvision_model(args.model, torch.float32), ([], []))
+    problem = Problem(network(args), ([], []))
     (provider,) = [r.build(problem, r.name) for r in named([row], TRAINED)]
     batch = images(args.batch_size, args.side)
     for _ in range(WARMING):
@@ -166,7 +174,7 @@ def report(
     peaks: dict[str, float],
 ) -> str:
     """The table."""
-    numel = sum(p.numel() for p in torchvision_model(args.model, torch.float32).parameters())
+    numel = sum(p.numel() for p in network(args).parameters())
     rows = []
     for name in results[0]:
         found = figures(results, name)

@@ -23,6 +23,7 @@ pytest.importorskip("rbwa_fused._C")
 pytest.importorskip("torchvision")
 
 import rbwa_fused as rf
+from benchmarks import __main__ as suite
 from benchmarks import (
     ceiling,
     device,
@@ -31,10 +32,12 @@ from benchmarks import (
     gpu_report,
     gpu_rows,
     graph,
+    pictures,
     progress,
     replicas,
     report,
     shapes,
+    sizes,
     step,
     today,
     training,
@@ -744,13 +747,13 @@ def test_overhead_is_the_steps_difference_over_the_whole_training_step() -> None
 
 
 def test_every_row_of_a_training_step_proves_itself_and_trains(monkeypatch: Any) -> None:
-    def network(name: str, dtype: torch.dtype) -> nn.Module:
+    def network_of(name: str, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(0)
         layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         return nn.Sequential(*layers, nn.Linear(4, training.CLASSES)).to(dtype)
 
     threads = torch.get_num_threads()
-    monkeypatch.setattr(training, "torchvision_model", network)
+    monkeypatch.setattr(training, "torchvision_model", network_of)
     args = training.arguments(["--processes", "1", "--repeats", "2", "--batch-size", "2"])
     try:
         samples = training.measure(args, args.rows, 0)
@@ -774,6 +777,79 @@ def test_a_row_in_backward_has_no_gradients_left_when_its_step_begins() -> None:
     provider.step = lambda: seen.append([p.grad for p in provider.params]) or step()
     training.train(provider, training.images(2, 2))
     assert seen == [[None, None]]
+
+
+def results_of_a_suite() -> dict[str, Any]:
+    """Figures that nobody measured, in the suite's form."""
+    times = {row.name: 1.0 + k for k, row in enumerate(ROWS)}
+    processes = [
+        {
+            "step": {
+                name: {"ms": factor * ms, "samples": 9, "disturbed": 1}
+                for name, ms in times.items()
+            },
+            "facts": {
+                name: {"bytes per parameter": 20.0 if "foreach" not in name else None}
+                for name in times
+            },
+            "parameters": 10**7,
+        }
+        for factor in (1.0, 1.5)
+    ]
+    overhead = {"overhead": 3.0, "overheads": (2.0, 4.0), "ratio": 1.0, "interval": (0.9, 1.1)}
+    rows = {row.name: {**overhead, "step ms": 1.0, "whole ms": 9.0, "pairs": 5} for row in TRAINED}
+    sizes_found = {str(n): {name: {"ms": n / 1e6} for name in sizes.ROWS} for n in sizes.COUNTS}
+    return {
+        "machine": {"cpu": "a processor", "threads": 2, "torch": "2.10"},
+        "step": {"model": "resnet18", "dtype": "float32", "processes": processes},
+        "copy GB/s": 50.0,
+        "sizes": sizes_found,
+        "training": [{"model": "resnet18", "batch size": size, "rows": rows} for size in (1, 8)],
+    }
+
+
+def test_the_suites_pictures_show_every_row(tmp_path: Path) -> None:
+    results = json.loads(json.dumps(results_of_a_suite()))
+    files = pictures.draw(results, tmp_path / "machine-2026-01-01")
+    assert [file.name for file in files] == [
+        f"machine-2026-01-01-{what}.png" for what in ("step", "bandwidth", "sizes", "training")
+    ]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+    def names(figure: Any) -> list[str]:
+        return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+    assert names(pictures.step_times(results)) == [row.name for row in ROWS]  # fastest first
+    moved = processes_with_bytes(results)
+    assert names(pictures.bandwidth(results)) == moved
+    trained = [r.name for r in TRAINED if r.name != BASELINE and "in_backward" not in r.name]
+    assert names(pictures.training(results)) == trained
+
+
+def processes_with_bytes(results: dict[str, Any]) -> list[str]:
+    facts = results["step"]["processes"][0]["facts"]
+    return [row.name for row in ROWS if facts[row.name]["bytes per parameter"]]
+
+
+def test_step_time_by_size_is_measured_for_every_size(monkeypatch: Any) -> None:
+    monkeypatch.setattr(sizes, "COUNTS", (620, 6200))
+    monkeypatch.setattr(sizes, "COPIED", 2**16)
+    threads = torch.get_num_threads()
+    try:
+        found = sizes.run(threads, 0)
+    finally:
+        torch.set_num_threads(threads)
+    assert found["copy GB/s"] > 0.0
+    assert list(found["sizes"]) == ["620", "6200"]
+    for figures in found["sizes"].values():
+        assert list(figures) == list(sizes.ROWS)
+        assert all(own["ms"] > 0.0 and own["samples"] >= 8 for own in figures.values())
+
+
+def test_the_suite_says_what_is_not_installed(monkeypatch: Any) -> None:
+    monkeypatch.setattr(suite, "find_spec", lambda name: None if name == "scipy" else True)
+    with pytest.raises(SystemExit, match="scipy not installed"):
+        suite.main([])
 
 
 @pytest.mark.parametrize("bad", [["--repeats", "0"], ["--only", "nothing of that name"]])

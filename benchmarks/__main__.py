@@ -1,0 +1,120 @@
+"""All benchmarks, in under ten minutes on two cores: ``python -m benchmarks``, or ``make bench``.
+
+One optimizer step of ResNet-18 by provider, step time by parameter count, the machine's copy
+bandwidth, and whole training steps with what averaging adds to them. Prints tables; writes
+benchmarks/results/<machine>-<date>.json and four pictures beside it. On a GPU it runs
+``benchmarks.step --device cuda`` in their place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import date
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks import step, training
+from benchmarks.progress import bar
+
+NEEDED = ("torchvision", "matplotlib", "scipy", "rbwa_fused._C")
+BATCH_SIZES, FULL_BATCH_SIZES = (1, 8), (1, 8, 32)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--full", action="store_true", help="more processes; batch size 32 as well")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/…)")
+    args = parser.parse_args(argv)
+    if args.threads < 1:
+        parser.error(f"--threads must be at least 1, not {args.threads}")
+    return args
+
+
+def measured_training(args: argparse.Namespace, batch_size: int, progress: Any) -> dict[str, Any]:
+    """Figures of each row at a batch size, and their table."""
+    options = training.arguments(
+        [
+            *("--batch-size", str(batch_size), "--threads", str(args.threads)),
+            *("--processes", "6" if args.full else "3"),
+            *("--repeats", str(40 if args.full else 25 if batch_size == 1 else 12)),
+        ]
+    )
+    samples = []
+    for seed in range(options.processes):
+        with get_context("spawn").Pool(1) as pool:
+            samples.append(pool.apply(training.measure, (options, options.rows, seed)))
+        progress.update()
+    peaks = {}
+    for name in options.rows if batch_size == BATCH_SIZES[-1] else ():
+        with get_context("spawn").Pool(1) as pool:
+            peaks[name] = pool.apply(training.peak, (options, name))
+    progress.update()
+    rows = {name: training.figures(samples, name) for name in options.rows}
+    return {
+        "model": options.model,
+        "batch size": batch_size,
+        "rows": rows,
+        "peak MB": peaks,
+        "table": training.report(options, samples, peaks),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints, writes, draws."""
+    args = arguments(argv)
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        sys.exit(f"benchmarks: {', '.join(missing)} not installed: make .venv/dev")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve a busy machine
+    import torch
+
+    if torch.cuda.is_available():
+        step.main(["--device", "cuda", *(["--out", str(args.out)] if args.out else [])])
+        return
+    from benchmarks import machine, pictures, report, sizes
+
+    description = machine.description(args.threads)
+    out = step.writable(args.out or step.RESULTS / f"{machine.slug()}-{date.today()}.json")
+    processes = 12 if args.full else 4
+    batch_sizes = FULL_BATCH_SIZES if args.full else BATCH_SIZES
+    stepping = step.arguments(
+        ["--processes", str(processes), "--repeats", "30", "--threads", str(args.threads)]
+    )
+    rows, library = step.available_rows([])
+    with bar(processes * step.ticks(stepping), "round of 1: step") as progress:
+        steps = step.measured(stepping, step.MODEL, rows, library, progress.update)
+    with bar(len(sizes.COUNTS) + 1, "size of 2: sizes") as progress:
+        with get_context("spawn").Pool(1) as pool:
+            by_size = pool.apply(sizes.run, (args.threads, 0))
+        progress.update(len(sizes.COUNTS) + 1)
+    training_processes = len(batch_sizes) * ((6 if args.full else 3) + 1)
+    with bar(training_processes, "process of 3: training") as progress:
+        trained = [measured_training(args, size, progress) for size in batch_sizes]
+    texts = [
+        report.tables(description, step.MODEL, stepping.dtype, steps),
+        *(run.pop("table") for run in trained),
+    ]
+    print("\n\n".join(texts))
+    results = {
+        "machine": description,
+        "step": {"model": step.MODEL, "dtype": stepping.dtype, "processes": steps},
+        **by_size,
+        "training": trained,
+    }
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    files = pictures.draw(results, out.with_suffix(""))
+    print(f"\nwritten: {', '.join(map(str, [out, *files]))}")
+
+
+if __name__ == "__main__":
+    main()
