@@ -176,7 +176,7 @@ FUSED: Mutants = [
     ("            or len(self.state) != self._known_size\n", ""),
     ("            or not self._describes(plan)\n", ""),
     ("        if len(self._tables) > 1:\n            plan.starting = True\n", ""),
-    ("            if not table.holds_state():\n                return False\n", ""),
+    ("return all(table.holds_state() for table, _ in self._launches)", "return True"),
     ("if table.lacking and any(", "if False and any("),
     ("        if not present:\n            return True\n", ""),
     ("found_inf.item() != 0", "found_inf.item() == 1"),
@@ -199,6 +199,31 @@ FUSED: Mutants = [
     ("if table.copies and not all(", "if False and not all("),
     ("        self.register_state_dict_post_hook(checkpoint.export)\n", ""),
     ('"counters": self._counters(),', '"counters": [(0, None)] * len(self.param_groups),'),
+]
+IN_BACKWARD: Mutants = [
+    ("            param.grad = None\n", ""),
+    ("self.stepped.add(param)", "pass"),
+    ("if param in self.stepped:", "if False:"),
+    ("        opt._steps += 1\n", ""),
+    ("        plan.commit()\n", ""),
+    ("        plan.sample(opt._steps + 1)\n", ""),
+    ("        plan.update(1.0)\n", ""),
+    ("if p in alone and p not in self._handles", "if p not in self._handles"),
+    ("self._handles.pop(p).remove()", "pass"),
+    ("        if self._frozen:\n            self._hook_unfrozen()\n", ""),
+    ('opt._refuse_inside_averaged("backward")', "pass"),
+    ("        self._look_for_replicas()\n", ""),
+    ("opt._up_to_date(plan) and all(table.fits(0) for table, _ in opt._launches)", "True"),
+    (" and all(table.fits(0) for table, _ in opt._launches)", ""),
+    ("opt._up_to_date(plan) and ", ""),
+    ("weakref.finalize(opt, remove, self._handles).atexit = False", "pass"),
+    ("p.grad is not None or plan.groups[table.groups[0]].policy is not None", "p.grad is not None"),
+    ("absent=p.grad is None", "absent=False"),
+    ("        opt._start(plan, table, grads)\n", ""),
+    ("if not (fits and opt._launch(plan, table, backend.step, grads)):", "if not fits:"),
+    ("if p not in stepped and (", "if True and ("),
+    ("if found_inf is not None:", "if False:"),
+    ("if closure is not None:", "if False:"),
 ]
 
 STEPS = (
@@ -231,6 +256,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/flat.py", FLAT, STEPS, False),
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
+    ("rbwa_fused/in_backward.py", IN_BACKWARD, ("test_in_backward.py",), False),
     (
         "rbwa_fused/evaluate.py",
         EVALUATE,
