@@ -29,9 +29,10 @@ class Average:
 
 @dataclass(frozen=True)
 class Maths:
-    """What a provider computes: torch's SGD with or without momentum, or RSGDM; an average."""
+    """What a provider computes: torch's SGD with or without momentum, RSGDM, or schedule-free SGD
+    (Defazio et al., 2024), which has no weight decay here; an average."""
 
-    rule: Literal["plain", "momentum", "rsgdm"] = "momentum"
+    rule: Literal["plain", "momentum", "rsgdm", "schedule_free"] = "momentum"
     average: Average | None = None
 
 
@@ -40,6 +41,8 @@ def expected(
 ) -> tuple[Tensor, Tensor]:
     """Weights and average after a step for each gradient, in float64, as the papers print it."""
     theta = a = theta.double()
+    if maths.rule == "schedule_free":
+        return schedule_free(theta, gradients, lr), a
     m = z = previous = None
     n = 0
     for t, gradient in enumerate(gradients, start=1):
@@ -62,6 +65,15 @@ def expected(
             if maths.average.written_back:
                 theta = a
     return theta, a
+
+
+def schedule_free(theta: Tensor, gradients: Sequence[Tensor], lr: float) -> Tensor:
+    """The point y at which gradients are taken, between z, which SGD moves, and its mean x."""
+    x = z = theta
+    for t, gradient in enumerate(gradients, start=1):
+        z = z - lr * gradient.double()
+        x = x + (z - x) / t
+    return (1 - MOMENTUM) * z + MOMENTUM * x
 
 
 def sample(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 import rbwa_fused
 
-PEERS = ("torchvision", "timm", "ema_pytorch")
+PEERS = ("torchvision", "timm", "ema_pytorch", "schedulefree")
 
 
 def cpu_name() -> str:

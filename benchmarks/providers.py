@@ -160,6 +160,7 @@ def _rows() -> list[Row]:
         Row("RBWA: fused + mean + copy back", "today", today.averaged_model("rbwa")),
         Row("RBWA-E: fused + EMA + copy back", "today", today.averaged_model("rbwa_e")),
         Row("RSGDM, foreach", "today", today.rsgdm_foreach),
+        Row("schedule_free SGD", "today", today.schedule_free, needs="schedulefree"),
         *(
             Row(f"plain loop: {streams}", "ceiling", ceiling.loop(streams))
             for streams in ceiling.STREAMS

@@ -30,6 +30,7 @@ SEPARATE = 11  # g + decay theta: 3, m *= mu: 2, m += g: 3, theta -= lr m: 3
 LERP = 3
 MEAN = 10  # without foreach: (theta - a): 3, / (n + 1): 2, a + …: 3, copied into a: 2
 COPY = 2
+SCHEDULE_FREE = 9  # y to z: 3, y += g: 3, z -= g: 3
 RSGDM = 20  # the seven passes of rsgdm_foreach: 3 + 3 + 3 + 3 + 2 + 3 + 3
 
 
@@ -229,6 +230,29 @@ def ema_pytorch_ema(problem: Problem, name: str) -> Provider:
         step=step,
         average=Average(_warming_up),
         averaged=averaged.ema_model,
+    )
+
+
+def schedule_free(problem: Problem, name: str) -> Provider:
+    """schedulefree's SGD, by foreach. It would add weight decay to the gradients themselves, which
+    are shared here, so it has none."""
+    from schedulefree import SGDScheduleFree
+
+    model = problem.copy()
+    opt = SGDScheduleFree(problem.groups(model), momentum=MOMENTUM, foreach=True)
+    opt.train()
+    moved = float(SCHEDULE_FREE * problem.dtype.itemsize)
+    return Provider(
+        name=name,
+        kind="today",
+        maths=Maths("schedule_free"),
+        params=list(model.parameters()),
+        step=opt.step,
+        use_gradients=use_gradients_of(problem, model),
+        averages=lambda: None,
+        state=lambda: [held["z"] for held in opt.state.values()],
+        moved=lambda: (moved, moved),
+        model=model,
     )
 
 
