@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from benchmarks import report
 from benchmarks.providers import BASELINE, IN_BACKWARD, ROWS
@@ -67,15 +68,15 @@ def named_bars(axes: Axes, names: list[str], values: list[float], ends: list[Any
     axes.errorbar(values, places, xerr=errors, fmt="none", ecolor="#333333", elinewidth=1.0)
     axes.set_yticks(places, names, fontsize="small")
     axes.set_ylim(0.4, len(names) + 0.6)
-    for place, value in zip(places, values, strict=True):
-        axes.annotate(
-            f" {value:.2f}",
-            (0.0, place),
-            va="center",
-            fontsize="x-small",
-            color="white",
-            weight="bold",
-        )
+    for place, value, (_, high) in zip(places, values, ends, strict=True):
+        axes.text(high, place, f"  {value:.3g}", va="center", fontsize="x-small")
+    shown = {kind_of(name) for name in names}
+    axes.legend(
+        [Patch(color=color) for kind, color in COLORS.items() if kind in shown],
+        [title for kind, title in report.GROUPS.items() if kind in shown],
+        frameon=False,
+        fontsize="small",
+    )
 
 
 def step_times(results: Results) -> Figure:
@@ -91,11 +92,8 @@ def step_times(results: Results) -> Figure:
     values = [median(times[name]) for name in names]
     named_bars(axes, names, values, [(min(times[n]), max(times[n])) for n in names])
     axes.set_xscale("log")
-    axes.set_xlim(0.6 * min(values), 1.3 * max(max(own) for own in times.values()))
+    axes.set_xlim(0.6 * min(values), 1.6 * max(max(own) for own in times.values()))
     axes.set_xlabel(f"ms a step (log), median and range of {len(processes)} processes")
-    for text, value in zip(axes.texts, values, strict=True):
-        text.set_position((0.62 * min(values), text.get_position()[1]))
-        text.set_text(f"{value:.2f}")
     return figure
 
 
@@ -116,9 +114,10 @@ def bandwidth(results: Results) -> Figure:
     values = [median(reached[name]) for name in names]
     named_bars(axes, names, values, [(min(reached[n]), max(reached[n])) for n in names])
     copied = results["copy GB/s"]
-    axes.axvline(copied, color="black", linestyle="--", label=f"b.copy_(a): {copied:.0f} GB/s")
+    axes.axvline(copied, color="black", linestyle="--")
+    axes.text(copied, 0.5, f" b.copy_(a): {copied:.0f}", fontsize="small")
+    axes.set_xlim(0.0, 1.1 * max(copied, *(max(own) for own in reached.values())))
     axes.set_xlabel("GB/s of the bytes that each row moves, its own temporaries included")
-    axes.legend(frameon=False, loc="lower right")
     return figure
 
 
