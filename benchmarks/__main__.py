@@ -31,7 +31,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--full", action="store_true", help="more processes; batch size 32 as well")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="more processes, rows that torch.compile builds, batch size 32 as well",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/…)")
     args = parser.parse_args(argv)
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stepping = step.arguments(
         ["--processes", str(processes), "--repeats", "30", "--threads", str(args.threads)]
     )
-    rows, library = step.available_rows([])
+    rows, library = step.available_rows(["*"] if args.full else [])
     with bar(processes * step.ticks(stepping), "round of 1: step") as progress:
         steps = step.measured(stepping, step.MODEL, rows, library, progress.update)
     with bar(len(sizes.COUNTS) + 1, "size of 2: sizes") as progress:

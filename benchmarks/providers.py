@@ -30,14 +30,15 @@ Difference = Literal["implicit", "explicit"]
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its name, its group, how to build it, the module it cannot do without, and whether
-    a CUDA graph replays it."""
+    """One row: its name, its group, how to build it, the module it cannot do without, whether a
+    CUDA graph replays it, and whether it takes so long to build that it must be asked for."""
 
     name: str
     kind: Kind
     build: Build
     needs: str | None = None
     captured: bool = False
+    slow: bool = False
 
     def available(self) -> bool:
         return self.needs is None or find_spec(self.needs) is not None
@@ -161,6 +162,8 @@ def _rows() -> list[Row]:
         Row("RBWA-E: fused + EMA + copy back", "today", today.averaged_model("rbwa_e")),
         Row("RSGDM, foreach", "today", today.rsgdm_foreach),
         Row("schedule_free SGD", "today", today.schedule_free, needs="schedulefree"),
+        Row("SGD + momentum, compiled", "today", today.compiled(average=False), slow=True),
+        Row("EMA, compiled", "today", today.compiled(average=True), slow=True),
         *(
             Row(f"plain loop: {streams}", "ceiling", ceiling.loop(streams))
             for streams in ceiling.STREAMS
@@ -201,7 +204,8 @@ TRAINED: tuple[Row, ...] = (
 
 
 def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
-    """The rows that match one of the patterns (all if there are none), and always the baseline.
+    """The rows that match one of the patterns (all that are not slow if there are none), and always
+    the baseline.
 
     Raises:
         ValueError: for a pattern that matches nothing.
@@ -212,7 +216,7 @@ def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
     return [
         row
         for row in rows
-        if not patterns
+        if (not patterns and not row.slow)
         or row.name == BASELINE
         or any(fnmatch(row.name, pattern) for pattern in patterns)
     ]

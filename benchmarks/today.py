@@ -180,6 +180,54 @@ def foreach_lerp(written_back: bool) -> Callable[[Problem, str], Provider]:
     return build
 
 
+def compiled(average: bool) -> Callable[[Problem, str], Provider]:
+    """SGD with momentum, and an EMA behind it if asked, as foreach calls that torch.compile makes
+    one function of."""
+
+    def build(problem: Problem, name: str) -> Provider:
+        model = problem.copy()
+        params: list[Tensor] = [p.detach() for p in model.parameters()]
+        m, a = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        (lr,) = problem.lrs
+        live = list(model.parameters())
+
+        def update(params: list[Tensor], grads: list[Tensor], weight: float) -> None:
+            decayed = torch._foreach_add(grads, params, alpha=WEIGHT_DECAY)
+            torch._foreach_mul_(m, MOMENTUM)
+            torch._foreach_add_(m, decayed)
+            torch._foreach_add_(params, m, alpha=-lr)
+            if average:
+                torch._foreach_lerp_(a, params, weight)
+
+        compiled_update = torch.compile(update)
+        started = False
+
+        @torch.no_grad()
+        def step() -> None:
+            nonlocal started
+            grads = [p.grad for p in live if p.grad is not None]
+            compiled_update(params, grads, 1 - EMA_DECAY)
+            if average and not started:
+                torch._foreach_copy_(a, params)  # the first sample
+            started = True
+
+        moved = 4.0 * (FUSED + 2 * average)
+        return Provider(
+            name=name,
+            kind="today",
+            maths=Maths("momentum", Average(ema(EMA_DECAY)) if average else None),
+            params=live,
+            step=step,
+            use_gradients=use_gradients_of(problem, model),
+            averages=lambda: a if average else None,
+            state=lambda: [*m, *(a if average else [])],
+            moved=lambda: (moved, moved),
+            model=model,
+        )
+
+    return build
+
+
 def apex_sgd(problem: Problem, name: str) -> Provider:
     """apex's FusedSGD."""
     from apex.optimizers import FusedSGD
