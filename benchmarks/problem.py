@@ -87,14 +87,6 @@ def small_tensors(count: int = 62, size: int = 8, groups: int = 1) -> Problem:
     return with_gradients(nn.ParameterList(tensors), tuple(LR / (1 + i) for i in range(groups)))
 
 
-def known_model(name: str) -> None:
-    """Raises ValueError for a model that torchvision does not have."""
-    from torchvision.models import list_models
-
-    if name not in list_models():
-        raise ValueError(f"unknown model: {name} (see torchvision.models.list_models())")
-
-
 def torchvision_model(name: str, dtype: torch.dtype) -> nn.Module:
     """A randomly initialised model of torchvision, BatchNorm buffers and all."""
     from torchvision.models import get_model
@@ -102,14 +94,3 @@ def torchvision_model(name: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = get_model(name, weights=None)
     return model.to(dtype)
-
-
-def bytes_needed(name: str, dtype: torch.dtype, rows: int) -> int:
-    """About what a process takes that measures so many rows: three streams in each, four where
-    a 16-bit row keeps a float32 average, two sets of gradients, the model, and temporaries."""
-    from torchvision.models import get_model
-
-    with torch.device("meta"):
-        numel = sum(p.numel() for p in get_model(name, weights=None).parameters())
-    streams = 4 if dtype.itemsize == 2 else 3
-    return int(numel) * dtype.itemsize * (streams * rows + 7)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks import ceiling
-from benchmarks.problem import Problem, small_tensors, torchvision_model, with_gradients
+from benchmarks.problem import Problem, small_tensors, with_gradients
 from benchmarks.provider import Provider, check
 from benchmarks.providers import HOST_GROUP_ROWS, HOST_ROWS, Row, named
+from benchmarks.shapes import network
 from benchmarks.timing import interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,8 +84,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.host:
         result["host"] = host_times(HOST_ROWS, 1, settings)
         result["host, groups"] = host_times(HOST_GROUP_ROWS, HOST_GROUPS, settings)
-    model = torchvision_model(settings.model, getattr(torch, settings.dtype))
-    whole = with_gradients(model)
+    whole = with_gradients(network(settings.model, getattr(torch, settings.dtype)))
     providers = prepared(named(settings.rows), whole)
     result["step"] = interleaved(providers, settings.rounds, 1, settings.seed, tick)
     result["facts"] = {

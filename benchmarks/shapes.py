@@ -1,4 +1,5 @@
-"""Parameter shapes of four models, so that a GPU's machine needs no torchvision.
+"""Parameter shapes of four models, so that a GPU's machine needs no torchvision, and the CPU steps
+transformers.
 
 ResNet-18 and ResNet-50 as torchvision builds them, GPT-2 small with tied embeddings (124M), and a
 transformer of the same blocks with a billion parameters. A step reads no activations, so shapes,
@@ -14,7 +15,7 @@ from math import prod
 import torch
 from torch import nn
 
-from benchmarks.problem import Problem, with_gradients
+from benchmarks.problem import Problem, torchvision_model, with_gradients
 
 CLASSES = 1000  # of ImageNet
 VOCABULARY, CONTEXT = 50257, 1024  # of GPT-2
@@ -111,3 +112,31 @@ class Weights(nn.Module):
 def problem(layout: Layout, dtype: torch.dtype, device: torch.device) -> Problem:
     """A layout's weights and gradients, drawn on the device."""
     return with_gradients(Weights(layout, dtype, device))
+
+
+def network(name: str, dtype: torch.dtype) -> nn.Module:
+    """What the CPU steps: torchvision's model, or the weights of one of MODELS.
+
+    Raises:
+        ValueError: for a name that is neither.
+    """
+    from torchvision.models import list_models
+
+    if name in list_models():
+        return torchvision_model(name, dtype)
+    if name in MODELS:
+        return Weights(MODELS[name](), dtype, torch.device("cpu"))
+    known = f"{', '.join(MODELS)} or one of torchvision.models.list_models()"
+    raise ValueError(f"unknown model: {name} (expected {known})")
+
+
+def bytes_needed(name: str, dtype: torch.dtype, rows: int) -> int:
+    """About what a process takes that measures so many rows: three streams in each, four where
+    a 16-bit row keeps a float32 average, two sets of gradients, the model, and temporaries."""
+    if name in MODELS:
+        numel = MODELS[name]().numel
+    else:
+        with torch.device("meta"):
+            numel = sum(p.numel() for p in network(name, torch.float32).parameters())
+    streams = 4 if dtype.itemsize == 2 else 3
+    return int(numel) * dtype.itemsize * (streams * rows + 7)

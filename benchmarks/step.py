@@ -41,8 +41,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Arguments(prog="python -m benchmarks.step", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     models = (
-        f"cpu: any classifier of torchvision (default: {MODEL}); cuda: resnet18, resnet50, gpt2, "
-        "transformer-1b, one or several (default: all)"
+        f"cpu: any classifier of torchvision, gpt2 or transformer-1b (default: {MODEL}); cuda: "
+        "resnet18, resnet50, gpt2, transformer-1b, one or several (default: all)"
     )
     parser.add_argument("--model", action="extend", nargs="+", metavar="NAME", help=models)
     backend = "cuda: measure this one of ours only (default: both where available)"
@@ -99,9 +99,9 @@ def check_memory(model: str, dtype: str, rows: int) -> None:
     """Ends the program where the rows do not fit into this machine's memory."""
     import torch
 
-    from benchmarks import machine, problem
+    from benchmarks import machine, shapes
 
-    needed = problem.bytes_needed(model, getattr(torch, dtype), rows)
+    needed = shapes.bytes_needed(model, getattr(torch, dtype), rows)
     free = machine.free_memory()
     if needed > free:
         stop(
@@ -189,14 +189,13 @@ def on_cpu(args: argparse.Namespace) -> None:
         stop("torchvision is needed, for the shapes of its models")
     if find_spec("rbwa_fused._C") is None:
         stop("rbwa_fused's CPU kernels are not built")
-    from benchmarks import machine, problem, report
+    from benchmarks import machine, report
 
     try:
-        problem.known_model(model)
         rows, library = available_rows(args.only)
+        check_memory(model, args.dtype, len(rows))
     except ValueError as error:
         stop(str(error))
-    check_memory(model, args.dtype, len(rows))
     description = machine.description(args.threads)
     out = writable(args.out or RESULTS / f"{machine.slug()}-{description['date']}-step.json")
 
