@@ -72,7 +72,8 @@ def with_gradients(model: nn.Module, lrs: tuple[float, ...] = (LR,), seed: int =
 
     def gradient(p: Tensor) -> Tensor:
         drawn = torch.randn(p.shape, generator=generator, device=device)
-        return drawn.mul_(GRADIENT_SCALE).to(p.dtype)
+        # In the parameter's layout, as autograd's are; torch's fused SGD minds no other.
+        return torch.empty_like(p, requires_grad=False).copy_(drawn.mul_(GRADIENT_SCALE))
 
     def gradients() -> list[Tensor]:
         return [gradient(p) for p in params]

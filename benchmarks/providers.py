@@ -185,24 +185,6 @@ HOST_ROWS: tuple[str, ...] = (
 HOST_GROUP_ROWS: tuple[str, ...] = (BASELINE, "SGD + momentum", "RBWA", "EMA")
 
 
-# Rows of a whole training step; the last ones have no step of their own to be timed.
-IN_BACKWARD = ", in_backward"
-TRAINED: tuple[Row, ...] = (
-    *(
-        row
-        for row in ROWS
-        if row.name
-        in (
-            *(BASELINE, "torch SGD foreach", "SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA"),
-            *("SWA", "fused + AveragedModel (mean)", "fused + AveragedModel (EMA)"),
-            *("RBWA: fused + mean + copy back", "RSGDM, foreach"),
-        )
-    ),
-    _row("SGD + momentum" + IN_BACKWARD, in_backward=True),
-    _row("EMA" + IN_BACKWARD, in_backward=True),
-)
-
-
 def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
     """The rows that match one of the patterns (all that are not slow if there are none), and always
     the baseline.
@@ -225,3 +207,22 @@ def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
 def named(names: tuple[str, ...] | list[str], rows: Sequence[Row] = ROWS) -> list[Row]:
     """The rows of these names, in the table's order."""
     return [row for row in rows if row.name in names]
+
+
+# Rows of a whole training step, on any device; the last ones have no step of their own to time.
+IN_BACKWARD = ", in_backward"
+TRAINED: tuple[Row, ...] = (
+    *named((BASELINE, "torch SGD foreach")),
+    *(
+        _row(name, backend="auto")
+        for name in ("SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA", "SWA")
+    ),
+    _row("SGD + momentum" + IN_BACKWARD, backend="auto", in_backward=True),
+    _row("EMA" + IN_BACKWARD, backend="auto", in_backward=True),
+    *named(
+        (
+            *("fused + AveragedModel (mean)", "fused + AveragedModel (EMA)"),
+            *("RBWA: fused + mean + copy back", "RSGDM, foreach"),
+        )
+    ),
+)

@@ -28,7 +28,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchvision.models import ResNet
+from torchvision.models import ResNet, list_models
 
 from benchmarks import machine
 from benchmarks.problem import Problem, torchvision_model, with_gradients
@@ -59,23 +59,34 @@ class Sample:
         return self.passes + self.step
 
 
-def images(size: int, side: int) -> Batch:
+def images(args: argparse.Namespace) -> Batch:
     """A batch of noise and its labels."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn((size, 3, side, side), generator=generator)
-    return drawn, torch.arange(size) % CLASSES
+    drawn = torch.randn((args.batch_size, 3, args.side, args.side), generator=generator)
+    if args.channels_last:
+        drawn = drawn.to(memory_format=torch.channels_last)
+    return drawn.to(args.device), (torch.arange(args.batch_size) % CLASSES).to(args.device)
 
 
-def train(provider: Provider, batch: Batch) -> Sample:
+def now(device: str) -> float:
+    """The time at which the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+def train(provider: Provider, batch: Batch, args: argparse.Namespace) -> Sample:
     """One training step. Freeing the gradients belongs to neither part."""
     assert provider.model is not None
     for p in provider.model.parameters():
         p.grad = None
-    before, start = switches(), perf_counter()
-    cross_entropy(provider.model(batch[0]), batch[1]).backward()
-    between = perf_counter()
+    before, start = switches(), now(args.device)
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+        loss = cross_entropy(provider.model(batch[0]), batch[1])
+    loss.backward()
+    between = now(args.device)
     provider.step()
-    end = perf_counter()
+    end = now(args.device)
     return Sample(between - start, end - between, switches() != before)
 
 
@@ -86,17 +97,19 @@ def network(args: argparse.Namespace) -> nn.Module:
     if isinstance(model, ResNet) and args.side <= SMALL:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
-    return model
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(args.device)
 
 
 def measure(args: argparse.Namespace, rows: tuple[str, ...], seed: int) -> dict[str, list[Sample]]:
     """The samples of each row, one a round, in this process."""
     torch.set_num_threads(args.threads)
     providers = prepared(named(rows, TRAINED), with_gradients(network(args)))
-    batch = images(args.batch_size, args.side)
+    batch = images(args)
     for provider in providers:
         for _ in range(WARMING):
-            train(provider, batch)
+            train(provider, batch, args)
     samples: dict[str, list[Sample]] = {provider.name: [] for provider in providers}
     shuffle = random.Random(seed).shuffle
     order = list(providers)
@@ -105,18 +118,21 @@ def measure(args: argparse.Namespace, rows: tuple[str, ...], seed: int) -> dict[
     for _ in range(args.repeats):
         shuffle(order)
         for provider in order:
-            samples[provider.name].append(train(provider, batch))
+            samples[provider.name].append(train(provider, batch, args))
     return samples
 
 
 def peak(args: argparse.Namespace, row: str) -> float:
-    """Megabytes that the process held at most, of which its libraries take the same in each row."""
+    """Megabytes at most: of the allocator on a GPU; else resident ones of the process, of which its
+    libraries take the same in each row."""
     torch.set_num_threads(args.threads)
     problem = Problem(network(args), ([], []))
     (provider,) = [r.build(problem, r.name) for r in named([row], TRAINED)]
-    batch = images(args.batch_size, args.side)
+    batch = images(args)
     for _ in range(WARMING):
-        train(provider, batch)
+        train(provider, batch, args)
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
@@ -194,8 +210,10 @@ def report(
         )
     head = ", ".join(f"{k}: {v}" for k, v in machine.description(args.threads).items())
     title = (
-        f"{args.model}, {numel / 1e6:.1f}M parameters, float32, batches of {args.batch_size} "
-        f"{args.side}x{args.side} images; {len(results)} fresh processes of {args.repeats} rounds"
+        f"{args.model} on {args.device}, {numel / 1e6:.1f}M parameters, float32"
+        f"{', bfloat16 autocast' * args.amp}{', channels_last' * args.channels_last}, batches of "
+        f"{args.batch_size} {args.side}x{args.side} images; {len(results)} fresh processes of "
+        f"{args.repeats} rounds"
     )
     header = ["row", "step ms", "whole ms", "overhead", "range", "ratio", "95 %", "pairs"]
     return "\n\n".join([head, title, table([*header, "peak MB"], rows)])
@@ -209,6 +227,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="resnet18", help="a classifier of torchvision")
     parser.add_argument("--batch-size", type=int, default=8, help="images (default: %(default)s)")
     parser.add_argument("--side", type=int, default=32, help="pixels (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--amp", action="store_true", help="forward under bfloat16 autocast")
+    parser.add_argument("--channels-last", action="store_true", help="images and weights")
     only = "rows to measure beside the baseline, such as 'RBWA*'; may be repeated"
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=only)
     parser.add_argument("--threads", type=int, default=2)
@@ -221,6 +242,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "side", "threads", "processes", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.model not in list_models():
+        parser.error(f"unknown model: {args.model} (see torchvision.models.list_models())")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
     try:
         args.rows = tuple(row.name for row in selected(args.only, TRAINED) if row.available())
     except ValueError as error:
