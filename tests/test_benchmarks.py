@@ -32,6 +32,7 @@ from benchmarks import (
     gpu_report,
     gpu_rows,
     graph,
+    instructions,
     pictures,
     progress,
     replicas,
@@ -865,3 +866,19 @@ def test_training_refuses_what_it_cannot_measure(bad: list[str], capsys: Any) ->
         training.arguments(bad)
     error = capsys.readouterr().err
     assert (bad[-1] in error or "at least 1" in error) and "Traceback" not in error
+
+
+def test_instructions_are_read_from_a_dump(tmp_path: Path) -> None:
+    dump = tmp_path / "out.1"
+    dump.write_text("events: Ir\nsummary: 0\nfn=(1) step\n12 7\ntotals: 2480000\n")
+    assert instructions.total(dump) == 2_480_000
+    dump.write_text("events: Ir\nsummary: 0\n")
+    with pytest.raises(RuntimeError, match=r"out\.1 has no total"):
+        instructions.total(dump)
+
+
+def test_instructions_without_valgrind_are_told_in_a_line(monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["instructions"])
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="valgrind is not installed"):
+        instructions.main()
