@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Launch = tuple[flat.Table, ops.Backend]
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
+CONVERTED = f"a parameter was converted or moved {MIDWAY}"
 
 
 class InBackward:
@@ -81,7 +82,8 @@ class InBackward:
                     f"a second gradient of parameter {name} before step(): with in_backward=True "
                     "every backward pass is a step, so gradients cannot be accumulated"
                 )
-            self._launch(opt, opt._plan, *self._launch_of[param], absent=False)
+            launch = self._launch_of[param]
+            self._launch(opt, opt._plan, launch, self._start(opt, opt._plan, launch[0]))
             param.grad = None
             self.stepped.add(param)
 
@@ -116,24 +118,31 @@ class InBackward:
         and the counters."""
         stepped, self.stepped = self.stepped, None
         assert stepped is not None
-        for table, backend in opt._launches:
-            p = table.params[0]
-            if p not in stepped and (
-                p.grad is not None or plan.groups[table.groups[0]].policy is not None
-            ):
-                self._launch(opt, plan, table, backend, absent=p.grad is None)
+        rest = []
+        for launch in opt._launches:
+            p, group = launch[0].params[0], plan.groups[launch[0].groups[0]]
+            if p not in stepped and (p.grad is not None or group.policy is not None):
+                rest.append((launch, self._start(opt, plan, launch[0])))
+        for launch, grads in rest:
+            self._launch(opt, plan, launch, grads)
         opt._steps += 1
         plan.commit()
 
-    def _launch(
-        self, opt: FusedOptimizer, plan: Plan, table: flat.Table, backend: ops.Backend, absent: bool
-    ) -> None:
+    def _start(self, opt: FusedOptimizer, plan: Plan, table: flat.Table) -> list[Tensor | None]:
+        """The gradient of a table's parameter, which is given the state that it comes to need."""
         grads = [table.params[0].grad]
-        fits = checks.fit(table, grads, opt.param_groups)
+        if not checks.fit(table, grads, opt.param_groups):
+            raise RuntimeError(CONVERTED)
         opt._start(plan, table, grads)
-        if not (fits and opt._launch(plan, table, backend.step, grads)):
-            raise RuntimeError(f"a parameter was converted or moved {MIDWAY}")
-        opt._finish(plan, table, grads, absent, 1.0)
+        return grads
+
+    def _launch(
+        self, opt: FusedOptimizer, plan: Plan, launch: Launch, grads: list[Tensor | None]
+    ) -> None:
+        table, backend = launch
+        if not opt._launch(plan, table, backend.step, grads):
+            raise RuntimeError(CONVERTED)
+        opt._finish(plan, table, grads, grads[0] is None, 1.0)
 
     def _look_for_replicas(self) -> None:
         """Raises for DistributedDataParallel, whose gradients are not yet averaged here. It tells

@@ -148,6 +148,7 @@ class Case:
     flatten: bool = True
     capturable: bool = False
     master_weights: bool = False
+    in_backward: bool = False
 
 
 def admits(policy: rf.Average | bool | None, dtype: torch.dtype, master_weights: bool) -> bool:

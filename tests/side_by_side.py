@@ -53,6 +53,7 @@ class SideBySide:
             "flatten": flatten,
             "capturable": self.case.capturable,
             "master_weights": self.case.master_weights,
+            "in_backward": self.case.in_backward,
         }
         if self.case.rule == "sgd":
             return rf.FusedSGD(groups, **more)

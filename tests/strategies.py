@@ -188,4 +188,5 @@ def cases(draw: st.DrawFn, device: bool = False) -> Case:
         draw(st.booleans()),
         capturable,
         master_weights,
+        not device and draw(st.sampled_from([False, False, True])),
     )

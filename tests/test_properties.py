@@ -57,6 +57,7 @@ KINDS = [
     "some gradients missing",
     "all gradients",
     "masters",
+    "in the backward pass",
     "40 tensors",
     "two threads",
     "refused momentum",

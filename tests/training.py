@@ -10,6 +10,7 @@ import copy
 import io
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,7 +128,18 @@ class Training(SideBySide):
             else:
                 p.grad = laid_out(g, p.dtype, event.layout)
 
+    def backward(self) -> None:
+        """Parameters step in a backward pass that gives the gradients there are; what is left are
+        those that no hook may step."""
+        pairs = [(p, p.grad) for p in self.model if p.grad is not None]
+        self.model.zero_grad()
+        if pairs:
+            torch.stack([(p * g).sum().to(F64) for p, g in pairs]).sum().backward()
+        self.tried.add("in the backward pass")
+
     def step(self, event: Step) -> None:
+        if self.case.in_backward and event.found_inf is not None:
+            event = replace(event, scale=None, found_inf=None)  # GradScaler is refused
         self.gradients(event)
         kept = [p.grad for p in self.model]
         present = any(g is not None for g in kept)
@@ -138,6 +150,8 @@ class Training(SideBySide):
         if event.found_inf is not None:  # as torch.amp.GradScaler does
             scale = None if event.scale is None else torch.tensor(event.scale)
             self.opt.grad_scale, self.opt.found_inf = scale, torch.tensor(event.found_inf)
+        if self.case.in_backward:
+            self.backward()
         self.opt.step()
         if event.found_inf is not None:
             del self.opt.grad_scale, self.opt.found_inf
@@ -155,6 +169,8 @@ class Training(SideBySide):
                 self.twin.follow()  # the device counts, and the host sees to everything else first
                 self.twin.start(before)
         for i, (p, g) in enumerate(zip(self.model, before, strict=True)):
+            if self.case.in_backward:
+                continue  # freed, but of parameters that no hook may step
             assert p.grad is kept[i], f"gradient {i}"
             if g is not None and (overflow or scaled == 1.0):
                 assert torch.equal(p.grad, g), f"gradient {i}"
