@@ -166,6 +166,50 @@ def test_parameters_that_share_memory_are_stepped_in_their_order() -> None:
     assert run(True) == run(False)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_gradient_assigned_midway_may_have_another_layout(backend: str) -> None:
+    def run(in_backward: bool) -> list[Any]:
+        first = nn.Parameter(torch.ones(3))
+        second = nn.Parameter(torch.ones(2, 3).t(), requires_grad=False)
+        opt = rf.FusedSGD([first, second], 0.1, backend=backend, in_backward=in_backward)
+        (first * 2.0).sum().backward()
+        second.grad = torch.arange(6.0).reshape(3, 2)
+        opt.step()
+        return [first.tolist(), second.tolist()]
+
+    assert run(True) == run(False)
+
+
+def test_a_parameter_that_is_not_written_keeps_its_version() -> None:
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = rf.FusedSGD([first, second], 0.1, average=rf.ema(0.5), in_backward=True)
+    versions = first._version, second._version
+    first.sum().backward()
+    opt.step()  # samples the second one where it is
+    assert opt.n_averaged == 1
+    assert first._version > versions[0] and second._version == versions[1]
+
+
+def test_groups_that_somebody_edits_are_followed() -> None:
+    def run(make: Any) -> list[Any]:
+        first, second, third = (nn.Parameter(torch.ones(3) * k) for k in (1, 2, 3))
+        opt = make([first, second])
+        for step in range(4):
+            if step == 1:
+                opt.param_groups[0]["params"].append(third)
+            if step == 2:
+                del opt.param_groups[0]["params"][0]
+            sum(p * p.detach() for p in (first, second, third)).sum().backward()
+            opt.step()
+            if step > 1 and isinstance(opt, rf.FusedSGD):
+                assert first.grad is not None and not first._post_accumulate_grad_hooks
+            first.grad = second.grad = third.grad = None
+        return [p.tolist() for p in (first, second, third)]
+
+    theirs = run(lambda params: torch.optim.SGD(params, 0.1, 0.9))
+    assert run(lambda params: rf.FusedSGD(params, 0.1, 0.9, in_backward=True)) == theirs
+
+
 def test_a_step_without_any_gradient_counts_nothing() -> None:
     model, opt = build("ema", in_backward=True)
     train_in_backward(model, opt, 1, EPOCH + 2)
