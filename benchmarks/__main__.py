@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -79,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         sys.exit(f"benchmarks: {', '.join(missing)} not installed: make .venv/dev")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve a busy machine
     import torch
 
     if torch.cuda.is_available():

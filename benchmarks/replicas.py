@@ -8,7 +8,6 @@ medians of one process, to torch's foreach functions.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -183,7 +182,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
     args = arguments(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve a busy machine
     results: list[Any] = []
     with bar(args.processes, "process") as progress:
         for seed in range(args.processes):

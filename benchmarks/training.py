@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import os
 import random
 import resource
 from collections.abc import Sequence
@@ -256,7 +255,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
     args = arguments(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve a busy machine
     results, peaks = [], {}
     remembered = args.rows if args.memory else ()
     with bar(args.processes + len(remembered), "process") as progress:
