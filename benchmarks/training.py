@@ -75,11 +75,12 @@ def now(device: str) -> float:
 
 
 def train(provider: Provider, batch: Batch, args: argparse.Namespace) -> Sample:
-    """One training step. Freeing the gradients belongs to neither part."""
+    """One training step. Freeing the last gradients is a part of forward and backward; with
+    ``in_backward`` they are freed there already."""
     assert provider.model is not None
+    before, start = switches(), now(args.device)
     for p in provider.model.parameters():
         p.grad = None
-    before, start = switches(), now(args.device)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
         loss = cross_entropy(provider.model(batch[0]), batch[1])
     loss.backward()
