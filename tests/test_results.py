@@ -1,4 +1,4 @@
-"""docs/results.md and README.md quote the committed tables, and nothing else."""
+"""docs/results.md and README.md quote the committed tables, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 TEXT = (ROOT / "docs" / "results.md").read_text()
+DOCUMENTS = (ROOT / "docs").glob("*.md")
 NAMES = re.findall(r"^<!-- (\S+) -->$", TEXT, re.MULTILINE)
 
 
@@ -65,6 +66,14 @@ def test_every_picture_and_folder_that_is_named_is_there() -> None:
     for target in re.findall(r"\]\((results/[^)]+)\)", TEXT):
         assert (ROOT / "docs" / target).exists(), target
     assert {path.name for path in RESULTS.iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("document", ["README.md", *sorted(f"docs/{p.name}" for p in DOCUMENTS)])
+def test_links_between_files_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert ((ROOT / document).parent / target).exists(), target
 
 
 IN_README = {
