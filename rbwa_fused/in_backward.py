@@ -50,9 +50,10 @@ class InBackward:
         """Hooks the parameters of the tables, once each; those that share memory wait for step(),
         which moves them in their order."""
         self._launch_of = {launch[0].params[0]: launch for launch in launches}
-        for p in self._handles.keys() - self._launch_of.keys():
+        hooked = self._launch_of.keys() & alone
+        for p in self._handles.keys() - hooked:
             self._handles.pop(p).remove()
-        self._frozen = [p for p in self._launch_of if p in alone and p not in self._handles]
+        self._frozen = [p for p in hooked if p not in self._handles]
         self._hook_unfrozen()
 
     def _hook_unfrozen(self) -> None:
@@ -121,10 +122,16 @@ class InBackward:
         rest = []
         for launch in opt._launches:
             p, group = launch[0].params[0], plan.groups[launch[0].groups[0]]
-            if p not in stepped and (p.grad is not None or group.policy is not None):
-                rest.append((launch, self._start(opt, plan, launch[0])))
+            if p in stepped:
+                continue
+            moves = p.grad is not None or group.policy is not None
+            if moves or plan.starting:
+                grads = self._start(opt, plan, launch[0])
+            if moves:
+                rest.append((launch, grads))
         for launch, grads in rest:
             self._launch(opt, plan, launch, grads)
+        plan.starting = False
         opt._steps += 1
         plan.commit()
 

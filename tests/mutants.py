@@ -208,7 +208,8 @@ IN_BACKWARD: Mutants = [
     ("        plan.commit()\n", ""),
     ("        plan.sample(opt._steps + 1)\n", ""),
     ("        plan.update(1.0)\n", ""),
-    ("if p in alone and p not in self._handles", "if p not in self._handles"),
+    ("self._launch_of.keys() & alone", "self._launch_of.keys()"),
+    ("if moves or plan.starting:", "if moves:"),
     ("self._handles.pop(p).remove()", "pass"),
     ("        if self._frozen:\n            self._hook_unfrozen()\n", ""),
     ('opt._refuse_inside_averaged("backward")', "pass"),
@@ -222,7 +223,7 @@ IN_BACKWARD: Mutants = [
     ("        opt._start(plan, table, grads)\n", ""),
     ("if not opt._launch(plan, table, backend.step, grads):", "if False:"),
     ("if not checks.fit(table, grads, opt.param_groups):", "if False:"),
-    ("if p not in stepped and (", "if True and ("),
+    ("            if p in stepped:\n                continue\n", ""),
     ("if found_inf is not None:", "if False:"),
     ("if closure is not None:", "if False:"),
 ]

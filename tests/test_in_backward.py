@@ -210,6 +210,41 @@ def test_groups_that_somebody_edits_are_followed() -> None:
     assert run(lambda params: rf.FusedSGD(params, 0.1, 0.9, in_backward=True)) == theirs
 
 
+def test_a_parameter_whose_memory_another_comes_to_share_waits_for_its_turn() -> None:
+    def run(in_backward: bool) -> list[str | None]:
+        base = torch.linspace(1, 2, 20)
+        first, second = nn.Parameter(base[:12]), nn.Parameter(base[6:])
+        opt = rf.FusedSGD([second], 0.1, 0.9, average=rf.ema(0.5, every=2), in_backward=in_backward)
+        (second * second.detach()).sum().backward()
+        opt.step()
+        opt.zero_grad()
+        opt.add_param_group({"params": [first]})
+        for _ in range(3):
+            sum((p * p.detach()).sum() for p in (first, second)).backward()
+            opt.step()
+            opt.zero_grad()
+        return [bits(base), *(bits(opt.state[p]["average"]) for p in (first, second))]
+
+    assert run(True) == run(False)
+
+
+def test_a_converted_parameter_without_a_gradient_gets_its_master_in_the_same_step() -> None:
+    def run(in_backward: bool) -> dict[str, Any]:
+        params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))]
+        opt = rf.FusedSGD(params, 0.1, 0.9, master_weights=True, in_backward=in_backward)
+        for step in range(3):
+            sum((p * 1.5).sum() for p in params[step == 1 :]).backward()
+            opt.step()
+            opt.zero_grad()
+            for p in params if step == 0 else ():
+                p.data = p.data.bfloat16()
+            if step == 1:
+                assert "master_param" in opt.state[params[0]]
+        return result(opt)
+
+    assert run(True) == run(False)
+
+
 def test_a_step_without_any_gradient_counts_nothing() -> None:
     model, opt = build("ema", in_backward=True)
     train_in_backward(model, opt, 1, EPOCH + 2)

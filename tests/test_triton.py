@@ -435,7 +435,7 @@ class OnDevice:
         self.state = {name: self.table.attach(name, every, {}) for name in opt.streams}
         if policy is not None and not policy.elided_for(ps[0].dtype):
             dtype = policy.dtype_for(ps[0].dtype)
-            starts = dict.fromkeys(range(2))
+            starts: dict[int, Tensor | None] = {i: ps[i].detach() for i in range(2)}
             self.state["average"] = self.table.attach(
                 "average", starts, dict.fromkeys(starts, dtype)
             )
