@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -194,6 +195,21 @@ def test_with_momentum_the_rbwa_papers_sgd_is_sgd_with_momentum(tmp_path, capsys
     assert [row["system"] for row in table[:2]] == ["momentum", "rbwa"]
     assert table[0]["paper: accuracy %"] == "80.56 [1]"
     assert table[1]["paper: to momentum"] == "+0.18"
+
+
+def test_differences_are_taken_to_the_baseline_that_is_named(everything, capsys):
+    base = ["table5", *TINY, "--lr", "0.3", "--seeds", "2", "--out", str(everything)]
+    assert main([*base, "--baseline", "nesterov"]) == 0
+    rows = {row["system"]: row for row in cells(capsys.readouterr().out)}
+    assert rows["nesterov"]["to nesterov (95 %)"] == "-"
+    accuracy = {
+        name: [r["test_accuracy"][-1] for r in load(everything)["runs"] if r["system"] == name]
+        for name in ("rsgdm", "nesterov")
+    }
+    expected = statistics.mean(accuracy["rsgdm"]) - statistics.mean(accuracy["nesterov"])
+    told = float(rows["rsgdm"]["to nesterov (95 %)"].split(" ")[0])
+    assert told == pytest.approx(expected, abs=0.005)
+    assert main(base) == 0  # as other tests have it
 
 
 def test_a_list_of_learning_rates_is_reported_in_full(tmp_path, capsys):
@@ -444,6 +460,8 @@ def test_a_diverged_run_is_reported_and_not_a_crash(tmp_path, capsys):
         ("table5", "--lr", "best"),
         ("table5", "--seeds", "0"),
         ("table5", "--sweep-seeds", "0"),
+        ("table5", "--baseline", "adam"),
+        ("table5", "--baseline", "swa", "--method", "momentum"),
         ("table5", "--epochs", "0"),
         ("table5", "--start-epoch", "50"),
         ("table5", "--batch-size", "1"),

@@ -55,6 +55,10 @@ def parse(argv: Sequence[str] | None) -> Command:
     baseline = table.baseline
     if baseline == "sgd" and settings[0].momentum > 0.0:
         baseline = "momentum"
+    if getattr(given, "baseline", None) is not None:
+        baseline = given.baseline
+        if baseline not in systems:
+            sub.error(f"argument --baseline: {baseline!r} is not among the systems that run")
     plan = Plan(
         command=given.command,
         settings=settings,

@@ -66,6 +66,14 @@ def add_options(parser: argparse.ArgumentParser, command: str, table: Table) -> 
         metavar="N",
         help="runs for each learning rate of the sweep (default: 2, quick: 1)",
     )
+    if command != "flatness":
+        add(
+            "--baseline",
+            type=one_of(tuple(SYSTEMS)),
+            metavar="A",
+            help="the system that differences are taken to (default: "
+            f"{table.baseline}; with momentum it is momentum in place of sgd)",
+        )
     add("--epochs", type=integer(1), metavar="N", help=f"(default: {table.epochs})")
     add(
         "--start-epoch",
