@@ -52,9 +52,13 @@ class Ranks:
             RankError: where a rank raised, died, or did not answer in time.
         """
         answers = self.outcomes(job, *args, patience=patience, grace=GRACE)
-        for rank, answer in enumerate(answers):
-            if isinstance(answer, RankError):
-                raise RankError(f"rank {rank} of {self.world}: {answer}")
+        failed = [
+            f"rank {rank} of {self.world}: {answer}"
+            for rank, answer in enumerate(answers)
+            if isinstance(answer, RankError)
+        ]
+        if failed:
+            raise RankError("\n".join(failed))
         return answers
 
     def outcomes(
