@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rbwa_fused.average import Average
 from rbwa_fused.flat import DTYPES, STREAMS, Table, kept_dtype, same_layout
+from rbwa_fused.sharded import is_partial, local
 
 
 def duplicates(group: dict[str, Any]) -> None:
@@ -52,6 +53,9 @@ def params(group: dict[str, Any], master_weights: bool) -> None:
             raise TypeError(f"{name} has layout {p.layout} (expected torch.strided)")
         if p.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {p.dtype} (expected one of {DTYPES})")
+        if is_partial(p):
+            raise ValueError(f"{name} is a DTensor whose shards are terms of a sum")
+        p = local(p)
         if is_traceable_wrapper_subclass(p):
             raise TypeError(f"{name} is a {type(p).__name__}, which has no plain memory of its own")
         spread = zip(p.shape, p.stride(), strict=True)
@@ -87,7 +91,7 @@ def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any
     for i, g in enumerate(grads):
         if g is None:
             continue
-        p, memory = table.params[i], table.memory[i]
+        p, memory = local(table.params[i]), table.memory[i]
         name = f"the gradient of parameter {name_of(groups[table.groups[i]], table.index[i])}"
         if g.layout != torch.strided:
             raise RuntimeError(f"rbwa_fused does not support sparse gradients: {name} is one")

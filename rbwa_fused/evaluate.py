@@ -12,6 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 from rbwa_fused.flat import same_layout, turns
 from rbwa_fused.ops import exchange_
+from rbwa_fused.sharded import is_sharded, local, reshard
 
 if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
@@ -25,34 +26,33 @@ class Exchange:
         # Other dtypes, and parameters that share memory, where an exchange would put one's average
         # into another's: parameter, training weights.
         self.saved: list[tuple[Tensor, Tensor]] = []
-        kept = [(p, average) for p, average in averages(opt) if p.numel() > 0]
+        kept = [(p, average) for p, average in averages(opt) if local(p).numel() > 0]
         _, alone = turns([p for p, _ in kept])
         for (p, average), own in zip(kept, alone, strict=True):
             if own and p.dtype == average.dtype:
                 self.pairs.append((p, average))
             else:
-                self.saved.append((p, p.detach().clone()))
+                self.saved.append((p, local(p).detach().clone()))
         self._swap()
         for p, _ in self.saved:
-            p.copy_(opt.state[p]["average"])
+            local(p).copy_(local(opt.state[p]["average"]))
 
     def undo(self) -> None:
         """Brings the training weights back, wherever the parameters are by now."""
         self._swap()
         for p, weights in self.saved:
-            p.copy_(weights)
+            local(p).copy_(weights)
 
     def averages(self) -> dict[Tensor, Tensor]:
         """The averages that are live now instead of in their buffers, as copies."""
         return {p: p.detach().clone() for p, _ in self.pairs}
 
     def _swap(self) -> None:
-        if all(
-            p.dtype == a.dtype and p.device == a.device and same_layout(p, a) for p, a in self.pairs
-        ):
-            exchange_([p for p, _ in self.pairs], [average for _, average in self.pairs])
+        pairs = [(local(p), local(average)) for p, average in self.pairs]
+        if all(p.dtype == a.dtype and p.device == a.device and same_layout(p, a) for p, a in pairs):
+            exchange_([p for p, _ in pairs], [average for _, average in pairs])
         else:  # some are not dense, or were converted or moved since
-            for p, average in self.pairs:
+            for p, average in pairs:
                 kept = p.detach().clone()
                 p.copy_(average)
                 average.copy_(kept)
@@ -72,11 +72,13 @@ def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def averaged(opt: FusedOptimizer) -> Iterator[None]:
+def averaged(opt: FusedOptimizer, model: nn.Module | None) -> Iterator[None]:
     """See FusedOptimizer.averaged."""
     if opt._evaluating is not None:
         yield
         return
+    _check_model(opt, model)
+    reshard(model)
     with torch.no_grad():
         exchange = Exchange(opt)
     opt._evaluating = exchange
@@ -84,8 +86,28 @@ def averaged(opt: FusedOptimizer) -> Iterator[None]:
         yield
     finally:
         opt._evaluating = None
+        reshard(model)
         with torch.no_grad():
             exchange.undo()
+
+
+def _check_model(opt: FusedOptimizer, model: nn.Module | None) -> None:
+    """Raises for DTensor parameters without their model, whose gathered weights would go stale."""
+    params = [p for group in opt.param_groups for p in group["params"] if is_sharded(p)]
+    if not params:
+        return
+    if model is None:
+        raise ValueError(
+            "averaged() of DTensor parameters needs their model, as in averaged(model): what FSDP "
+            "has gathered of it must be freed"
+        )
+    reshard(model)  # or its parameters may be gathered ones
+    members = set(model.parameters())
+    missing = sum(p not in members for p in params)
+    if missing:
+        raise ValueError(
+            f"Invalid model: {missing} of {len(params)} DTensor parameters are not its own"
+        )
 
 
 def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]:

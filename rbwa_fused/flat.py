@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from rbwa_fused.sharded import beside, is_sharded, laid_out_as, local
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in csrc/step.h
 ALIGNMENT = 128  # bytes
 LARGEST_BUFFER = 256 * 2**20  # bytes; a larger tensor gets a buffer of its own
@@ -104,7 +106,7 @@ def turns(params: Sequence[Tensor], known: Sequence[int] = ()) -> tuple[list[int
     parameters keep the turns that are known.
     """
     spans = []
-    for i, p in enumerate(params):
+    for i, p in enumerate(map(local, params)):
         if p.numel() > 0:
             reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
             device = str(p.device)
@@ -166,9 +168,11 @@ class Table:
 
     Attributes:
         params: the parameters, one segment each.
-        memory: what the kernel steps: the parameter, or a dense copy of one that is not dense.
+        memory: what the kernel steps: the parameter, or this process's shard of a DTensor, or a
+            dense copy of one that is not dense.
         groups, index: the param group of each, and its number there.
-        copies: the parameters that are not dense, each with its copy.
+        copies: the parameters (shards) that are not dense, each with its copy.
+        shards: the DTensor parameters, each with the shard that the table was made for.
         lacking: segments whose group has momentum, without a momentum buffer so far.
         first: segments that take their first step with momentum now.
         state: the flat buffers that the streams lie in.
@@ -180,6 +184,7 @@ class Table:
         self.groups: list[int] = []
         self.index: list[int] = []
         self.copies: list[tuple[Tensor, Tensor]] = []
+        self.shards: list[tuple[Tensor, Tensor]] = []
         self.lacking: list[int] = []
         self.first: list[int] = []
         self.state: list[Tensor] = []
@@ -191,16 +196,18 @@ class Table:
 
     def add(self, param: Tensor, group: int, index: int, row: int, sampling: int) -> None:
         """Appends a segment for a parameter, with its rows in the coefficient tables."""
-        memory = param
-        if not is_dense(param):
+        memory = shard = local(param)
+        if is_sharded(param):
+            self.shards.append((param, shard))
+        if not is_dense(shard):
             memory = torch.empty_strided(
-                param.shape, strides_like(param), dtype=param.dtype, device=param.device
+                shard.shape, strides_like(shard), dtype=shard.dtype, device=shard.device
             )
-            self.copies.append((param, memory))
-        dtype = DTYPES.index(param.dtype)
-        columns = [param.numel(), row, sampling, len(self._shapes), param.dim(), dtype]
+            self.copies.append((shard, memory))
+        dtype = DTYPES.index(memory.dtype)
+        columns = [memory.numel(), row, sampling, len(self._shapes), memory.dim(), dtype]
         self._columns.append(columns + [-1, 0] * len(STREAMS))
-        self._shapes += [*param.shape, *memory.stride()]
+        self._shapes += [*memory.shape, *memory.stride()]
         self._made_for.append(torch.empty_like(memory, device="meta"))
         self.params.append(param)
         self.memory.append(memory)
@@ -211,7 +218,8 @@ class Table:
     def attach(
         self, stream: str, values: dict[int, Tensor | None], dtypes: dict[int, torch.dtype]
     ) -> dict[int, Tensor]:
-        """Gives segments a state buffer: zeros, or a copy of the value. Returns its tensors.
+        """Gives segments a state buffer: zeros, or a copy of the value. Returns its tensors, of
+        DTensor parameters as DTensors.
 
         `dtypes` names those that differ from the parameter's.
         """
@@ -235,7 +243,7 @@ class Table:
                 storage = flat.untyped_storage()._cdata
                 self._holders.append((storage, torch._C._storage_Use_Count(storage)))
         self._tensors = None
-        return views
+        return {i: beside(view, self.params[i]) for i, view in views.items()}
 
     def holds_state(self) -> bool:
         """Whether all state tensors lie in the buffers still. To share one with a process, as
@@ -245,6 +253,18 @@ class Table:
                 return False
         return True
 
+    def holds_shards(self) -> bool:
+        """Whether all shards are those that the table was made for; FSDP may make others."""
+        return all(local(param) is shard for param, shard in self.shards)
+
+    def gradients(self) -> list[Tensor | None]:
+        """What the backward pass left, of DTensors the shards. A gradient laid out otherwise than
+        its parameter is laid out anew, which communicates."""
+        for param, _ in self.shards:
+            if is_sharded(param.grad):
+                param.grad = laid_out_as(param, param.grad)
+        return [None if p.grad is None else local(p.grad) for p in self.params]
+
     def set_row(self, segment: int, row: int) -> None:
         """Points a segment at another of its group's rows."""
         self._columns[segment][ROW] = row
@@ -252,7 +272,7 @@ class Table:
 
     def fits(self, segment: int) -> bool:
         """Whether the parameter still is what its segment was made for, wherever it lies."""
-        param, made_for = self.params[segment], self._made_for[segment]
+        param, made_for = local(self.params[segment]), self._made_for[segment]
         return (
             param.dtype == made_for.dtype
             and param.device == self.memory[segment].device

@@ -23,6 +23,7 @@ from rbwa_fused.deferred import Deferred
 from rbwa_fused.in_backward import InBackward
 from rbwa_fused.layout import LaidOut
 from rbwa_fused.plan import Plan
+from rbwa_fused.sharded import local
 
 Grads = list[Tensor | None]
 Gathered = tuple[flat.Table, ops.Backend, Grads]
@@ -97,7 +98,7 @@ class FusedOptimizer(LaidOut):
         if len(self._tables) > 1:
             plan.starting = True
         for table, backend in self._launches:
-            grads: Grads = [p.grad for p in table.params]
+            grads: Grads = table.gradients() if table.shards else [p.grad for p in table.params]
             kinds = set(map(type, grads))
             absent = absent or NONE in kinds
             present = present or (bool(kinds) and kinds != {NONE})
@@ -149,7 +150,7 @@ class FusedOptimizer(LaidOut):
             or not self._describes(plan)
         ):
             return False
-        return all(table.holds_state() for table, _ in self._launches)
+        return all(table.holds_state() and table.holds_shards() for table, _ in self._launches)
 
     def _start(self, plan: Plan, table: flat.Table, grads: Grads) -> None:
         """Gives parameters the state they come to need; momentum's absence marks its first step."""
@@ -161,11 +162,11 @@ class FusedOptimizer(LaidOut):
             group = plan.groups[table.groups[i]]
             held = self.state[p] if group.policy is not None else self.state.get(p, {})
             if group.buffered(p) and "average" not in held:
-                averages[i] = p.detach()
+                averages[i] = local(p).detach()
             moving = group.has_momentum and "momentum_buffer" not in held
             mastering = group.mastered(p) and "master_param" not in held
             if mastering and (grads[i] is not None or "momentum_buffer" in held):
-                masters[i] = p.detach()
+                masters[i] = local(p).detach()
                 mastering = False
             if grads[i] is None:
                 if moving or mastering:
@@ -230,9 +231,10 @@ class FusedOptimizer(LaidOut):
             if not self._launch(plan, table, backend.step, grads, own):
                 return False
             for p, g in zip(table.params, grads, strict=True):
-                if grad_scale is not None and g is not None and g is not p.grad:
-                    assert p.grad is not None
-                    p.grad.copy_(g)  # unscaled in a copy of the parameter's layout
+                if grad_scale is not None and g is not None and p.grad is not None:
+                    unscaled = local(p.grad)
+                    if g is not unscaled:  # but a copy of the parameter's layout
+                        unscaled.copy_(g)
         for device, deferred in counting.items():
             advance = next(b.advance for t, b in self._launches if t.params[0].device == device)
             assert advance is not None
@@ -260,7 +262,8 @@ class FusedOptimizer(LaidOut):
             inverse = torch.tensor(1.0 / scale, dtype=torch.float64, device="cpu")
             for p in written:
                 if p.grad is not None:
-                    (p.grad if p.grad.dim() > 0 else p.grad.view(1)).mul_(inverse)
+                    grad = local(p.grad)
+                    (grad if grad.dim() > 0 else grad.view(1)).mul_(inverse)
 
     # ---- averaged weights ----------------------------------------------------------------------
 
@@ -280,14 +283,18 @@ class FusedOptimizer(LaidOut):
         those whose average is the parameter itself. Of nested contexts the outermost acts.
 
         Args:
-            model: not needed for plain parameters.
+            model: what FSDP has gathered of it is freed on entry and on exit, or the next forward
+                would see the weights of before. Not needed for plain parameters.
+
+        Raises:
+            ValueError: for DTensor parameters without their model.
 
         Example:
             >>> with opt.averaged():
             ...     evaluate(model)
         """
         self._itself._refuse_midway("averaged")
-        return evaluate.averaged(self._itself)
+        return evaluate.averaged(self._itself, model)
 
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """A plain state dict of the model holding the averaged weights, in the weights' dtypes.

@@ -18,6 +18,7 @@ from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.in_backward import MIDWAY, InBackward
 from rbwa_fused.plan import GroupPlan, Plan
+from rbwa_fused.sharded import is_sharded, local, shard_of
 
 Group = dict[str, Any]
 Counters = list[tuple[int, float | None]]  # of each group: samples, beta of implicit RSGDM
@@ -99,6 +100,8 @@ class LaidOut(Optimizer):
             self._check_hyperparameters(group)
             checks.average(group, self._capturable)
             checks.params(group, self._master_weights)
+            if self._in_backward and any(map(is_sharded, group["params"])):
+                raise ValueError("in_backward=True does not go with DTensor parameters")
             for device in {p.device for p in group["params"]}:
                 ops.choose(self._backend_name, device)
         except BaseException:
@@ -170,7 +173,7 @@ class LaidOut(Optimizer):
                 if gone.get(stream):
                     held.pop(stream, None)  # a conversion has made the parameter that itself
                 if held.get(stream) is not None:
-                    values[i] = held[stream]
+                    values[i] = shard_of(held[stream], p)
             self._attach(plan, table, stream, values)
 
     def _attach(
@@ -244,7 +247,7 @@ class LaidOut(Optimizer):
         marks = {device: d.marks[:, 0].tolist() for device, d in self._deferred.items()}
         for table, _ in self._launches:
             for p in table.params:
-                if not marks[p.device].pop(0) and p.numel() > 0:
+                if not marks[p.device].pop(0) and local(p).numel() > 0:
                     waiting.append(p)
         return waiting
 

@@ -1,0 +1,77 @@
+"""DTensor parameters (FSDP2, tensor parallel): a process steps the shard that it holds.
+
+Tables, kernels and flat state know plain tensors alone: the shards. What a user sees, in
+``opt.state`` and in a state dict, is a DTensor again, laid out as its parameter, so that
+torch.distributed.checkpoint can distribute it anew. Nothing here communicates, but where a gradient
+or a checkpoint is laid out otherwise than the parameter.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is a DTensor. Where nobody has imported the class there is none: the import
+    would cost every user half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor, as the very tensor that FSDP gathers from; any other
+    tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    shard: Any = cast(Any, tensor)._local_tensor  # where gradients count, to_local() is a view
+    return shard.wait() if hasattr(shard, "wait") else shard  # of a collective that is under way
+
+
+def laid_out_as(param: Any, tensor: Any) -> Any:
+    """A DTensor laid out as a DTensor parameter; itself if it is so already."""
+    if tensor.placements == param.placements and tensor.device_mesh == param.device_mesh:
+        return tensor
+    return tensor.redistribute(param.device_mesh, param.placements)
+
+
+def shard_of(tensor: Any, param: Any) -> Tensor:
+    """The shard that belongs beside a parameter's, of a tensor of the parameter's (global) shape:
+    a DTensor, laid out alike or otherwise, or a plain tensor, of which each process has all."""
+    if not is_sharded(param):
+        return cast(Tensor, tensor.full_tensor() if is_sharded(tensor) else tensor)
+    if not is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor = distribute_tensor(
+            tensor.to(param.device), param.device_mesh, param.placements, src_data_rank=None
+        )
+    return local(laid_out_as(param, tensor))
+
+
+def beside(shard: Tensor, param: Tensor) -> Tensor:
+    """State of a parameter, given its shard: a DTensor on the parameter's mesh that holds it."""
+    if not is_sharded(param):
+        return shard
+    state: Any = torch.empty_like(param.detach(), dtype=shard.dtype)
+    state._local_tensor = shard  # from_local() would move a shard that FSDP keeps on the host
+    result: Tensor = state
+    return result
+
+
+def is_partial(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor whose shards are terms of a sum."""
+    return is_sharded(tensor) and any(p.is_partial() for p in tensor.placements)
+
+
+def reshard(model: nn.Module | None) -> None:
+    """Frees what FSDP has gathered, so that the next forward gathers the shards as they are now."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if model is None or fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
