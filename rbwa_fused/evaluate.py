@@ -26,7 +26,7 @@ class Exchange:
         # Other dtypes, and parameters that share memory, where an exchange would put one's average
         # into another's: parameter, training weights.
         self.saved: list[tuple[Tensor, Tensor]] = []
-        kept = [(p, average) for p, average in averages(opt) if local(p).numel() > 0]
+        kept = [(p, average) for p, average in averages(opt) if p.numel() > 0]
         _, alone = turns([p for p, _ in kept])
         for (p, average), own in zip(kept, alone, strict=True):
             if own and p.dtype == average.dtype:
@@ -77,8 +77,7 @@ def averaged(opt: FusedOptimizer, model: nn.Module | None) -> Iterator[None]:
     if opt._evaluating is not None:
         yield
         return
-    _check_model(opt, model)
-    reshard(model)
+    _free_gathered(opt, model)
     with torch.no_grad():
         exchange = Exchange(opt)
     opt._evaluating = exchange
@@ -91,18 +90,20 @@ def averaged(opt: FusedOptimizer, model: nn.Module | None) -> Iterator[None]:
             exchange.undo()
 
 
-def _check_model(opt: FusedOptimizer, model: nn.Module | None) -> None:
-    """Raises for DTensor parameters without their model, whose gathered weights would go stale."""
+def _free_gathered(opt: FusedOptimizer, model: nn.Module | None) -> None:
+    """Frees the weights that FSDP has gathered, or the next forward would not see those of now.
+
+    Raises:
+        ValueError: for DTensor parameters that are not the model's, or without a model.
+    """
     params = [p for group in opt.param_groups for p in group["params"] if is_sharded(p)]
-    if not params:
-        return
-    if model is None:
+    if params and model is None:
         raise ValueError(
             "averaged() of DTensor parameters needs their model, as in averaged(model): what FSDP "
             "has gathered of it must be freed"
         )
-    reshard(model)  # or its parameters may be gathered ones
-    members = set(model.parameters())
+    reshard(model)
+    members = set(model.parameters()) if model is not None else set()
     missing = sum(p not in members for p in params)
     if missing:
         raise ValueError(

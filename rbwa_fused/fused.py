@@ -262,8 +262,7 @@ class FusedOptimizer(LaidOut):
             inverse = torch.tensor(1.0 / scale, dtype=torch.float64, device="cpu")
             for p in written:
                 if p.grad is not None:
-                    grad = local(p.grad)
-                    (grad if grad.dim() > 0 else grad.view(1)).mul_(inverse)
+                    (p.grad if p.grad.dim() > 0 else p.grad.view(1)).mul_(inverse)
 
     # ---- averaged weights ----------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 from rbwa_fused import checks, evaluate, flat, ops, reference
 from rbwa_fused.average import _integer
 from rbwa_fused.rules import number
+from rbwa_fused.sharded import is_sharded
 
 Replica = nn.Module | Iterable[Tensor]
 
@@ -187,6 +188,10 @@ def _checked(replicas: Sequence[Replica]) -> list[list[Tensor]]:
         strange = [p for p in params if not isinstance(p, Tensor)]
         if strange:
             raise TypeError(f"replica {k}: {strange[0]!r} among its tensors")
+        for i, p in enumerate(params):
+            if is_sharded(p):
+                name = checks.name_of(group, i)
+                raise TypeError(f"replica {k}: parameter {name} is a DTensor (expected a Tensor)")
         try:
             checks.params(group, master_weights=False)
         except (TypeError, ValueError) as error:
