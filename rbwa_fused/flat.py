@@ -260,10 +260,15 @@ class Table:
     def gradients(self) -> list[Tensor | None]:
         """What the backward pass left, of DTensors the shards. A gradient laid out otherwise than
         its parameter is laid out anew, which communicates."""
-        for param, _ in self.shards:
-            if is_sharded(param.grad):
-                param.grad = laid_out_as(param, param.grad)
-        return [None if p.grad is None else local(p.grad) for p in self.params]
+        grads = [p.grad for p in self.params]
+        for i, g in enumerate(grads):
+            if g is not None and is_sharded(g):
+                param = self.params[i]
+                alike = laid_out_as(param, g)
+                if alike is not g:
+                    param.grad = alike
+                grads[i] = local(alike)
+        return grads
 
     def set_row(self, segment: int, row: int) -> None:
         """Points a segment at another of its group's rows."""

@@ -33,7 +33,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def laid_out_as(param: Any, tensor: Any) -> Any:
     """A DTensor laid out as a DTensor parameter; itself if it is so already."""
-    if tensor.placements == param.placements and tensor.device_mesh == param.device_mesh:
+    mesh, other = tensor.device_mesh, param.device_mesh
+    if tensor.placements == param.placements and (mesh is other or mesh == other):
         return tensor
     return tensor.redistribute(param.device_mesh, param.placements)
 

@@ -110,6 +110,7 @@ def no_collective_in_a_step() -> None:
     model = sharded_network()
     opt = optimizer(model, average=rf.ema(0.5))
     train(model, opt, 1, 1)
+    assert len(opt._launches) == 1  # of one call of the kernel
     for step in (2, 3):
         loss(model, step, distributed.get_rank()).backward()
         places = [p._local_tensor.data_ptr() for p in model.parameters()]  # type: ignore
@@ -168,9 +169,16 @@ def exception_in_evaluation() -> None:
     opt = optimizer(model)
     train(model, opt, 1, 3)
     before = weights(model)
+
+    def state() -> list[Any]:
+        kept = opt.state_dict()["state"].values()
+        return [{key: bits(shards.whole(value)) for key, value in each.items()} for each in kept]
+
+    held = state()
     try:
         with opt.averaged(model):
             assert weights(model) != before
+            assert state() == held
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass
@@ -305,7 +313,11 @@ def plain_checkpoint_into_shards() -> None:
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         with torch.no_grad():
             p.copy_(shards.laid_out(q.detach(), p))
-    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    with CommDebugMode() as seen:
+        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert seen.get_total_counts() == 0  # each process has all of it
+    assert not shards.differences(shards.result(model, ours), shards.result(alone, theirs))
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
     assert not shards.differences(shards.result(model, ours), shards.result(alone, theirs))
     shards.train(model, ours, 9, 13)
     shards.train(alone, theirs, 9, 13)

@@ -227,6 +227,28 @@ IN_BACKWARD: Mutants = [
     ("if found_inf is not None:", "if False:"),
     ("if closure is not None:", "if False:"),
 ]
+SHARDED: Mutants = [
+    ('return shard.wait() if hasattr(shard, "wait") else shard', "return shard"),
+    ("tensor.placements == param.placements and (mesh is other or mesh == other)", "True"),
+    ("tensor.full_tensor() if is_sharded(tensor) else tensor", "tensor"),
+    (", src_data_rank=None", ""),
+    ("dtype=shard.dtype", "dtype=None"),
+    ("state._local_tensor = shard", "state._local_tensor = shard.clone()"),
+    ("any(p.is_partial() for p in tensor.placements)", "False"),
+    ("            module.reshard()\n", "            pass\n"),
+]
+SHARDS_IN_TABLES: Mutants = [
+    ("all(local(param) is shard for param, shard in self.shards)", "True"),
+    ("                if alike is not g:\n                    param.grad = alike\n", ""),
+    ("enumerate(map(local, params))", "enumerate(params)"),
+    ("return {i: beside(view, self.params[i]) for i, view in views.items()}", "return views"),
+]
+SHARDS_IN_EVALUATION: Mutants = [
+    ("        reshard(model)\n        with", "        with"),
+    ("    reshard(model)\n    members", "    members"),
+    ("if params and model is None:", "if False:"),
+    ("    if missing:\n", "    if False:\n"),
+]
 
 STEPS = (
     "test_outside_edits.py",
@@ -244,6 +266,7 @@ BITS = (
     *("test_ops.py", "test_threads.py", "test_update.py", "-k"),
     "test_ops or test_threads or flat_threads or (literal and none)",
 )
+SHARDS = ("test_fsdp.py", "test_tensor_parallel.py")
 # file, mutants, tests, whether the CPU module must be compiled
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("csrc/step_cpu_loop.h", CPU_LOOP, BITS, True),
@@ -256,6 +279,9 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         True,
     ),
     ("rbwa_fused/flat.py", FLAT, STEPS, False),
+    ("rbwa_fused/sharded.py", SHARDED, SHARDS, False),
+    ("rbwa_fused/flat.py", SHARDS_IN_TABLES, SHARDS, False),
+    ("rbwa_fused/evaluate.py", SHARDS_IN_EVALUATION, SHARDS, False),
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
     ("rbwa_fused/in_backward.py", IN_BACKWARD, ("test_in_backward.py",), False),

@@ -111,7 +111,7 @@ def gradients_laid_out_otherwise() -> None:
                 q.grad = p.grad.full_tensor()
                 ours.step()
                 theirs.step()
-            assert p.placements == (own,)  # type: ignore[attr-defined]
+            assert p.placements == p.grad.placements == (own,)  # type: ignore
             assert torch.equal(shards.whole(p), q)
             assert torch.equal(shards.whole(ours.state[p]["average"]), theirs.state[q]["average"])
 

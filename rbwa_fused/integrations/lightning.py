@@ -143,7 +143,7 @@ class AveragedEvaluation(Callback):
         opts = [opt for opt in _ours(trainer) if opt.n_averaged > 0]
         with ExitStack() as stack:
             for opt in opts:
-                stack.enter_context(opt.averaged())
+                stack.enter_context(opt.averaged(pl_module))
             if buffers is not None:
                 stack.enter_context(_with_buffers(pl_module, buffers))
             elif opts and self._loader is not None:
