@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from datetime import date
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import step, training
+from benchmarks import step, training, training_report
+from benchmarks.process import fresh
 from benchmarks.progress import bar
 
 NEEDED = ("torchvision", "matplotlib", "scipy", "rbwa_fused._C")
@@ -54,21 +54,16 @@ def measured_training(args: argparse.Namespace, batch_size: int, progress: Any) 
     )
     samples = []
     for seed in range(options.processes):
-        with get_context("spawn").Pool(1) as pool:
-            samples.append(pool.apply(training.measure, (options, options.rows, seed)))
+        samples.append(fresh(training.measure, options, options.rows, seed))
         progress.update()
     peaks = {}
     for name in options.rows if batch_size == BATCH_SIZES[-1] else ():
-        with get_context("spawn").Pool(1) as pool:
-            peaks[name] = pool.apply(training.peak, (options, name))
+        peaks[name] = fresh(training.peak, options, name)
     progress.update()
-    rows = {name: training.figures(samples, name) for name in options.rows}
     return {
-        "model": options.model,
-        "batch size": batch_size,
-        "rows": rows,
+        **training_report.results(options, samples),
         "peak MB": peaks,
-        "table": training.report(options, samples, peaks),
+        "table": training_report.report(options, samples, peaks),
     }
 
 
@@ -96,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with bar(processes * step.ticks(stepping), "round of 1: step") as progress:
         steps = step.measured(stepping, step.MODEL, rows, library, progress.update)
     with bar(len(sizes.COUNTS) + 1, "size of 2: sizes") as progress:
-        with get_context("spawn").Pool(1) as pool:
-            by_size = pool.apply(sizes.run, (args.threads, 0))
+        by_size = fresh(sizes.run, args.threads, 0)
         progress.update(len(sizes.COUNTS) + 1)
     training_processes = len(batch_sizes) * ((6 if args.full else 3) + 1)
     with bar(training_processes, "process of 3: training") as progress:
@@ -116,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.write_text(json.dumps(results, indent=1) + "\n")
     files = pictures.draw(results, out.with_suffix(""))
     print(f"\nwritten: {', '.join(map(str, [out, *files]))}")
+    if any(run["wrong"] for run in trained):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
