@@ -2,8 +2,8 @@
 
 One optimizer step of ResNet-18 by provider, step time by parameter count, the machine's copy
 bandwidth, and whole training steps with what averaging adds to them. Prints tables; writes
-benchmarks/results/<machine>-<date>.json and four pictures beside it. On a GPU it runs
-``benchmarks.step --device cuda`` in their place.
+benchmarks/results/<machine>-<date>.json and four pictures beside it. Where there is a GPU, it
+measures the same there, see gpu_suite.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="more processes, rows that torch.compile builds, batch size 32 as well",
+        help="cpu: more processes, rows that torch.compile builds, batch size 32 as well; cuda: "
+        "batch sizes 32 to 1024, autocast without channels_last as well",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/…)")
@@ -76,7 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     if torch.cuda.is_available():
-        step.main(["--device", "cuda", *(["--out", str(args.out)] if args.out else [])])
+        from benchmarks import gpu_suite
+
+        plan = step.gpu_plan(step.arguments(["--device", "cuda"]))
+        name = f"{plan.device.slug()}-{date.today()}.json"
+        out = step.writable(args.out or step.RESULTS / name)
+        if gpu_suite.main(plan, args.full, out) != 0:
+            raise SystemExit(1)
         return
     from benchmarks import machine, pictures, report, sizes
 

@@ -1,10 +1,12 @@
-"""Whole training steps on a GPU, with the CPU in its place."""
+"""Whole training steps on a GPU, and the suite there, with the CPU in its place."""
 
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +19,17 @@ pytest.importorskip("rbwa_fused._C")
 pytest.importorskip("torchvision")
 pytest.importorskip("scipy")
 
+from benchmarks import __main__ as suite
 from benchmarks import (
+    gpu,
     gpu_measure,
+    gpu_rows,
+    gpu_suite,
     graph_training,
+    pictures,
     shapes,
+    sizes,
+    step,
     training,
     training_report,
 )
@@ -246,3 +255,120 @@ def test_a_single_process_has_the_quartiles_of_its_rounds() -> None:
     assert found["overheads"] == pytest.approx((1.5, 6.5))
     one = training_report.figures([{BASELINE: base[:1], "EMA": own[:1]}], "EMA")
     assert one["overheads"] == pytest.approx((1.0, 1.0))
+
+
+# ---- the suite ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_suite(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """The suite on small models, in this process."""
+    monkeypatch.setattr(gpu_suite, "Cuda", lambda: recording)
+    monkeypatch.setattr(gpu_suite, "fresh", lambda function, *given: function(*given))
+    monkeypatch.setattr(gpu_suite, "BATCH_SIZES", (4, 6))
+    monkeypatch.setattr(gpu_suite, "ROUNDS", 10)
+    monkeypatch.setattr(gpu_suite, "SECONDS", 0.0)
+    monkeypatch.setattr(sizes, "COUNTS", (620, 6200))
+    return recording
+
+
+def plan_of(device: Host) -> gpu.Plan:
+    rows = [row for row in gpu_rows.rows(("cuda",), device) if row.available()]
+    chosen = [row for row in rows if row.name.startswith(("torch SGD fused", "EMA, cuda"))]
+    return gpu.Plan(device, {"tiny": TINY}, torch.float32, chosen, 10)
+
+
+def test_the_suite_on_a_gpu_writes_every_part_and_draws_four_pictures(
+    small_suite: Recording, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    assert gpu_suite.main(plan_of(small_suite), False, out) == 0
+    written = json.loads(out.read_text())
+    assert {"machine", "settings", "problems", "copy GB/s", "sizes", "training"} <= written.keys()
+    assert list(written["sizes"]) == ["620", "6200"]
+    for rows in written["sizes"].values():
+        assert list(rows) == list(sizes.ROWS)
+        assert all(row["ms"] > 0 and row["host ms"] > 0 for row in rows.values())
+    assert [(run["how"], run["batch size"]) for run in written["training"]] == [
+        (f"{precision}{graph}", size)
+        for precision in ("float32", "float32, bfloat16 autocast, channels_last")
+        for size in (4, 6)
+        for graph in ("", ", CUDA graph")
+    ]
+    for run in written["training"]:
+        skipped = NO_GRAPH if run["how"].endswith("graph") else {}
+        assert run["skipped"] == skipped
+        assert list(run["rows"]) == [row.name for row in ON_GPU if row.name not in skipped]
+    printed = capsys.readouterr().out
+    assert printed.count(f"| {BASELINE} ") == 1 + 8
+    for what in ("step", "bandwidth", "sizes", "training"):
+        assert (tmp_path / f"gpu-{what}.png").read_bytes().startswith(b"\x89PNG")
+    steps = pictures.steps_of(written)
+    assert steps is not None and list(steps.times) == list(written["problems"][0]["rows"])
+    assert pictures.kind_of("torch SGD fused, graph") == "baseline"
+    panels = [axes.get_title() for axes in pictures.training(written, written["training"]).axes]
+    assert panels == list(dict.fromkeys(run["how"] for run in written["training"]))
+
+
+def test_a_part_that_fails_is_named_and_leaves_the_others(
+    small_suite: Recording,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(function: Any, *given: Any) -> Any:
+        if function is gpu_suite.by_size or given[0].graph:
+            raise RuntimeError("CUDA error: an illegal memory access\nand a stack")
+        return function(*given)
+
+    monkeypatch.setattr(gpu_suite, "fresh", failing)
+    out = tmp_path / "gpu.json"
+    assert gpu_suite.main(plan_of(small_suite), False, out) == 1
+    written = json.loads(out.read_text())
+    assert len(written["training"]) == 4 and len(written["not measured"]) == 5
+    assert set(written["not measured"].values()) == {"CUDA error: an illegal memory access"}
+    assert "not measured: sizes (CUDA error" in capsys.readouterr().out
+    assert not (tmp_path / "gpu-sizes.png").exists()
+    assert (tmp_path / "gpu-training.png").exists()
+
+
+def test_no_run_is_begun_that_would_not_end_in_time(
+    small_suite: Recording, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_suite, "BUDGET", 0.0)
+    out = tmp_path / "gpu.json"
+    assert gpu_suite.main(plan_of(small_suite), False, out) == 1
+    written = json.loads(out.read_text())
+    assert not written["training"] and len(written["not measured"]) == 8
+    assert set(written["not measured"].values()) == {"0 s would not have been enough"}
+    assert not (tmp_path / "gpu-training.png").exists() and (tmp_path / "gpu-sizes.png").exists()
+
+
+def test_all_batch_sizes_and_precisions_are_measured_with_full() -> None:
+    lines = gpu_suite.runs(full=True)
+    sizes_found = {line[line.index("--batch-size") + 1] for line in lines}
+    assert sizes_found == {"32", "128", "512", "1024"} and len(lines) == 24
+    flags = ("--amp", "--channels-last", "--graph")
+    assert len({tuple(flag in line for flag in flags) for line in lines}) == 6
+    assert len(gpu_suite.runs(full=False)) == 8
+
+
+def test_the_suite_goes_to_the_gpu_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    called: list[Any] = []
+
+    def main(plan: Any, full: bool, out: Path) -> int:
+        called.append((plan.device, full, out))
+        return 1
+
+    device = Host()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(step, "gpu_plan", lambda args: plan_of(device))
+    monkeypatch.setattr(step, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_suite, "main", main)
+    with pytest.raises(SystemExit) as ended:
+        suite.main(["--full"])
+    ((where, full, out),) = called
+    assert ended.value.code == 1 and where is device and full
+    assert out.parent == tmp_path and out.name.startswith("none-") and out.suffix == ".json"
