@@ -2,8 +2,8 @@
 
 One optimizer step of ResNet-18 by provider, step time by parameter count, the machine's copy
 bandwidth, and whole training steps with what averaging adds to them. Prints tables; writes
-benchmarks/results/<machine>-<date>.json and four pictures beside it. On a GPU it runs
-``benchmarks.step --device cuda`` in their place.
+benchmarks/results/<machine>-<date>.json and four pictures beside it. Where there is a GPU, it
+measures the same there, see gpu_suite.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from datetime import date
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import step, training
+from benchmarks import step, training, training_report
+from benchmarks.process import fresh
 from benchmarks.progress import bar
 
 NEEDED = ("torchvision", "matplotlib", "scipy", "rbwa_fused._C")
@@ -33,7 +33,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="more processes, rows that torch.compile builds, batch size 32 as well",
+        help="cpu: more processes, rows that torch.compile builds, batch size 32 as well; cuda: "
+        "batch sizes 32 to 1024, autocast without channels_last as well",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/…)")
@@ -54,21 +55,16 @@ def measured_training(args: argparse.Namespace, batch_size: int, progress: Any) 
     )
     samples = []
     for seed in range(options.processes):
-        with get_context("spawn").Pool(1) as pool:
-            samples.append(pool.apply(training.measure, (options, options.rows, seed)))
+        samples.append(fresh(training.measure, options, options.rows, seed))
         progress.update()
     peaks = {}
     for name in options.rows if batch_size == BATCH_SIZES[-1] else ():
-        with get_context("spawn").Pool(1) as pool:
-            peaks[name] = pool.apply(training.peak, (options, name))
+        peaks[name] = fresh(training.peak, options, name)
     progress.update()
-    rows = {name: training.figures(samples, name) for name in options.rows}
     return {
-        "model": options.model,
-        "batch size": batch_size,
-        "rows": rows,
+        **training_report.results(options, samples),
         "peak MB": peaks,
-        "table": training.report(options, samples, peaks),
+        "table": training_report.report(options, samples, peaks),
     }
 
 
@@ -81,7 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     if torch.cuda.is_available():
-        step.main(["--device", "cuda", *(["--out", str(args.out)] if args.out else [])])
+        from benchmarks import gpu_suite
+
+        plan = step.gpu_plan(step.arguments(["--device", "cuda"]))
+        name = f"{plan.device.slug()}-{date.today()}.json"
+        out = step.writable(args.out or step.RESULTS / name)
+        if gpu_suite.main(plan, args.full, out) != 0:
+            raise SystemExit(1)
         return
     from benchmarks import machine, pictures, report, sizes
 
@@ -96,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with bar(processes * step.ticks(stepping), "round of 1: step") as progress:
         steps = step.measured(stepping, step.MODEL, rows, library, progress.update)
     with bar(len(sizes.COUNTS) + 1, "size of 2: sizes") as progress:
-        with get_context("spawn").Pool(1) as pool:
-            by_size = pool.apply(sizes.run, (args.threads, 0))
+        by_size = fresh(sizes.run, args.threads, 0)
         progress.update(len(sizes.COUNTS) + 1)
     training_processes = len(batch_sizes) * ((6 if args.full else 3) + 1)
     with bar(training_processes, "process of 3: training") as progress:
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.write_text(json.dumps(results, indent=1) + "\n")
     files = pictures.draw(results, out.with_suffix(""))
     print(f"\nwritten: {', '.join(map(str, [out, *files]))}")
+    if any(run["wrong"] for run in trained):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
-"""What timing asks of a GPU, and CUDA's answer. Tests answer with the CPU and the host's clock."""
+"""What timing asks of a device, and what the CPU and CUDA answer. Tests' GPU is the CPU again."""
 
 from __future__ import annotations
 
 import gc
 import json
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from platform import python_version
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import rbwa_fused
+from benchmarks import machine
 from benchmarks.machine import version_of, words
 
 FASTEST_CLOCK = 2.1e9  # Hz; above what multiprocessors reach, so that a spin is never too short
@@ -26,8 +30,8 @@ COLD_BYTES = 128 * 2**20  # written between steps, or twice the L2 if that is mo
 Step = Callable[[], object]
 
 
-class Device(Protocol):
-    """A queue of work on a device, marks in it, and what is beside it.
+class Clock(Protocol):
+    """A queue of work on a device, and marks in it.
 
     Attributes:
         device: where the tensors are.
@@ -41,20 +45,37 @@ class Device(Protocol):
     def seconds(self, start: Any, end: Any) -> float:
         """Time between two marks that the device has passed."""
 
+    def synchronize(self) -> None:
+        """Waits until the queue is empty."""
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process had so far."""
+
+    def description(self) -> dict[str, str | int | float]:
+        """What stands above the tables and in the JSON file."""
+
+
+class Device(Clock, Protocol):
+    """A GPU: what is beside its queue."""
+
     def spin(self, seconds: float) -> None:
         """Keeps the device busy for at least so long, so that the host can queue work ahead."""
 
     def evict(self) -> None:
         """Writes more memory than the caches hold."""
 
-    def synchronize(self) -> None:
-        """Waits until the queue is empty."""
-
     def no_waiting(self) -> Any:
         """A context in which whatever waits for the device raises RuntimeError."""
 
-    def capture(self, step: Step) -> Step:
-        """A function that replays a step, which is recorded and not taken.
+    def aside(self) -> Any:
+        """A context whose work goes to a side stream, behind what is queued and before the rest."""
+
+    def pool(self) -> Any:
+        """Memory for several captures, whose replays come one after another, in any order."""
+
+    def capture(self, step: Step, pool: Any = None) -> Step:
+        """A function that replays a step, which is recorded and not taken; without a `pool` it
+        gets memory of its own.
 
         Raises:
             RuntimeError: for a step that cannot be captured.
@@ -69,11 +90,29 @@ class Device(Protocol):
     def release(self) -> None:
         """Gives back the memory of what nobody refers to any more."""
 
-    def description(self) -> dict[str, str | int | float]:
-        """What stands above the tables and in the JSON file."""
-
     def slug(self) -> str:
         """Its name in a form that file names take."""
+
+
+class Cpu:
+    """The CPU, which has done what it was given, and the host's clock."""
+
+    device = torch.device("cpu")
+
+    def mark(self) -> float:
+        return perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def synchronize(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def description(self) -> dict[str, str | int | float]:
+        return machine.description(torch.get_num_threads())
 
 
 class Cuda:
@@ -82,8 +121,12 @@ class Cuda:
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._facts = torch.cuda.get_device_properties(self.device)
-        cold = max(COLD_BYTES, 2 * self._facts.L2_cache_size)
-        self._cold = torch.empty(cold, dtype=torch.uint8, device=self.device)
+        self._side = torch.cuda.Stream()
+
+    @cached_property
+    def _cold(self) -> torch.Tensor:
+        size = max(COLD_BYTES, 2 * self._facts.L2_cache_size)
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -112,9 +155,23 @@ class Cuda:
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    def capture(self, step: Step) -> Step:
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            yield
+        current.wait_stream(self._side)
+
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, step: Step, pool: Any = None) -> Step:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             step()
         replay: Step = graph.replay
         return replay

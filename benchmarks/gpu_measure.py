@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,11 @@ from benchmarks.providers import BASELINE, Row
 LIMIT = 8.0  # seconds of timing for a group of rows
 USABLE = 0.9  # of the free memory; the rest goes to the allocator's gaps
 TEMPORARY_COPIES = 3  # of the parameters, by passes that do not work in place
+
+Proven = TypeVar("Proven")
+
+
+CANNOT = (RuntimeError, ImportError, ValueError)  # of a row that cannot be built or captured
 
 
 class WrongError(Exception):
@@ -81,7 +86,7 @@ def proven(row: Row, problem: Problem) -> Provider:
 
     Raises:
         WrongError: if they were not.
-        RuntimeError, ImportError: if it cannot be built or captured.
+        RuntimeError, ImportError, ValueError: if it cannot be built or captured.
     """
     provider = row.build(problem, row.name)
     wrong = check(provider, problem)
@@ -92,17 +97,22 @@ def proven(row: Row, problem: Problem) -> Provider:
 
 def prepared(rows: Sequence[Row], problem: Problem, skipped: Skipped) -> list[Provider]:
     """The providers of those rows that can be timed."""
-    providers = []
+    return each(rows, lambda row: proven(row, problem), skipped)
+
+
+def each(rows: Sequence[Row], prove: Callable[[Row], Proven], skipped: Skipped) -> list[Proven]:
+    """What `prove` makes of those rows that can be timed."""
+    kept = []
     for row in rows:
         try:
-            providers.append(proven(row, problem))
-        except (WrongError, RuntimeError, ImportError) as error:
+            kept.append(prove(row))
+        except (WrongError, *CANNOT) as error:
             if row.name == BASELINE:
                 raise
             skipped.reasons[row.name] = reason(error)
             if isinstance(error, WrongError) and row.kind == "ours":
                 skipped.wrong.append(row.name)
-    return providers
+    return kept
 
 
 def figures(

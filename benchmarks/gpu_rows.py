@@ -8,15 +8,14 @@ from dataclasses import replace
 from benchmarks import today
 from benchmarks.device import Device
 from benchmarks.graph import captured
-from benchmarks.providers import BASELINE, METHODS, Row, ours
+from benchmarks.providers import BASELINE, BY_HAND, METHODS, Row, ours
 
 TODAY: tuple[Row, ...] = (
     Row(BASELINE, "baseline", today.torch_sgd("fused")),
     Row("torch SGD foreach", "baseline", today.torch_sgd("foreach")),
     Row("fused + AveragedModel (EMA)", "today", today.averaged_model("ema")),
     Row("RBWA: fused + AveragedModel + copy back", "today", today.averaged_model("rbwa")),
-    Row("EMA: fused + foreach lerp", "today", today.foreach_lerp(written_back=False)),
-    Row("RBWA-E: fused + lerp + copy back", "today", today.foreach_lerp(written_back=True)),
+    *BY_HAND,
 )
 APEX = Row("apex FusedSGD", "baseline", today.apex_sgd, needs="amp_C")  # apex's own extension
 OURS = ("SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA", "SWA", "EMA every 10")

@@ -23,11 +23,14 @@ class Problem:
         model: its parameters in the dtype that is measured.
         gradients: two sets, taken in turn, so that no step sees the same gradient twice.
         lrs: learning rate of each param group; the parameters are dealt out evenly, in order.
+        tensor_lr: the optimizers get it as a tensor beside the parameters, which a schedule can
+            change under a captured graph.
     """
 
     model: nn.Module
     gradients: tuple[list[Tensor], list[Tensor]]
     lrs: tuple[float, ...] = (LR,)
+    tensor_lr: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,12 +53,16 @@ class Problem:
         params = list(model.parameters())
         size = len(params) // len(self.lrs)
         return [
-            {"params": params[i * size : (i + 1) * size], "lr": lr} for i, lr in enumerate(self.lrs)
+            {
+                "params": params[i * size : (i + 1) * size],
+                "lr": torch.tensor(lr, device=self.device) if self.tensor_lr else lr,
+            }
+            for i, lr in enumerate(self.lrs)
         ]
 
     def lr_of(self, index: int) -> float:
         """Learning rate of a parameter."""
-        return self.lrs[index // (len(self.gradients[0]) // len(self.lrs))]
+        return self.lrs[index // (len(list(self.model.parameters())) // len(self.lrs))]
 
 
 def with_gradients(model: nn.Module, lrs: tuple[float, ...] = (LR,), seed: int = 0) -> Problem:

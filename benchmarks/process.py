@@ -10,10 +10,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +32,9 @@ HOST_STEPS = 50  # of 20 to 600 us, so that a sample is long against the clock's
 HOST_ROUNDS = 30
 HOST_GROUPS = 31
 HOST_TICKS = 2  # one for each of the two host measurements
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,16 @@ def run(settings: Settings) -> dict[str, Any]:
     }
     result["parameters"] = whole.numel
     return result
+
+
+def fresh(function: Callable[..., Found], *arguments: object) -> Found:
+    """A function's result, from a Python of its own.
+
+    Raises:
+        RuntimeError: also for a process that was killed. What else the function raises.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def in_fresh_process(settings: Settings, after_round: Callable[[], object]) -> dict[str, Any]:

@@ -101,11 +101,26 @@ def check(provider: Provider, problem: Problem) -> str | None:
         return f"{provider.name}: writes to the gradients"
     if not provider.params[0].is_floating_point():
         return None
-    averages = provider.averages()
+    both = [list(map(sample, gradients)) for gradients in problem.gradients]
+    return difference(provider, problem, start, [both[step % 2] for step in range(steps)])
+
+
+def difference(
+    provider: Provider,
+    problem: Problem,
+    start: Sequence[Tensor],
+    gradients: Sequence[Sequence[Tensor]],
+) -> str | None:
+    """None, or a line that says where a provider's weights or averages are not those of its maths.
+
+    Args:
+        start: `sample` of each parameter before the first step.
+        gradients: for each step, `sample` of each parameter's gradient.
+    """
+    averages, steps = provider.averages(), len(gradients)
     for i, theta in enumerate(start):
-        first, second = (sample(g) for g in (problem.gradients[0][i], problem.gradients[1][i]))
-        gradients = [first if step % 2 == 0 else second for step in range(steps)]
-        weights, average = expected(provider.maths, theta, gradients, problem.lr_of(i))
+        given = [of_step[i] for of_step in gradients]
+        weights, average = expected(provider.maths, theta, given, problem.lr_of(i))
         scale = max(theta.abs().max().item(), weights.abs().max().item())
         allowed = ULPS_A_STEP * steps * torch.finfo(problem.dtype).eps * scale
         wrong = mismatch("parameter", sample(provider.params[i]), weights, allowed)

@@ -209,20 +209,38 @@ def named(names: tuple[str, ...] | list[str], rows: Sequence[Row] = ROWS) -> lis
     return [row for row in rows if row.name in names]
 
 
-# Rows of a whole training step, on any device; the last ones have no step of their own to time.
-IN_BACKWARD = ", in_backward"
-TRAINED: tuple[Row, ...] = (
-    *named((BASELINE, "torch SGD foreach")),
-    *(
-        _row(name, backend="auto")
-        for name in ("SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA", "SWA")
-    ),
-    _row("SGD + momentum" + IN_BACKWARD, backend="auto", in_backward=True),
-    _row("EMA" + IN_BACKWARD, backend="auto", in_backward=True),
-    *named(
-        (
-            *("fused + AveragedModel (mean)", "fused + AveragedModel (EMA)"),
-            *("RBWA: fused + mean + copy back", "RSGDM, foreach"),
-        )
-    ),
+# Averages by hand, in one foreach call: what a CUDA graph can replay.
+BY_HAND: tuple[Row, ...] = (
+    Row("EMA: fused + foreach lerp", "today", today.foreach_lerp(written_back=False)),
+    Row("RBWA-E: fused + lerp + copy back", "today", today.foreach_lerp(written_back=True)),
 )
+
+IN_BACKWARD = ", in_backward"
+
+
+def _trained(capturable: bool = False) -> tuple[Row, ...]:
+    """Rows of a whole training step; those in the backward pass have no step of their own to
+    time."""
+    options = {"backend": "auto", "capturable": capturable}
+    return (
+        *named((BASELINE, "torch SGD foreach")),
+        *(
+            _row(name, **options)
+            for name in ("SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA", "SWA")
+        ),
+        *(
+            _row(name + IN_BACKWARD, **options, in_backward=True)
+            for name in ("SGD + momentum", "EMA")
+        ),
+        *named(
+            (
+                *("fused + AveragedModel (mean)", "fused + AveragedModel (EMA)"),
+                *("RBWA: fused + mean + copy back", "RSGDM, foreach"),
+            )
+        ),
+    )
+
+
+TRAINED = _trained()
+ON_GPU = (*TRAINED, *BY_HAND)
+CAPTURED = (*_trained(capturable=True), *BY_HAND)  # what cannot be captured says so

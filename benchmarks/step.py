@@ -15,9 +15,12 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from benchmarks.progress import bar
+
+if TYPE_CHECKING:
+    from benchmarks import gpu
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODEL = "resnet18"
@@ -41,8 +44,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Arguments(prog="python -m benchmarks.step", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     models = (
-        f"cpu: any classifier of torchvision, gpt2 or transformer-1b (default: {MODEL}); cuda: "
-        "resnet18, resnet50, gpt2, transformer-1b, one or several (default: all)"
+        f"cpu: any classifier of torchvision, such as vgg16, gpt2 or transformer-1b (default: "
+        f"{MODEL}); cuda: resnet18, resnet50, gpt2, transformer-1b, one or several (default: all)"
     )
     parser.add_argument("--model", action="extend", nargs="+", metavar="NAME", help=models)
     backend = "cuda: measure this one of ours only (default: both where available)"
@@ -130,14 +133,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         on_cpu(args)
 
 
+def gpu_plan(args: argparse.Namespace) -> gpu.Plan:
+    """What a GPU is to measure; ends the program where it cannot."""
+    from benchmarks import gpu
+
+    try:
+        return gpu.planned(args)
+    except ValueError as error:
+        stop(str(error))
+
+
 def on_gpu(args: argparse.Namespace) -> None:
     """All models, in this process; ends with status 1 if a row of ours was wrong."""
     from benchmarks import gpu
 
-    try:
-        plan = gpu.planned(args)
-    except ValueError as error:
-        stop(str(error))
+    plan = gpu_plan(args)
     name = f"{plan.device.slug()}-{date.today().isoformat()}.json"
     if gpu.main(plan, writable(args.out or RESULTS / name)) != 0:
         raise SystemExit(1)

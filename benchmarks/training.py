@@ -6,6 +6,9 @@ tell its overhead against ``torch.optim.SGD(fused=True)``: the difference of the
 themselves, over the whole training step, which is the steadier one; and the ratio of whole training
 steps of the same round, with the 95 % bootstrap interval of its median. With ``in_backward=True``
 the step is a part of the backward pass, so there is the second figure alone.
+
+On a GPU the marks between passes and step stand in its queue, and nothing waits between them.
+``--graph`` replays each row as one CUDA graph, see graph_training.py.
 """
 
 from __future__ import annotations
@@ -14,83 +17,86 @@ import argparse
 import gc
 import math
 import random
-import resource
-from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing import get_context
-from statistics import median
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any
+from typing import cast
 
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import ResNet, list_models
 
-from benchmarks import machine
+from benchmarks import graph_training
+from benchmarks.device import Clock, Cpu, Cuda, Device
+from benchmarks.gpu_measure import Skipped, each, proven
 from benchmarks.problem import Problem, torchvision_model, with_gradients
-from benchmarks.process import prepared
+from benchmarks.process import fresh
 from benchmarks.progress import bar
 from benchmarks.provider import Provider
-from benchmarks.providers import BASELINE, IN_BACKWARD, TRAINED, named, selected
-from benchmarks.report import table
+from benchmarks.providers import CAPTURED, ON_GPU, TRAINED, Row, named, selected
 from benchmarks.timing import switches
+from benchmarks.training_report import Measured, Sample, Samples, report, timed_rows, wrong_rows
 
 CLASSES = 1000  # of torchvision's networks
 SMALL = 64  # pixels, at which a ResNet's own stem leaves no image
 WARMING = 3  # steps before the clock runs: cuDNN, allocator, caches
+LEAST_ROUNDS = 8  # whatever --seconds says
 Batch = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Seconds of one training step: forward and backward, the optimizer's step; and whether a
-    thread of the process lost its core in between."""
-
-    passes: float
-    step: float
-    disturbed: bool
-
-    @property
-    def whole(self) -> float:
-        return self.passes + self.step
+Visit = Callable[[], Sample]
 
 
-def images(args: argparse.Namespace) -> Batch:
+def clock_of(args: argparse.Namespace) -> Clock:
+    """The device that is measured."""
+    return Cuda() if args.device == "cuda" else Cpu()
+
+
+def table_of(args: argparse.Namespace) -> tuple[Row, ...]:
+    """All rows that there are."""
+    return CAPTURED if args.graph else ON_GPU if args.device == "cuda" else TRAINED
+
+
+def images(args: argparse.Namespace, device: torch.device) -> Batch:
     """A batch of noise and its labels."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn((args.batch_size, 3, args.side, args.side), generator=generator)
     if args.channels_last:
         drawn = drawn.to(memory_format=torch.channels_last)
-    return drawn.to(args.device), (torch.arange(args.batch_size) % CLASSES).to(args.device)
+    return drawn.to(device), (torch.arange(args.batch_size) % CLASSES).to(device)
 
 
-def now(device: str) -> float:
-    """The time at which the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter()
-
-
-def train(provider: Provider, batch: Batch, args: argparse.Namespace) -> Sample:
-    """One training step. Freeing the last gradients is a part of forward and backward; with
-    ``in_backward`` they are freed there already."""
+def passes(provider: Provider, batch: Batch, args: argparse.Namespace) -> None:
+    """Forward and backward. Freeing the last gradients is a part of them; with ``in_backward`` they
+    are freed there already."""
     assert provider.model is not None
-    before, start = switches(), now(args.device)
     for p in provider.model.parameters():
         p.grad = None
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=args.amp):
         loss = cross_entropy(provider.model(batch[0]), batch[1])
     loss.backward()
-    between = now(args.device)
+
+
+def train(provider: Provider, batch: Batch, args: argparse.Namespace, clock: Clock) -> Sample:
+    """One training step, from an empty queue on."""
+    before, start = switches(), clock.mark()
+    passes(provider, batch, args)
+    between = clock.mark()
     provider.step()
-    end = now(args.device)
-    return Sample(between - start, end - between, switches() != before)
+    end = clock.mark()
+    clock.synchronize()
+    disturbed = switches() != before
+    return Sample(clock.seconds(start, end), clock.seconds(between, end), disturbed)
 
 
-def network(args: argparse.Namespace) -> nn.Module:
+def replayed(graphs: graph_training.Graphs, device: Device) -> Sample:
+    """One training step of a CUDA graph."""
+    before = switches()
+    whole, step = graph_training.visit(graphs, device)
+    return Sample(whole, step, switches() != before)
+
+
+def network(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """torchvision's network; a ResNet gets the usual stem for small images, a 3x3 convolution of
     stride 1 without max-pool, or BatchNorm would see one number a channel of a single image."""
     model = torchvision_model(args.model, torch.float32)
@@ -99,124 +105,83 @@ def network(args: argparse.Namespace) -> nn.Module:
         model.maxpool = nn.Identity()
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return model.to(args.device)
+    return model.to(device)
 
 
-def measure(args: argparse.Namespace, rows: tuple[str, ...], seed: int) -> dict[str, list[Sample]]:
-    """The samples of each row, one a round, in this process."""
-    torch.set_num_threads(args.threads)
-    providers = prepared(named(rows, TRAINED), with_gradients(network(args)))
-    batch = images(args)
-    for provider in providers:
+def eager(
+    rows: Sequence[Row], args: argparse.Namespace, clock: Clock, skipped: Skipped, proving: bool
+) -> dict[str, Visit]:
+    """A training step of each row, warmed up and, with `proving`, after it was right."""
+    model, batch = network(args, clock.device), images(args, clock.device)
+    problem = with_gradients(model) if proving else Problem(model, ([], []))
+
+    def visit(row: Row) -> tuple[str, Visit]:
+        provider = proven(row, problem) if proving else row.build(problem, row.name)
         for _ in range(WARMING):
-            train(provider, batch, args)
-    samples: dict[str, list[Sample]] = {provider.name: [] for provider in providers}
-    shuffle = random.Random(seed).shuffle
-    order = list(providers)
+            train(provider, batch, args, clock)
+        return row.name, lambda: train(provider, batch, args, clock)
+
+    return dict(each(rows, visit, skipped))
+
+
+def graphed(
+    rows: Sequence[Row], args: argparse.Namespace, device: Device, skipped: Skipped
+) -> dict[str, Visit]:
+    """A training step of each row under CUDA graphs, after it was right."""
+    model, batch = network(args, device.device), images(args, device.device)
+    problem, pool = Problem(model, ([], []), tensor_lr=True), device.pool()
+
+    def run(provider: Provider) -> None:
+        passes(provider, batch, args)
+
+    def visit(row: Row) -> tuple[str, Visit]:
+        graphs = graph_training.proven(row, problem, run, device, pool)
+        return row.name, lambda: replayed(graphs, device)
+
+    return dict(each(rows, visit, skipped))
+
+
+def visits(
+    args: argparse.Namespace, rows: Sequence[str], clock: Clock, skipped: Skipped, proving: bool
+) -> dict[str, Visit]:
+    """What is timed of these rows."""
     gc.collect()
-    gc.disable()
-    for _ in range(args.repeats):
+    gc.disable()  # no collection in a capture or on the clock
+    chosen = named(list(rows), table_of(args))
+    if args.graph:
+        return graphed(chosen, args, cast(Device, clock), skipped)
+    return eager(chosen, args, clock, skipped, proving)
+
+
+def measure(args: argparse.Namespace, rows: tuple[str, ...], seed: int) -> Measured:
+    """The samples of each row in this process."""
+    torch.set_num_threads(args.threads)
+    clock, skipped = clock_of(args), Skipped()
+    description = clock.description()
+    numel = sum(p.numel() for p in network(args, torch.device("cpu")).parameters())
+    found = visits(args, rows, clock, skipped, proving=True)
+    samples: Samples = {name: [] for name in found}
+    shuffle = random.Random(seed).shuffle
+    order = list(found)
+    gc.collect()
+    start = perf_counter()
+    for made in range(args.repeats):
+        if made >= LEAST_ROUNDS and perf_counter() - start > args.seconds:
+            break
         shuffle(order)
-        for provider in order:
-            samples[provider.name].append(train(provider, batch, args))
-    return samples
+        for name in order:
+            samples[name].append(found[name]())
+    return Measured(description, numel, samples, skipped.reasons, skipped.wrong)
 
 
 def peak(args: argparse.Namespace, row: str) -> float:
     """Megabytes at most: of the allocator on a GPU; else resident ones of the process, of which its
     libraries take the same in each row."""
     torch.set_num_threads(args.threads)
-    problem = Problem(network(args), ([], []))
-    (provider,) = [r.build(problem, r.name) for r in named([row], TRAINED)]
-    batch = images(args)
-    for _ in range(WARMING):
-        train(provider, batch, args)
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def whole_ratios(own: Sequence[Sample], base: Sequence[Sample]) -> list[float]:
-    """Of the whole steps of the same rounds, but those in which a core was lost."""
-    pairs = list(zip(own, base, strict=True))
-    calm = [(a, b) for a, b in pairs if not (a.disturbed or b.disturbed)]
-    kept = calm if len(calm) > len(pairs) // 4 else pairs
-    return [a.whole / b.whole for a, b in kept]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the median; nan of a single value."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    found = stats.bootstrap(
-        (np.array(values),), np.median, n_resamples=2000, method="percentile", rng=0
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def milliseconds(samples: Sequence[Sample], part: str) -> float:
-    """Median of the samples in which no core was lost, if there are enough."""
-    calm = [s for s in samples if not s.disturbed]
-    kept = calm if len(calm) > len(samples) // 4 else samples
-    return 1e3 * median(getattr(s, part) for s in kept)
-
-
-def figures(results: Sequence[dict[str, list[Sample]]], name: str) -> dict[str, Any]:
-    """What the table says of a row: medians over processes of medians of each."""
-    steps, wholes, overheads, ratios = [], [], [], []
-    for result in results:
-        own, base = result[name], result[BASELINE]
-        steps.append(milliseconds(own, "step"))
-        wholes.append(milliseconds(own, "whole"))
-        difference = steps[-1] - milliseconds(base, "step")
-        overheads.append(100 * difference / milliseconds(base, "whole"))
-        ratios += whole_ratios(own, base)
-    low, high = interval(ratios)
-    within = name.endswith(IN_BACKWARD)
-    return {
-        "step ms": None if within else median(steps),
-        "whole ms": median(wholes),
-        "overhead": None if within else median(overheads),
-        "overheads": None if within else (min(overheads), max(overheads)),
-        "ratio": median(ratios),
-        "interval": (low, high),
-        "pairs": len(ratios),
-    }
-
-
-def report(
-    args: argparse.Namespace,
-    results: Sequence[dict[str, list[Sample]]],
-    peaks: dict[str, float],
-) -> str:
-    """The table."""
-    numel = sum(p.numel() for p in network(args).parameters())
-    rows = []
-    for name in results[0]:
-        found = figures(results, name)
-        timed = found["overheads"] is not None
-        rows.append(
-            [
-                name,
-                f"{found['step ms']:.2f}" if timed else "-",
-                f"{found['whole ms']:.1f}",
-                f"{found['overhead']:+.2f} %" if timed else "-",
-                "{:+.2f} to {:+.2f}".format(*found["overheads"]) if timed else "-",
-                f"{found['ratio']:.3f}",
-                "{:.3f} to {:.3f}".format(*found["interval"]),
-                str(found["pairs"]),
-                f"{peaks[name]:.0f}" if name in peaks else "-",
-            ]
-        )
-    head = ", ".join(f"{k}: {v}" for k, v in machine.description(args.threads).items())
-    title = (
-        f"{args.model} on {args.device}, {numel / 1e6:.1f}M parameters, float32"
-        f"{', bfloat16 autocast' * args.amp}{', channels_last' * args.channels_last}, batches of "
-        f"{args.batch_size} {args.side}x{args.side} images; {len(results)} fresh processes of "
-        f"{args.repeats} rounds"
-    )
-    header = ["row", "step ms", "whole ms", "overhead", "range", "ratio", "95 %", "pairs"]
-    return "\n\n".join([head, title, table([*header, "peak MB"], rows)])
+    clock = clock_of(args)
+    for visit in visits(args, [row], clock, Skipped(), proving=False).values():
+        visit()
+    return clock.peak_bytes() / 1e6
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -230,11 +195,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--amp", action="store_true", help="forward under bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true", help="images and weights")
+    graph = "cuda: forward, backward and step as one CUDA graph, lr a tensor, capturable=True"
+    parser.add_argument("--graph", action="store_true", help=graph)
     only = "rows to measure beside the baseline, such as 'RBWA*'; may be repeated"
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=only)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--processes", type=int, default=4, help="fresh processes")
     parser.add_argument("--repeats", type=int, default=40, help="rounds in each process")
+    seconds = f"of rounds in a process, but {LEAST_ROUNDS} rounds at least (default: no limit)"
+    parser.add_argument("--seconds", type=float, default=math.inf, help=seconds)
     parser.add_argument(
         "--no-memory", dest="memory", action="store_false", help="leave out the column peak MB"
     )
@@ -246,28 +215,30 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown model: {args.model} (see torchvision.models.list_models())")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
+    if args.graph and args.device != "cuda":
+        parser.error("--graph is for --device cuda")
     try:
-        args.rows = tuple(row.name for row in selected(args.only, TRAINED) if row.available())
+        rows = selected(args.only, table_of(args))
+        args.rows = tuple(row.name for row in rows if row.available())
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints the table."""
+    """Measures and prints the table; ends with status 1 if a row of ours was wrong."""
     args = arguments(argv)
     results, peaks = [], {}
-    remembered = args.rows if args.memory else ()
-    with bar(args.processes + len(remembered), "process") as progress:
+    with bar(args.processes + args.memory * len(args.rows), "process") as progress:
         for seed in range(args.processes):
-            with get_context("spawn").Pool(1) as pool:
-                results.append(pool.apply(measure, (args, args.rows, seed)))
+            results.append(fresh(measure, args, args.rows, seed))
             progress.update()
-        for name in remembered:
-            with get_context("spawn").Pool(1) as pool:
-                peaks[name] = pool.apply(peak, (args, name))
+        for name in timed_rows(results) if args.memory else ():
+            peaks[name] = fresh(peak, args, name)
             progress.update()
     print(report(args, results, peaks))
+    if wrong_rows(results):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +16,7 @@ import gpu_smoke
 import pytest
 import torch
 from emulation import emulated_cuda  # noqa: F401 (a fixture)
+from recorded import Host
 from torch import nn
 
 pytest.importorskip("rbwa_fused._C")
@@ -34,6 +34,7 @@ from benchmarks import (
     graph,
     instructions,
     pictures,
+    process,
     progress,
     replicas,
     report,
@@ -42,6 +43,7 @@ from benchmarks import (
     step,
     today,
     training,
+    training_report,
 )
 from benchmarks.check import Average, Maths
 from benchmarks.gpu_timing import LEAST_ROUNDS, Series, copy_bandwidth
@@ -52,6 +54,7 @@ from benchmarks.providers import (
     BASELINE,
     HOST_GROUP_ROWS,
     HOST_ROWS,
+    IN_BACKWARD,
     ROWS,
     TRAINED,
     Row,
@@ -305,54 +308,6 @@ def test_the_baseline_is_always_measured() -> None:
 # ---- on a GPU, with the CPU and its clock in its place ------------------------------------------
 
 
-class Host:
-    """The CPU as a device that takes every step at once."""
-
-    device = torch.device("cpu")
-    spins = evictions = captures = 0
-    waits: BaseException | None = None  # what a step that waits raises
-
-    def mark(self) -> float:
-        return perf_counter()
-
-    def seconds(self, start: float, end: float) -> float:
-        return end - start
-
-    def spin(self, seconds: float) -> None:
-        self.spins += 1
-
-    def evict(self) -> None:
-        self.evictions += 1
-
-    def synchronize(self) -> None:
-        pass
-
-    def no_waiting(self) -> Any:
-        if self.waits is not None:
-            raise self.waits
-        return nullcontext()
-
-    def capture(self, step: Any) -> Any:
-        self.captures += 1
-        return step
-
-    def launches(self, step: Any) -> int | None:
-        step()
-        return 7
-
-    def free_bytes(self) -> int:
-        return 10**9
-
-    def release(self) -> None:
-        pass
-
-    def description(self) -> dict[str, str | int | float]:
-        return {"gpu": "none"}
-
-    def slug(self) -> str:
-        return "none"
-
-
 @pytest.fixture(autouse=True)
 def known_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gigabyte is not copied in every test."""
@@ -426,7 +381,7 @@ def test_a_step_is_captured_once_for_each_set_of_gradients_and_replayed_with_it(
     replayed: list[int] = []
 
     class Recording(Host):
-        def capture(self, step: Any) -> Any:
+        def capture(self, step: Any, pool: Any = None) -> Any:
             self.captures += 1
             captured = self.captures
             return lambda: replayed.append(captured)
@@ -730,20 +685,22 @@ def test_the_rows_of_replicas_pull_to_the_mean(monkeypatch: pytest.MonkeyPatch) 
 
 
 def sampled(step: float, whole: float = 10.0, disturbed: bool = False) -> training.Sample:
-    return training.Sample((whole - step) / 1e3, step / 1e3, disturbed)
+    return training.Sample(whole / 1e3, step / 1e3, disturbed)
 
 
 def test_overhead_is_the_steps_difference_over_the_whole_training_step() -> None:
     base = [sampled(2.0), sampled(2.0), sampled(3.0), sampled(9.0, 99.0, disturbed=True)]
     own = [sampled(2.5), sampled(2.5, 11.0), sampled(2.5, 12.0), sampled(2.5)]
-    found = training.figures([{BASELINE: base, "EMA": own}], "EMA")
+    found = training_report.figures([{BASELINE: base, "EMA": own}], "EMA")
     assert found["step ms"] == pytest.approx(2.5)
     assert found["overhead"] == pytest.approx(5.0)
     assert found["ratio"] == pytest.approx(1.1)  # of 1.0, 1.1, 1.2: the disturbed pair is dropped
     assert found["pairs"] == 3
     low, high = found["interval"]
     assert 1.0 - 1e-9 <= low <= 1.1 <= high <= 1.2 + 1e-9
-    within = training.figures([{BASELINE: base, "EMA, in_backward": own}], "EMA, in_backward")
+    within = training_report.figures(
+        [{BASELINE: base, "EMA, in_backward": own}], "EMA, in_backward"
+    )
     assert within["step ms"] is None and within["ratio"] == pytest.approx(1.1)
 
 
@@ -760,14 +717,16 @@ def test_every_row_of_a_training_step_proves_itself_and_trains(
     monkeypatch.setattr(training, "torchvision_model", network_of)
     args = training.arguments(["--processes", "1", "--repeats", "2", "--batch-size", "2", *how])
     try:
-        samples = training.measure(args, args.rows, 0)
+        found = training.measure(args, args.rows, 0)
         peaks = {"EMA, in_backward": training.peak(args, "EMA, in_backward")}
     finally:
         torch.set_num_threads(threads)
         gc.enable()
+    samples = found.samples
+    assert not found.skipped and not found.wrong
     assert list(samples) == [row.name for row in TRAINED if row.available()]
     assert all(len(own) == 2 and all(s.step > 0.0 for s in own) for own in samples.values())
-    text = training.report(args, [samples], peaks)
+    text = training_report.report(args, [found], peaks)
     assert len([line for line in text.splitlines() if line.startswith("|")]) == len(samples) + 2
     assert f"{peaks['EMA, in_backward']:.0f}" in text
     assert ("bfloat16 autocast, channels_last" in text) == bool(how)
@@ -781,7 +740,7 @@ def test_a_row_in_backward_has_no_gradients_left_when_its_step_begins() -> None:
     step = provider.step
     provider.step = lambda: seen.append([p.grad for p in provider.params]) or step()
     args = training.arguments(["--batch-size", "2", "--side", "2"])
-    training.train(provider, training.images(args), args)
+    training.train(provider, training.images(args, device.Cpu.device), args, device.Cpu())
     assert seen == [[None, None]]
 
 
@@ -803,7 +762,8 @@ def results_of_a_suite() -> dict[str, Any]:
         for factor in (1.0, 1.5)
     ]
     overhead = {"overhead": 3.0, "overheads": (2.0, 4.0), "ratio": 1.0, "interval": (0.9, 1.1)}
-    rows = {row.name: {**overhead, "step ms": 1.0, "whole ms": 9.0, "pairs": 5} for row in TRAINED}
+    within = {**overhead, "overhead": None, "overheads": None}
+    rows = {row.name: within if row.name.endswith(IN_BACKWARD) else overhead for row in TRAINED}
     sizes_found = {str(n): {name: {"ms": n / 1e6} for name in sizes.ROWS} for n in sizes.COUNTS}
     return {
         "machine": {"cpu": "a processor", "threads": 2, "torch": "2.10"},
@@ -822,14 +782,17 @@ def test_the_suites_pictures_show_every_row(tmp_path: Path) -> None:
     ]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
+    steps = pictures.steps_of(results)
+    assert steps is not None
+
     def names(figure: Any) -> list[str]:
         return [label.get_text() for label in figure.axes[0].get_yticklabels()]
 
-    assert names(pictures.step_times(results)) == [row.name for row in ROWS]  # fastest first
+    assert names(pictures.step_times(results, steps)) == [row.name for row in ROWS]  # fastest first
     moved = processes_with_bytes(results)
-    assert names(pictures.bandwidth(results)) == moved
+    assert names(pictures.bandwidth(results, steps)) == moved
     trained = [r.name for r in TRAINED if r.name != BASELINE and "in_backward" not in r.name]
-    assert names(pictures.training(results)) == trained
+    assert names(pictures.training(results, results["training"])) == trained
 
 
 def processes_with_bytes(results: dict[str, Any]) -> list[str]:
@@ -856,6 +819,12 @@ def test_the_suite_says_what_is_not_installed(monkeypatch: Any) -> None:
     monkeypatch.setattr(suite, "find_spec", lambda name: None if name == "scipy" else True)
     with pytest.raises(SystemExit, match="scipy not installed"):
         suite.main([])
+
+
+def test_a_process_that_dies_does_not_hang_the_suite() -> None:
+    assert process.fresh(int, "7") == 7
+    with pytest.raises(RuntimeError, match="terminated abruptly"):
+        process.fresh(os._exit, 3)
 
 
 @pytest.mark.parametrize(
