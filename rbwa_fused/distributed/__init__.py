@@ -1,0 +1,10 @@
+"""Training on several processes: what PyTorch's wrappers leave to do.
+
+DistributedDataParallel needs nothing from here: a step adds no collective, and equal gradients make
+equal weights and averages. These are for uneven inputs (`Joined`, `synchronize`), for sharded state
+(`ZeroRedundancyOptimizer`, `averaged`) and for replicas in processes of their own (`Elastic`).
+"""
+
+from rbwa_fused.distributed.elastic import Elastic
+
+__all__ = ["Elastic"]
