@@ -48,6 +48,8 @@ def alone(
     batches: int = 1,
     counts: list[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    resumed: dict[str, Any] | None = None,
+    first: int = 1,
     **options: Any,
 ) -> tuple[Driven, Any]:
     """What one process comes to that computes every rank's gradient and adds their shares.
@@ -55,11 +57,15 @@ def alone(
     Args:
         batches: accumulated for a step.
         counts: steps of each rank; one that has no more adds nothing.
+        resumed: a checkpoint to go on from, at the step `first`.
     """
     model, opt = build(method, dtype, **options)
+    if resumed is not None:
+        model.load_state_dict(resumed["model"])
+        opt.load_state_dict(resumed["optimizer"])
     params = list(model.parameters())
     counts = counts or [STEPS] * world
-    for step in range(1, max(counts) + 1):
+    for step in range(first, max(counts) + 1):
         total = [torch.zeros_like(p) for p in params]
         for rank in range(world):
             if step <= counts[rank]:
