@@ -32,6 +32,11 @@ class Peer:
     """The other rank's process, which the survivor ends where it was only stopped."""
 
     def __init__(self) -> None:
+        # What a first step imports takes longer than TIMEOUT on a busy machine.
+        model = Driven()
+        opt = METHODS[METHOD](groups(model))
+        DistributedDataParallel(model)(0).backward()
+        opt.step()
         pids: list[Any] = [None] * 2
         dist.all_gather_object(pids, os.getpid())
         self.group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
