@@ -149,7 +149,7 @@ def overlapped(every: int, alpha: float, dtype: torch.dtype, by_step: bool) -> d
     model = net(rank, dtype)
     opt = optimizer(model)
     elastic = Elastic(model, alpha=alpha, every=every if by_step else 1, overlap=True)
-    path = []
+    path, halfway = [], []
     for step in range(1, STEPS + 1):
         learn(model, opt, rank, step)
         if by_step:
@@ -157,11 +157,14 @@ def overlapped(every: int, alpha: float, dtype: torch.dtype, by_step: bool) -> d
         elif step % every == 0:
             elastic.pull()
         path.append(bytes_of(model.parameters()))
+        under_way = elastic._under_way
+        halfway.append(under_way is not None and under_way._means[0]._piece is not None)
     refusals = [refused(elastic.state_dict), refused(lambda: elastic.load_state_dict({"steps": 1}))]
     elastic.wait()
     elastic.wait()
     return {
         "path": [*path, bytes_of(model.parameters())],
+        "halfway": halfway,
         "refusals": refusals,
         "saved": elastic.state_dict(),
     }

@@ -13,6 +13,7 @@ from pulled import refused
 from runs import METHODS, STEPS, bits, groups
 from torch import nn
 from torch.distributed import optim
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import rbwa_fused as rf
@@ -182,9 +183,11 @@ def evaluated() -> dict[str, Any]:
         ddp(images(0, step)).square().mean().backward()
         opt.step()
         opt.zero_grad()
-    before, statistics, inside = weights(model), buffers(model), []
+    before, statistics, inside, told = weights(model), buffers(model), [], False
     try:
+        versions = [p._version for p in model.parameters()]
         with averaged(opt):
+            told = all(p._version > v for p, v in zip(model.parameters(), versions, strict=True))
             inside = weights(model)
             raise KeyError("during evaluation")
     except KeyError as error:
@@ -194,6 +197,7 @@ def evaluated() -> dict[str, Any]:
         estimated = buffers(model)
     return {
         "raised": raised,
+        "told": told,
         "exactly": exactly and before == weights(model) and statistics == buffers(model),
         "before": before,
         "inside": inside,
@@ -241,6 +245,7 @@ def refusals() -> dict[str, str]:
         "no averages": refused(lambda: averaged(adam).__enter__()),
         "no sharding": refused(lambda: averaged(rf.FusedSGD(Driven().parameters())).__enter__()),
         "joined": refused(lambda: Joined(sgd)),
+        "uneven": refused(lambda: Join([ddp, opt])),
         "not consolidated": refused(other.state_dict),
         "overlapped": refused(
             lambda: ZeroRedundancyOptimizer(

@@ -153,6 +153,10 @@ def test_an_overlapped_pull_adds_the_correction_of_its_snapshot_and_nothing_befo
         assert all("RuntimeError" in r and "call wait()" in r for r in answer["refusals"])
         assert answer["saved"] == {"steps": STEPS if by_step else 0}
         assert path[rank][-1] != answer["path"][-1]
+        assert answer["halfway"] == [
+            by_step and every > 1 and step > every and step % every >= every // 2
+            for step in range(1, STEPS + 1)
+        ], "the second half was not exchanged while the training went on"
 
 
 def test_the_mean_is_evaluated_with_each_models_own_buffers() -> None:

@@ -149,6 +149,7 @@ def test_training_weights_are_back_after_an_exception_and_batchnorm_is_re_estima
     first, second = ranks(2).run(sharded.evaluated)
     assert first == second
     assert first["exactly"] and first["inside"] != first["before"]
+    assert first["told"], "autograd was not told that the weights have changed"
     assert first["raised"] == "'during evaluation'" and first["estimated"]
 
 
@@ -165,6 +166,7 @@ REFUSED = {
     "no averages": ("TypeError", "Invalid opt: ZeroRedundancyOptimizer over Adam"),
     "no sharding": ("TypeError", "Invalid opt: FusedSGD over NoneType"),
     "joined": ("TypeError", "ranks differ in their state"),
+    "uneven": ("RuntimeError", "with old gradients"),
     "not consolidated": ("RuntimeError", "consolidate_state_dict"),
     "overlapped": ("ValueError", "functional"),
 }

@@ -89,7 +89,7 @@ class Joined(Joinable):
     so: name it, too.
 
     Args:
-        opt: the optimizer. ZeroRedundancyOptimizer needs no such thing: it is a Joinable itself.
+        opt: the optimizer, no ZeroRedundancyOptimizer, which does not go with Join.
         others: what else has `state_dict` and `load_state_dict` and is to follow.
         group: the processes, the same as the model's; None is the default group.
 

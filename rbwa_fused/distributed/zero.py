@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.distributed import optim
+from torch.distributed.algorithms.join import JoinHook
 
 from rbwa_fused.checkpoint import OURS
 from rbwa_fused.distributed.exchange import explained
@@ -31,13 +32,13 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
     """torch's, with checkpoints that hold all of FusedSGD's or RSGDM's state, and `averaged`.
 
     A consolidated state dict is that of the same optimizer in one process: counters, samples and
-    policies come with it. A run saved here goes on under DistributedDataParallel or alone, and the
-    other way round, on any number of ranks, bit for bit.
+    policies come with it. A run saved here goes on bit for bit on as many ranks; it may also go on
+    on another number of them, under DistributedDataParallel or alone, and those runs here.
 
-    What torch says of its class holds: parameters are given as tensors or groups, not by name; all
-    of one dtype; `step` broadcasts them; under Join it shadows the steps of ranks that are through.
-    A rank counts its own steps, and a step in which none of its parameters has a gradient does not
-    count (in one process it would, if others have one); `consolidate_state_dict` warns then.
+    What torch says of its class holds: parameters are given as tensors or groups, not by name, and
+    are all of one dtype; `step` broadcasts them. It does not go with Join (see `join_hook`). A rank
+    counts its own steps: one in which none of its parameters has a gradient does not count there,
+    though in one process it would; `consolidate_state_dict` warns then.
 
     Args:
         params, process_group, parameters_as_bucket_view, **defaults: as torch's.
@@ -72,6 +73,19 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
     def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """See `rbwa_fused.distributed.averaged`; `rbwa_fused.averaged_model` takes this, too."""
         return averaged(self)
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """Refused.
+
+        Raises:
+            RuntimeError: a rank that is through with its batches would step its parameters with
+                the last gradients that it had, again and again: torch's hook gives it no others
+                (seen with torch 2.15 and torch.optim.SGD).
+        """
+        raise RuntimeError(
+            "ZeroRedundancyOptimizer under Join steps the parameters of a rank that is through "
+            "with old gradients; give all ranks the same number of batches"
+        )
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Brings all ranks' state to one of them. To be called on all."""
