@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,17 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     )
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
         post_hook(opt)
+
+
+def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Raise where averages were assigned before the first step: with no sample counted, the next
+    one would replace them."""
+    if any(isinstance(held, dict) and "average" in held for held in state.values()):
+        raise ValueError(
+            "averages were assigned to an optimizer that has counted no step; load_state_dict "
+            "loads the counters, too (torch's ZeroRedundancyOptimizer does not, "
+            "rbwa_fused.distributed.ZeroRedundancyOptimizer does)"
+        )
 
 
 def _absent(value: Any) -> bool:

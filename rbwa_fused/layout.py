@@ -189,6 +189,8 @@ class LaidOut(Optimizer):
             checks.params(group, self._master_weights)
             checks.state(group, self.state)
         waiting = self._settle()
+        if counters is None and self._steps == 0:
+            checkpoint.refuse_uncounted(self.state)
         counters = counters or self._counters()
         for p in waiting:
             for stream in self.streams:

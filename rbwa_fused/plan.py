@@ -216,6 +216,8 @@ class Plan:
         """Brings the rows up to date; `scale` is the loss scale under AMP, else 1. A learning rate
         on a device is not read if the kernel reads it there."""
         for plan in self.groups:
+            if plan.group["average"] is False and plan.policy is None:
+                plan.group["average"] = None  # as ZeroRedundancyOptimizer writes it anew
             if plan.group["average"] is not plan.policy:
                 raise ValueError(
                     f"Invalid average: {plan.group['average']!r} was assigned to a group that was "

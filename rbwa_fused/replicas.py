@@ -4,12 +4,13 @@ r"""Elastic replicas: K models of one shape, trained side by side and pulled to 
     \bar w = \frac{1}{K} \sum_k \theta_k, \qquad
     \theta_k \leftarrow \theta_k + \alpha (\bar w - \theta_k)
 
-`pull_` is that line; `Elastic` keeps the models and the schedule of alpha.
+`pull_` is that line; `Elastic` keeps the models and the schedule of alpha. Models in processes of
+their own are distributed/elastic.py's, with the same schedule and checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def pull_(replicas: Sequence[Replica], alpha: float) -> None:
     Example:
         >>> rbwa_fused.pull_([model_a, model_b], alpha=0.5)
     """
-    lists = _checked(replicas)
+    lists = checked(replicas)
     alpha = _checked_alpha(alpha)
     if alpha == 0 or len(lists) == 1:
         return
@@ -56,7 +57,38 @@ def pull_(replicas: Sequence[Replica], alpha: float) -> None:
     increment_version([p for params in lists for p in params if not p.is_inference()])
 
 
-class Elastic:
+class Schedule:
+    """How far pulls go: alpha = 1 - T / T_max, or what is given in its place."""
+
+    def __init__(
+        self, epochs: int | None = None, alpha: float | Callable[[int], float] | None = None
+    ) -> None:
+        if (epochs is None) == (alpha is None):
+            raise ValueError(f"expected one of epochs and alpha, got {epochs!r} and {alpha!r}")
+        self._epochs = None if epochs is None else _integer("epochs", epochs, least=1)
+        self._alpha = alpha if alpha is None or callable(alpha) else _checked_alpha(alpha)
+
+    def alpha(self, finished_epochs: int | None = None) -> float:
+        """How far a pull goes after so many finished epochs; a constant alpha needs no count.
+
+        Raises:
+            ValueError: for a count below 0, above `epochs`, or a function's result out of range.
+            TypeError: where the count is missing, or no integer.
+        """
+        if isinstance(self._alpha, float):
+            return self._alpha
+        if finished_epochs is None:
+            raise TypeError("finished_epochs is missing; only a constant alpha does without")
+        done = _integer("finished_epochs", finished_epochs, least=0)
+        if self._alpha is not None:
+            return _checked_alpha(self._alpha(done))
+        assert self._epochs is not None
+        if done > self._epochs:
+            raise ValueError(f"Invalid finished_epochs: {done} (expected at most {self._epochs})")
+        return 1.0 - done / self._epochs
+
+
+class Elastic(Schedule):
     r"""K models pulled to their mean, less and less: :math:`\alpha = 1 - T / T_{\max}`.
 
     T counts finished epochs: all through the first epoch alpha is 1, so whatever is pulled in it
@@ -95,31 +127,9 @@ class Elastic:
         epochs: int | None = None,
         alpha: float | Callable[[int], float] | None = None,
     ) -> None:
-        if (epochs is None) == (alpha is None):
-            raise ValueError(f"expected one of epochs and alpha, got {epochs!r} and {alpha!r}")
-        self._epochs = None if epochs is None else _integer("epochs", epochs, least=1)
-        self._alpha = alpha if alpha is None or callable(alpha) else _checked_alpha(alpha)
+        super().__init__(epochs, alpha)
         self.models = [m if isinstance(m, nn.Module) else list(m) for m in _several(models)]
-        _checked(self.models)
-
-    def alpha(self, finished_epochs: int | None = None) -> float:
-        """How far a pull goes after so many finished epochs; a constant alpha needs no count.
-
-        Raises:
-            ValueError: for a count below 0, above `epochs`, or a function's result out of range.
-            TypeError: where the count is missing, or no integer.
-        """
-        if isinstance(self._alpha, float):
-            return self._alpha
-        if finished_epochs is None:
-            raise TypeError("finished_epochs is missing; only a constant alpha does without")
-        done = _integer("finished_epochs", finished_epochs, least=0)
-        if self._alpha is not None:
-            return _checked_alpha(self._alpha(done))
-        assert self._epochs is not None
-        if done > self._epochs:
-            raise ValueError(f"Invalid finished_epochs: {done} (expected at most {self._epochs})")
-        return 1.0 - done / self._epochs
+        checked(self.models)
 
     def pull(self, finished_epochs: int | None = None) -> None:
         """Pulls the models to their mean in place, see `pull_`, by `alpha(finished_epochs)`."""
@@ -128,7 +138,7 @@ class Elastic:
     def mean(self) -> list[Tensor]:
         """The mean of each parameter as a new tensor of its dtype and layout."""
         with torch.no_grad():
-            lists = _checked(self.models)
+            lists = checked(self.models)
             return [
                 torch.empty_like(p[0]).copy_(reference.mean(p)) for p in zip(*lists, strict=True)
             ]
@@ -146,14 +156,20 @@ class Elastic:
         mean_of = {
             p: mean
             for replica in self.models
-            for p, mean in zip(_tensors(replica), means, strict=True)
+            for p, mean in zip(tensors(replica), means, strict=True)
         }
-        if not any(p in mean_of for p in model.parameters()):
-            raise ValueError(f"Invalid model: none of the parameters of {model!r} is pulled")
-        return evaluate.state_dict_with(model, mean_of)
+        return state_dict_with_means(model, mean_of)
 
 
-def _tensors(replica: Replica) -> list[Tensor]:
+def state_dict_with_means(model: nn.Module, mean_of: Mapping[Tensor, Tensor]) -> dict[str, Any]:
+    """See Elastic.averaged_state_dict."""
+    if not any(p in mean_of for p in model.parameters()):
+        raise ValueError(f"Invalid model: none of the parameters of {model!r} is pulled")
+    return evaluate.state_dict_with(model, mean_of)
+
+
+def tensors(replica: Replica) -> list[Tensor]:
+    """The tensors of a replica."""
     return list(replica.parameters() if isinstance(replica, nn.Module) else replica)
 
 
@@ -177,37 +193,56 @@ def _checked_alpha(alpha: float) -> float:
     return value
 
 
-def _checked(replicas: Sequence[Replica]) -> list[list[Tensor]]:
+def checked(replicas: Sequence[Replica]) -> list[list[Tensor]]:
     """The tensors of each replica, if they can be pulled."""
     several = _several(replicas)
-    lists = [_tensors(replica) for replica in several]
-    for k, (replica, params) in enumerate(zip(several, lists, strict=True)):
-        group: dict[str, Any] = {"params": params, "average": None}
-        if isinstance(replica, nn.Module):
-            group["param_names"] = [name for name, _ in replica.named_parameters()]
-        strange = [p for p in params if not isinstance(p, Tensor)]
-        if strange:
-            raise TypeError(f"replica {k}: {strange[0]!r} among its tensors")
-        for i, p in enumerate(params):
-            if is_sharded(p):
-                name = checks.name_of(group, i)
-                raise TypeError(f"replica {k}: parameter {name} is a DTensor (expected a Tensor)")
+    lists = []
+    for k, replica in enumerate(several):
         try:
-            checks.params(group, master_weights=False)
+            lists.append(fit(replica))
         except (TypeError, ValueError) as error:
             raise type(error)(f"replica {k}: {error}") from None
-        if len(params) != len(lists[0]):
+        if len(lists[k]) != len(lists[0]):
             raise ValueError(
-                f"replica {k} has {len(params)} parameters (expected {len(lists[0])}, as the first)"
+                f"replica {k} has {len(lists[k])} parameters (expected {len(lists[0])}, as the "
+                "first)"
             )
-        for i, (p, first) in enumerate(zip(params, lists[0], strict=True)):
+        for i, (p, first) in enumerate(zip(lists[k], lists[0], strict=True)):
             if p.shape != first.shape or p.dtype != first.dtype or p.device != first.device:
-                raise _different(f"replica {k}: parameter {checks.name_of(group, i)}", p, first)
-    _, alone = flat.turns([p for params in lists for p in params])
-    if not all(alone):
-        k, i = divmod(alone.index(False), len(lists[0]))
+                name = checks.name_of(_named(replica), i)
+                raise _different(f"replica {k}: parameter {name}", p, first)
+    shared = sharing([p for params in lists for p in params])
+    if shared is not None:
+        k, i = divmod(shared, len(lists[0]))
         raise ValueError(f"replica {k}: parameter {i} shares memory with another one")
     return lists
+
+
+def fit(replica: Replica) -> list[Tensor]:
+    """The tensors of a replica, if their kinds can be pulled."""
+    group = _named(replica)
+    for p in group["params"]:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{p!r} among its tensors")
+        if is_sharded(p):
+            raise TypeError("a DTensor among its tensors (expected shards: p.to_local())")
+    checks.params(group, master_weights=False)
+    params: list[Tensor] = group["params"]
+    return params
+
+
+def sharing(params: Sequence[Tensor]) -> int | None:
+    """The first tensor that shares memory with another one, if any does."""
+    _, alone = flat.turns(params)
+    return None if all(alone) else alone.index(False)
+
+
+def _named(replica: Replica) -> dict[str, Any]:
+    """A replica as a param group, for the checks."""
+    group: dict[str, Any] = {"params": tensors(replica), "average": None}
+    if isinstance(replica, nn.Module):
+        group["param_names"] = [name for name, _ in replica.named_parameters()]
+    return group
 
 
 def _different(name: str, p: Tensor, first: Tensor) -> Exception:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import mutants
+import mutants_distributed
 from workspace import ROOT, Workspace
 
 UPDATE = [
@@ -219,6 +220,7 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     ("rbwa_fused/average.py", AVERAGE, PYTHON, False),
     ("rbwa_fused/plan.py", PLAN, PYTHON, False),
     *mutants.CASES,
+    *mutants_distributed.CASES,
 ]
 PATIENCE = 600  # seconds; a test that hangs has noticed
 

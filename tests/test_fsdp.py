@@ -135,6 +135,6 @@ def test_what_shards_cannot_do_is_refused_in_plain_words() -> None:
             "a part": "ValueError: Invalid model: 6 of 8 DTensor parameters are not its own",
             "a sum": "ValueError: parameter 0 is a DTensor whose shards are terms of a sum",
             "in_backward": "ValueError: in_backward=True does not go with DTensor parameters",
-            "pull": "TypeError: replica 0: parameter 0 ('0.weight') is a DTensor (expected a "
-            "Tensor)",
+            "pull": "TypeError: replica 0: a DTensor among its tensors (expected shards: "
+            "p.to_local())",
         }

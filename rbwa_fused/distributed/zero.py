@@ -1,0 +1,226 @@
+"""ZeRO-1: each rank keeps the optimizer state of its own parameters, and steps those.
+
+torch.distributed.optim.ZeroRedundancyOptimizer does this with our optimizers as they are, and their
+state dicts say what it does not carry: it saves the state of every parameter, but of the groups
+only what every optimizer has there. `ZeroRedundancyOptimizer` adds that; `averaged` needs nothing
+of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.distributed import optim
+from torch.distributed.algorithms.join import JoinHook
+
+from rbwa_fused.checkpoint import OURS
+from rbwa_fused.distributed.exchange import explained
+from rbwa_fused.fused import FusedOptimizer
+
+LIVE = "Weights of other ranks are their averages or their training weights on this rank."
+
+
+class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
+    """torch's, with checkpoints that hold all of FusedSGD's or RSGDM's state, and `averaged`.
+
+    A consolidated state dict is that of the same optimizer in one process: counters, samples and
+    policies come with it. A run saved here goes on bit for bit on as many ranks; it may also go on
+    on another number of them, under DistributedDataParallel or alone, and those runs here.
+
+    What torch says of its class holds: parameters are given as tensors or groups, not by name, and
+    are all of one dtype; `step` broadcasts them. It does not go with Join (see `join_hook`). A rank
+    counts its own steps: one in which none of its parameters has a gradient does not count there,
+    though in one process it would; `consolidate_state_dict` warns then.
+
+    Args:
+        params, process_group, parameters_as_bucket_view, **defaults: as torch's.
+        optimizer_class: FusedSGD or RSGDM.
+
+    Raises:
+        TypeError: for another optimizer class.
+
+    Example:
+        >>> opt = rbwa_fused.distributed.ZeroRedundancyOptimizer(
+        ...     model.parameters(), rbwa_fused.FusedSGD, lr=0.1, average=rbwa_fused.ema(0.999)
+        ... )
+        >>> with rbwa_fused.distributed.averaged(opt):
+        ...     evaluate(model)
+        >>> opt.consolidate_state_dict()  # on all ranks
+        >>> if dist.get_rank() == 0:
+        ...     torch.save(opt.state_dict(), "optimizer.pt")
+    """
+
+    def __init__(self, params: Any, optimizer_class: type[FusedOptimizer], **options: Any) -> None:
+        ours = isinstance(optimizer_class, type) and issubclass(optimizer_class, FusedOptimizer)
+        if not ours:
+            raise TypeError(f"Invalid optimizer_class: {optimizer_class} (expected one of ours)")
+        self._counters: list[dict[str, Any]] = []
+        super().__init__(params, optimizer_class, **options)
+
+    @property
+    def n_averaged(self) -> int:
+        """Samples in the averages of this rank's parameters, of the group that has most."""
+        return self.optim.n_averaged
+
+    def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+        """See `rbwa_fused.distributed.averaged`; `rbwa_fused.averaged_model` takes this, too."""
+        return averaged(self)
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """Refused.
+
+        Raises:
+            RuntimeError: a rank that is through with its batches would step its parameters with
+                the last gradients that it had, again and again: torch's hook gives it no others
+                (seen with torch 2.15 and torch.optim.SGD).
+        """
+        raise RuntimeError(
+            "ZeroRedundancyOptimizer under Join steps the parameters of a rank that is through "
+            "with old gradients; give all ranks the same number of batches"
+        )
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Brings all ranks' state to one of them. To be called on all."""
+        super().consolidate_state_dict(to)
+        counted = [
+            {key: group[key] for key in (*OURS, "average")}
+            for group in self.optim.state_dict()["param_groups"]
+        ]
+        everyone: list[Any] = [None] * self.world_size
+        with explained("consolidate_state_dict", "Weights and state of this rank are unchanged."):
+            own = counted if _params(self.optim) else None
+            dist.all_gather_object(everyone, own, group=self.process_group)
+        owners = [groups for groups in everyone if groups is not None]
+        if any(groups != owners[0] for groups in owners):
+            warnings.warn(
+                "the ranks have counted different steps, since some have had none with a gradient "
+                "of their own parameters; the state dict has the largest count",
+                stacklevel=2,
+            )
+        self._counters = [
+            max(of_all, key=lambda group: (group["step"], group["n_averaged"]))
+            for of_all in zip(*owners, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was consolidated last on this rank, as the optimizer's in one process."""
+        result = super().state_dict()
+        known = set(self.optim.defaults)
+        options = {key for key in self.defaults if key not in known}  # of the constructor alone
+        result["param_groups"] = [
+            {k: v for k, v in group.items() if k not in options} | counters
+            for group, counters in zip(result["param_groups"], self._counters, strict=True)
+        ]
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads this rank's part of a state dict; a FusedSGD's or torch.optim.SGD's will do.
+
+        Raises:
+            ValueError: as `FusedSGD.load_state_dict`; nothing was changed then on this rank.
+        """
+        saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if sizes != [len(saved["params"]) for saved in saved_groups]:
+            raise ValueError(
+                f"loaded state dict has groups of {[len(s['params']) for s in saved_groups]} "
+                f"parameters (expected {sizes})"
+            )
+        keys = chain.from_iterable(saved["params"] for saved in saved_groups)
+        key_of = dict(zip(_params(self), keys, strict=True))
+        own = [
+            {**_without("param_names", saved), "params": [key_of[p] for p in group["params"]]}
+            for saved, group in zip(saved_groups, self.optim.param_groups, strict=True)
+        ]
+        wanted = set(chain.from_iterable(group["params"] for group in own))
+        state = {k: held for k, held in state_dict["state"].items() if k in wanted and held}
+        self.optim.load_state_dict({"state": state, "param_groups": own})
+        for group, loaded in zip(self.param_groups, self.optim.param_groups, strict=True):
+            group.update(_without("params", loaded))
+
+
+@contextmanager
+def averaged(opt: optim.ZeroRedundancyOptimizer) -> Iterator[None]:
+    """The averaged weights are live on all ranks inside, the training weights again after it.
+
+    As `FusedSGD.averaged`, for a ZeroRedundancyOptimizer over FusedSGD or RSGDM, torch's or ours:
+    each rank puts the averages of its own parameters in place and broadcasts them, and brings the
+    training weights back and broadcasts those, also after an exception. All ranks enter and leave
+    it, as with any collective; an exception on one alone leaves the others waiting.
+
+    Args:
+        opt: torch.distributed.optim.ZeroRedundancyOptimizer, or the one of this module.
+
+    Raises:
+        TypeError: for an optimizer that has no averages.
+        RuntimeError: where a process has gone. The weights of this rank's own parameters are the
+            training weights then.
+
+    Example:
+        >>> with rbwa_fused.distributed.averaged(opt):
+        ...     evaluate(model)
+    """
+    local = getattr(opt, "optim", None)
+    if not isinstance(local, FusedOptimizer):
+        raise TypeError(f"Invalid opt: {type(opt).__name__} over {type(local).__name__}")
+    if local._evaluating is not None:  # of nested contexts the outermost acts
+        yield
+        return
+    shares = _shares(opt)
+    error = None
+    with local.averaged():
+        _broadcast(opt, shares)
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+    _broadcast(opt, shares)
+    if error is not None:
+        raise error
+
+
+def _without(key: str, group: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k != key}
+
+
+def _params(opt: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def _shares(opt: optim.ZeroRedundancyOptimizer) -> list[list[Tensor]]:
+    """The parameters that each rank steps."""
+    params = _params(opt)
+    number = {p: i for i, p in enumerate(params)}
+    everyone: list[Any] = [None] * opt.world_size
+    with explained("averaged", "The weights of this rank are unchanged."):
+        own = [number[p] for p in _params(opt.optim)]
+        dist.all_gather_object(everyone, own, group=opt.process_group)
+    return [[params[i] for i in numbers] for numbers in everyone]
+
+
+def _broadcast(opt: optim.ZeroRedundancyOptimizer, shares: list[list[Tensor]]) -> None:
+    """Gives every rank the weights that their owners have."""
+    with explained("averaged", LIVE), torch.no_grad():
+        works = [
+            dist.broadcast(
+                p.detach(),
+                src=dist.get_global_rank(opt.process_group, rank),
+                group=opt.process_group,
+                async_op=True,
+            )
+            for rank, share in enumerate(shares)
+            for p in share
+        ]
+        for work in works:
+            assert work is not None  # as it would be outside the group
+            work.wait()
+    increment_version([p for share in shares for p in share])
+    torch.clear_autocast_cache()

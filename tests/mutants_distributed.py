@@ -1,0 +1,89 @@
+"""Mutants of rbwa_fused/distributed, for mutate.py."""
+
+from __future__ import annotations
+
+Mutants = list[tuple[str, str]]
+
+ELASTIC: Mutants = [
+    ("        self._steps += 1\n", ""),
+    ("        self._correct(params)\n        if alpha", "        if alpha"),
+    ("            self._correct(self._params())\n", "            pass\n"),
+    ("elif since == self._every // 2 and", "elif since == 0 and"),
+    ("if since == 0:", "if since == 1 % self._every:"),
+    ("if self._overlap:", "if False:"),
+    ("pull, self._under_way = self._under_way, None", "pull = self._under_way"),
+    ('_integer("steps", state_dict["steps"], least=0)', "0"),
+    ('        self._refuse_under_way("state_dict")\n', ""),
+    ('        self._refuse_under_way("load_state_dict")\n', ""),
+    ("                if theirs[name] != first:", "                if False:"),
+    ("            if isinstance(theirs, str):", "            if False:"),
+    ("    if shared is not None:", "    if False:"),
+    ("            if kind != before:", "            if False:"),
+    ("        if len(now) != len(self._kinds):", "        if False:"),
+    ("        self.alpha(finished_epochs)  #", "        #"),
+]
+PULL: Mutants = [
+    ("self._alpha * (mean - start)", "(mean - start)"),
+    ("p.detach().to(mean.dtype) + ", "start + "),
+    ("reference.pulled(start, mean, self._alpha)", "mean"),
+    ("wide = torch.float64 if p.dtype == torch.float64 else torch.float32", "wide = torch.float32"),
+    ("-(-max(length, 1) // world) * world", "max(length, 1) // world * world"),
+    ("members.setdefault((p.device, wide), [])", "members.setdefault((p.device, p.dtype), [])"),
+]
+EXCHANGE: Mutants = [
+    (
+        "reference.mean(self._received.view(self._world, -1).unbind())",
+        "self._received.view(self._world, -1).mean(0)",
+    ),
+    ("        if self._piece is not None:\n            return\n", ""),
+    ("        ) from error\n", "        ) from None\n"),
+]
+STATES: Mutants = [
+    (
+        "rank = dist.get_rank(self._group) if is_last_joiner else -1",
+        "rank = dist.get_rank(self._group)",
+    ),
+    ("dist.ReduceOp.MAX", "dist.ReduceOp.MIN"),
+    (
+        "        for follower in self._followers:\n",
+        "        for follower in self._followers[:1]:\n",
+    ),
+    ("            dist.broadcast(tensors[i], src=source, group=group)\n", ""),
+    ("value.enable and value.is_first_joinable", "False"),
+    ("self._followers = (opt, *others)", "self._followers = others"),
+    ("    _refuse_sharded(opt)\n    device", "    device"),
+    ("        _refuse_sharded(opt)\n        super", "        super"),
+]
+ZERO: Mutants = [
+    ("        _broadcast(opt, shares)\n        try:", "        try:"),
+    ("    _broadcast(opt, shares)\n    if error", "    if error"),
+    ("    if error is not None:\n        raise error\n", ""),
+    ("    if local._evaluating is not None:", "    if False:"),
+    ("    increment_version([p for share in shares for p in share])\n", ""),
+    (" if k not in options} | counters", " if k not in options}"),
+    ("if k not in options}", "if True}"),
+    ('            group.update(_without("params", loaded))\n', "            pass\n"),
+    ("if k in wanted and held", "if held"),
+    ("own = counted if _params(self.optim) else None", "own = counted"),
+    ("        if sizes != [", "        if False and sizes != ["),
+    ("if any(groups != owners[0] for groups in owners):", "if False:"),
+    ("            max(of_all,", "            min(of_all,"),
+    ('key_of[p] for p in group["params"]]', 'key_of[p] for p in reversed(group["params"])]'),
+]
+CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
+    ("rbwa_fused/distributed/elastic.py", ELASTIC, ("test_elastic_processes.py",), False),
+    ("rbwa_fused/distributed/pull.py", PULL, ("test_elastic_processes.py",), False),
+    (
+        "rbwa_fused/distributed/exchange.py",
+        EXCHANGE,
+        ("test_elastic_processes.py", "test_gone.py"),
+        False,
+    ),
+    (
+        "rbwa_fused/distributed/states.py",
+        STATES,
+        ("test_data_parallel.py", "test_sharded.py"),
+        False,
+    ),
+    ("rbwa_fused/distributed/zero.py", ZERO, ("test_sharded.py",), False),
+]
