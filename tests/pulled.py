@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from runs import bits
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import rbwa_fused as rf
 from rbwa_fused.distributed import Elastic
@@ -89,6 +93,41 @@ def pull_everything(alpha: float) -> dict[str, Any]:
         told = all(t._version > v for t, v in zip(weights, versions, strict=True))
         results[str(dtype)] = {"weights": bytes_of(weights), "mean": mean, "told": told}
     return results
+
+
+def pull_by_the_backend(alpha: float, overlap: bool) -> dict[str, Any]:
+    """One all-reduce for each arithmetic: what it made of the weights, and their mean."""
+    weights = [t for dtype in DTYPES for t in drawn(dist.get_rank(), dtype)]
+    elastic = Elastic(weights, alpha=alpha, overlap=overlap, exact=False)
+    mean = elastic.mean()
+    with CommDebugMode() as seen:
+        elastic.pull()
+        elastic.wait()
+    counts = {str(kind): count for kind, count in seen.get_comm_counts().items() if count}
+    equal = drawn(7, torch.float32)
+    Elastic(equal, alpha=0.5, exact=False).pull()
+    return {"weights": weights, "mean": mean, "collectives": counts, "equal": equal}
+
+
+def pull_of_shards(steps: int) -> list[str | None]:
+    """Two replicas of two ranks each: a rank pulls its shards with their peer in the other one."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    rank, replica = dist.get_rank(), mesh["replicas"].get_local_rank()
+    model = net(replica)
+    fully_shard(model, mesh=mesh["shards"])
+    opt = optimizer(model)
+    peers = mesh["replicas"].get_group()
+    own = [p.to_local() for p in model.parameters()]  # type: ignore[attr-defined]
+    elastic = Elastic(own, alpha=0.5, every=2, group=peers)
+    for step in range(1, steps + 1):
+        for p in model.parameters():
+            generator = torch.Generator().manual_seed(10 * step + replica)
+            g = torch.randn(p.shape, generator=generator)
+            p.grad = distribute_tensor(g, mesh["shards"], [Shard(0)], src_data_rank=None)
+        opt.step()
+        elastic.step()
+    assert rank == 2 * replica + mesh["shards"].get_local_rank()
+    return [bits(p.full_tensor()) for p in model.parameters()]  # type: ignore[attr-defined]
 
 
 def pull_of_mixed_dtypes() -> list[bytes]:

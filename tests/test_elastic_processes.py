@@ -44,6 +44,51 @@ def test_a_pull_has_the_bits_of_the_pull_in_one_process(world: int, alpha: float
             assert all(a[str(dtype)]["weights"] == mean for a in answers)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_all_reduce_of_the_backend_pulls_to_rounding(
+    world: int, alpha: float, overlap: bool
+) -> None:
+    answers = ranks(world).run(pulled.pull_by_the_backend, alpha, overlap)
+    models = [[t for dtype in DTYPES for t in drawn(rank, dtype)] for rank in range(world)]
+    rf.pull_(models, alpha)
+    for model, answer in zip(models, answers, strict=True):
+        (count,) = answer["collectives"].values()
+        assert count == 2  # float32 and 16-bit weights in one, float64 in another
+        for ours, theirs, mean in zip(answer["weights"], model, answer["mean"], strict=True):
+            # K sums, differences and products of weights below 500; then stored with one rounding,
+            # whose results are neighbours at most.
+            wide = torch.float64 if theirs.dtype == torch.float64 else torch.float32
+            error = world * 500 * torch.finfo(wide).eps
+            unit = torch.finfo(theirs.dtype).eps
+            torch.testing.assert_close(ours, theirs, rtol=unit, atol=error)
+            if alpha == 1 and not overlap:
+                assert torch.equal(ours, mean)
+        torch.testing.assert_close(answer["equal"], drawn(7, torch.float32), rtol=2e-7, atol=0)
+    if alpha == 1 and not overlap:
+        first, *others = (bytes_of(answer["weights"]) for answer in answers)
+        assert all(other == first for other in others)
+
+
+def test_replicas_that_are_sharded_pull_their_shards() -> None:
+    steps = 4
+    answers = ranks(4).run(pulled.pull_of_shards, steps)
+    models = [net(replica) for replica in range(2)]
+    optimizers = [optimizer(model) for model in models]
+    for step in range(1, steps + 1):
+        for replica, (model, opt) in enumerate(zip(models, optimizers, strict=True)):
+            for p in model.parameters():
+                generator = torch.Generator().manual_seed(10 * step + replica)
+                p.grad = torch.randn(p.shape, generator=generator)
+            opt.step()
+        if step % 2 == 0:
+            rf.pull_(models, 0.5)
+    expected = [[pulled.bits(p) for p in model.parameters()] for model in models]
+    assert expected[0] != expected[1]
+    assert answers == [expected[0], expected[0], expected[1], expected[1]]
+
+
 def test_a_model_of_several_dtypes_is_pulled_whole() -> None:
     models = [[t for dtype in DTYPES for t in drawn(rank, dtype)[4:6]] for rank in range(2)]
     rf.pull_(models, 0.3)

@@ -36,10 +36,17 @@ class Elastic(replicas.Schedule):
     The bits are those of `rbwa_fused.pull_` on the K models in one process, for any K and on any
     backend: equal weights stay as they are, and alpha = 1 makes the models equal to the last bit.
     Arithmetic is float32, or float64 for float64; a 16-bit weight travels as float32 and is rounded
-    once, when it is stored. A pull moves the bytes of an all-reduce of the weights in that dtype,
-    and takes twice their memory until it is done. As in `rbwa_fused.Elastic` each process has an
-    optimizer of its own, whose momentum and averages stay what they are and whose float32 masters
-    of 16-bit weights follow by themselves; buffers are not pulled.
+    once, when it is stored. A pull exchanges one flat buffer for each device and arithmetic: every
+    process sends as many bytes as in an all-reduce by a ring, and takes twice the weights' memory
+    until it is done. Several replicas in one node had better use **exact=False**, one all-reduce of
+    the backend's, which sends less between nodes; it adds in an order of its own, so bits differ
+    from `pull_` by rounding, alpha = 1 still makes the models equal to the last bit, and weights
+    that were equal may move by a unit of their last place.
+
+    As in `rbwa_fused.Elastic` each process has an optimizer of its own, whose momentum and averages
+    stay what they are and whose float32 masters of 16-bit weights follow by themselves; buffers are
+    not pulled. Of a model that is sharded within each replica give the shards, ``[p.to_local() for
+    p in model.parameters()]``, and the group of those that have the same ones.
 
     Weights are not touched before everything has arrived. If a process has gone or does not answer
     within the group's timeout, a RuntimeError says so, and this rank's weights are as they were.
@@ -53,7 +60,8 @@ class Elastic(replicas.Schedule):
     weights the sum is float32 and rounded once; corrections below half a unit of their last place
     are lost. With `step` the first half of the bytes moves from the pull on and the second from
     every // 2 steps later on; with `pull` alone, or every = 1, the second half moves when the
-    correction is asked for. After the last step call `wait`, or the last correction is missing.
+    correction is asked for. With exact=False all of it moves from the pull on. After the last step
+    call `wait`, or the last correction is missing.
 
     Sources: elastic averaging, Zhang, Choromanska, LeCun, 2015; the schedule, the blog on K models
     pulled to their mean; local SGD, Stich, 2018; the stale correction, which for alpha = 1 is
@@ -66,6 +74,8 @@ class Elastic(replicas.Schedule):
         alpha: in place of that schedule a number, or a function of T; 0 <= alpha <= 1.
         every (int, steps, >= 1): `step` pulls at every so manieth call (default: 1).
         overlap (bool): exchange while the training goes on (default: False).
+        exact (bool): the bits of `rbwa_fused.pull_`, rather than those of the backend's all-reduce
+            (default: True).
         group: the processes; None is the default group. Its timeout is how long a pull waits.
 
     Raises:
@@ -90,6 +100,7 @@ class Elastic(replicas.Schedule):
         alpha: float | Callable[[int], float] | None = None,
         every: int = 1,
         overlap: bool = False,
+        exact: bool = True,
         group: Group = None,
     ) -> None:
         self._group = group
@@ -105,7 +116,7 @@ class Elastic(replicas.Schedule):
                 raise TypeError("Invalid model: a Tensor (expected a module or tensors)")
             self.model = model if isinstance(model, nn.Module) else list(model)
             self._every = _integer("every", every, least=1)
-            self._overlap = bool(overlap)
+            self._overlap, self._exact = bool(overlap), bool(exact)
             self._kinds = [_kind(p) for p in _own(self.model)]
         except (TypeError, ValueError) as error:
             problem = error
@@ -116,9 +127,8 @@ class Elastic(replicas.Schedule):
         ours: Any = str(problem)
         if problem is None:
             alpha = self._alpha if isinstance(self._alpha, float | None) else "a function"
-            names = ("epochs", "alpha", "every", "overlap", "parameters")
-            values = (self._epochs, alpha, self._every, self._overlap, len(self._kinds))
-            ours = dict(zip(names, values, strict=True))
+            ours = {"epochs": self._epochs, "alpha": alpha, "every": self._every}
+            ours |= {"overlap": self._overlap, "exact": self._exact, "parameters": len(self._kinds)}
             ours |= {f"parameter {i}": kind for i, kind in enumerate(self._kinds)}
         everyone: list[Any] = [None] * self._world
         with explained("Elastic", "The weights of this rank are unchanged."):
@@ -149,7 +159,7 @@ class Elastic(replicas.Schedule):
         self._correct(params)
         if alpha == 0 or self._world == 1:
             return
-        pull = Pull(params, alpha, self._group)
+        pull = Pull(params, alpha, self._group, self._exact)
         if self._overlap:
             self._under_way = pull
         else:
@@ -177,7 +187,8 @@ class Elastic(replicas.Schedule):
         """
         params = self._params()
         with torch.no_grad():
-            means = Pull(params, 1.0, self._group).means() if self._world > 1 else params
+            alone = self._world == 1
+            means = params if alone else Pull(params, 1.0, self._group, self._exact).means()
             return [torch.empty_like(p).copy_(m) for p, m in zip(params, means, strict=True)]
 
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:

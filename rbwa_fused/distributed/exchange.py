@@ -76,3 +76,22 @@ class Mean:
 
     def _explained(self, errors: type[Exception] = RuntimeError) -> AbstractContextManager[None]:
         return explained("Elastic", self._state, errors)
+
+
+class BackendMean(Mean):
+    """The same by one all-reduce of the backend's, in the order of its sum. It may know the network
+    better: NCCL's sends an eighth between nodes of eight GPUs."""
+
+    def __init__(self, mine: Tensor, group: Group, state: str) -> None:
+        self._group, self._state = group, state
+        self._world = dist.get_world_size(group)
+        self._received = mine.clone()
+        with self._explained(dist.DistError):
+            self._work = dist.all_reduce(self._received, group=group, async_op=True)
+
+    def turn(self) -> None:
+        """Nothing: an all-reduce needs no second start."""
+
+    def result(self) -> Tensor:
+        self._wait()
+        return self._received / self._world

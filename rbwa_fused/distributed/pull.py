@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rbwa_fused import reference
-from rbwa_fused.distributed.exchange import Group, Mean
+from rbwa_fused.distributed.exchange import BackendMean, Group, Mean
 
 UNCHANGED = "The weights of this rank are unchanged by this pull, and can be saved."
 
@@ -19,9 +19,10 @@ class Pull:
         params: what is pulled, in each of the K processes of the group.
         alpha: how far, 0 < alpha <= 1.
         group: the processes, at least two.
+        exact: the mean has the bits of `reference.mean`; else those of the backend's all-reduce.
     """
 
-    def __init__(self, params: list[Tensor], alpha: float, group: Group) -> None:
+    def __init__(self, params: list[Tensor], alpha: float, group: Group, exact: bool) -> None:
         self._alpha = alpha
         world = dist.get_world_size(group)
         members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -38,7 +39,8 @@ class Pull:
         with torch.no_grad():
             for start, p in zip(self._apart(self._starts), params, strict=True):
                 start.copy_(p)
-        self._means = [Mean(flat, group, UNCHANGED) for flat in self._starts]
+        kind = Mean if exact else BackendMean
+        self._means = [kind(flat, group, UNCHANGED) for flat in self._starts]
 
     def turn(self) -> None:
         """Starts the second half of the exchange."""
