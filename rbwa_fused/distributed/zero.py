@@ -171,9 +171,6 @@ def averaged(opt: optim.ZeroRedundancyOptimizer) -> Iterator[None]:
     local = getattr(opt, "optim", None)
     if not isinstance(local, FusedOptimizer):
         raise TypeError(f"Invalid opt: {type(opt).__name__} over {type(local).__name__}")
-    if local._evaluating is not None:  # of nested contexts the outermost acts
-        yield
-        return
     shares = _shares(opt)
     error = None
     with local.averaged():
