@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rbwa_fused as rf
 from benchmarks.shapes import MODELS
+from rbwa_fused.distributed import Elastic
 
 WORLDS = (2, 4)
 SIZES = (2**12, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26)  # bytes that are all-reduced
@@ -48,25 +49,19 @@ Figures = dict[str, list[float]]  # seconds, one for each repeat
 Item = tuple[Callable[[], object], int]  # what is timed, and how many of it one call does
 
 
-def average(params: Sequence[Tensor], flat: Tensor) -> None:
-    """Makes the weights of all ranks their mean, by one all-reduce of a flat buffer."""
-    pieces = flat.split([p.numel() for p in params])
-    views = [piece.view_as(p) for piece, p in zip(pieces, params, strict=True)]
-    with torch.no_grad():
-        torch._foreach_copy_(views, list(params))
-        distributed.all_reduce(flat)
-        flat.div_(distributed.get_world_size())
-        torch._foreach_copy_(list(params), views)
+def replica(network: nn.Module, every: int) -> Elastic:
+    """Weights become their mean at every `every`-th step, by one all-reduce of a flat buffer."""
+    return Elastic(network, alpha=1.0, every=every, exact=False)
 
 
-def check_average(network: nn.Module) -> None:
-    """Raises ArithmeticError where `average` does not leave the mean on every rank."""
+def check_mean(network: nn.Module) -> None:
+    """Raises ArithmeticError where a pull does not leave the mean on every rank."""
     params = list(network.parameters())
     with torch.no_grad():
         for p in params:
             p.add_(distributed.get_rank())
         before = [p.clone() for p in params]
-        average(params, torch.empty(sum(p.numel() for p in params)))
+        replica(network, every=1).step()
         off = (distributed.get_world_size() - 1) / 2 - distributed.get_rank()
         for p, start in zip(params, before, strict=True):
             if not torch.allclose(p, start + off, atol=1e-5):
@@ -120,24 +115,23 @@ def perceptron() -> nn.Module:
 def trained(model: nn.Module, every: int) -> Callable[[], None]:
     """STEPS training steps; weights are averaged after every `every`-th, never if it is 0."""
     opt = rf.FusedSGD(model.parameters(), lr=1e-3, momentum=0.9)
-    params = list(model.parameters())
-    flat = torch.empty(sum(p.numel() for p in params))
+    elastic = replica(model, every) if every else None
     x, y = torch.randn(BATCH, WIDTHS[0]), torch.randint(WIDTHS[-1], (BATCH,))
 
     def run() -> None:
-        for step in range(1, STEPS + 1):
+        for _ in range(STEPS):
             cross_entropy(model(x), y).backward()
             opt.step()
             opt.zero_grad()
-            if every and step % every == 0:
-                average(params, flat)
+            if elastic is not None:
+                elastic.step()
 
     return run
 
 
 def trainings() -> dict[str, Item]:
     """Training without exchange, with DDP, and with averages of weights."""
-    check_average(perceptron())
+    check_mean(perceptron())
     runs = {"alone": trained(perceptron(), 0)}
     runs["DDP"] = trained(DistributedDataParallel(perceptron()), 0)
     runs |= {f"every {k}": trained(perceptron(), k) for k in PERIODS}

@@ -16,6 +16,7 @@ pytest.importorskip("torchvision")
 from benchmarks import collectives as on_paper
 from benchmarks import scaling_measure, scaling_predicted
 from benchmarks.collectives import Link
+from rbwa_fused.distributed import Elastic
 
 
 def made_up(world: int, link: Link) -> dict[str, list[float]]:
@@ -74,18 +75,19 @@ def test_two_processes_measure_what_is_predicted() -> None:
     assert all(len(own) == 1 and own[0] > 0 for own in first.values())
 
 
-def average_nothing() -> None:
-    """On a rank: the check of an average that does nothing."""
-    kept, scaling_measure.average = scaling_measure.average, lambda params, flat: None
+def pull_half_way() -> None:
+    """On a rank: the check of a pull that does not reach the mean."""
+    kept = scaling_measure.replica
+    scaling_measure.replica = lambda network, every: Elastic(network, alpha=0.5, every=every)
     try:
-        scaling_measure.check_average(scaling_measure.perceptron())
+        scaling_measure.check_mean(scaling_measure.perceptron())
     finally:
-        scaling_measure.average = kept
+        scaling_measure.replica = kept
 
 
-def test_an_average_that_is_none_is_not_timed() -> None:
+def test_a_pull_that_is_none_is_not_timed() -> None:
     with pytest.raises(RankError, match="not the mean"):
-        ranks(2).run(average_nothing)
+        ranks(2).run(pull_half_way)
 
 
 def fails_on_one(rank: int, world: int, file: Path) -> None:
