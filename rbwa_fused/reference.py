@@ -128,20 +128,15 @@ def mean(replicas: Sequence[Tensor]) -> Tensor:
     return first + share * distance
 
 
-def pulled(theta: Tensor, average: Tensor, alpha: float) -> Tensor:
-    """Weights after a pull to the average; all in the arithmetic's dtype."""
-    alpha = _rounded(alpha, average.dtype)
-    return average if alpha == 1 else theta + alpha * (average - theta)
-
-
 def pull_(replicas: Sequence[Tensor], alpha: float) -> None:
     """One parameter of K models, each pulled to their mean in place; any layouts."""
     average = mean(replicas)
-    if _rounded(alpha, average.dtype) == 0:
+    alpha = _rounded(alpha, average.dtype)
+    if alpha == 0:
         return
     for replica in replicas:
         theta = replica.detach().to(average.dtype)
-        replica.detach().copy_(pulled(theta, average, alpha))
+        replica.detach().copy_(average if alpha == 1 else theta + alpha * (average - theta))
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

@@ -23,17 +23,17 @@ ELASTIC: Mutants = [
     ("        self.alpha(finished_epochs)  #", "        #"),
 ]
 PULL: Mutants = [
-    ("self._alpha * (mean - start)", "(mean - start)"),
-    ("p.detach().to(mean.dtype) + ", "start + "),
-    ("reference.pulled(start, mean, self._alpha)", "mean"),
+    ("mean.sub_(start).mul_(self._alpha)\n", "mean.sub_(start)\n"),
+    ("p.detach().add_(correction)", "p.detach().copy_(correction)"),
+    ("if _rounded(self._alpha, mean.dtype) != 1:", "if False:"),
     ("wide = torch.float64 if p.dtype == torch.float64 else torch.float32", "wide = torch.float32"),
     ("-(-max(length, 1) // world) * world", "max(length, 1) // world * world"),
     ("members.setdefault((p.device, wide), [])", "members.setdefault((p.device, p.dtype), [])"),
 ]
 EXCHANGE: Mutants = [
     (
-        "reference.mean(self._received.view(self._world, -1).unbind())",
-        "self._received.view(self._world, -1).mean(0)",
+        "ops.pull_([[piece] for piece in pieces], 1.0)",
+        "pieces[0] = pieces.mean(0)",
     ),
     ("        if self._piece is not None:\n            return\n", ""),
     ("        ) from error\n", "        ) from None\n"),

@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(2)
 
 
-@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 1 - 1e-9])  # the last is 1 in float32
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_pull_has_the_bits_of_the_pull_in_one_process(world: int, alpha: float) -> None:
     answers = ranks(world).run(pulled.pull_everything, alpha)

@@ -5,7 +5,7 @@ r"""Elastic replicas in processes of their own: each trains one of K models, pul
     \theta_k \leftarrow \theta_k + \alpha (\bar w - \theta_k)
 
 `Elastic` knows the model, the schedule and when to pull; pull.py does it. The schedule and the
-checks are those of replicas.py, the arithmetic is reference.py's.
+checks are those of replicas.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The mean over the processes of a group, with bits of its own, and what to say if one is gone.
 
 An all-reduce adds in an order that depends on the backend, its algorithm and the number of
-processes. Its two halves are here with `reference.mean` between them: each process receives one
-piece of everybody's tensor, takes the mean in the order of the ranks, and gives it to all. That
-moves the bytes of a ring all-reduce and has the bits of `rbwa_fused.pull_`, whatever K and the
-backend are; what is equal everywhere stays as it is.
+processes. Its two halves are here with the kernel of `rbwa_fused.pull_` between them: each process
+receives one piece of everybody's tensor, takes the mean in the order of the ranks, and gives it to
+all. That moves the bytes of a ring all-reduce and has the bits of a pull in one process, whatever K
+and the backend are; what is equal everywhere stays as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rbwa_fused import reference
+from rbwa_fused import ops
 
 Group = dist.ProcessGroup | None  # None is the default group
 
@@ -57,7 +57,9 @@ class Mean:
         if self._piece is not None:
             return
         self._wait()
-        self._piece = reference.mean(self._received.view(self._world, -1).unbind())
+        pieces = self._received.view(self._world, -1)
+        ops.pull_([[piece] for piece in pieces], 1.0)  # each is their mean now
+        self._piece = pieces[0].clone()
         with self._explained(dist.DistError):
             self._work = dist.all_gather_into_tensor(
                 self._received, self._piece, group=self._group, async_op=True

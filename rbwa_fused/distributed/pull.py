@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rbwa_fused import reference
 from rbwa_fused.distributed.exchange import BackendMean, Group, Mean
+from rbwa_fused.reference import _rounded
 
 UNCHANGED = "The weights of this rank are unchanged by this pull, and can be saved."
 
@@ -34,7 +34,9 @@ class Pull:
         self._starts: list[Tensor] = []
         for (device, wide), indices in members.items():
             length = sum(params[i].numel() for i in indices)
-            flat = torch.zeros(-(-max(length, 1) // world) * world, dtype=wide, device=device)
+            padded = -(-max(length, 1) // world) * world
+            flat = torch.empty(padded, dtype=wide, device=device)
+            flat[length:] = 0.0
             self._starts.append(flat)
         with torch.no_grad():
             for start, p in zip(self._apart(self._starts), params, strict=True):
@@ -49,22 +51,30 @@ class Pull:
 
     def means(self) -> list[Tensor]:
         """The mean of each parameter, in its shape and the arithmetic's dtype."""
-        self.turn()
-        return self._apart([mean.result() for mean in self._means])
+        return self._apart(self._results())
 
     @torch.no_grad()
     def finish(self, params: list[Tensor]) -> None:
         """Pulls weights that are what they were at the start."""
-        means = self.means()  # all of them before any weight is written
-        for p, start, mean in zip(params, self._apart(self._starts), means, strict=True):
-            p.detach().copy_(reference.pulled(start, mean, self._alpha))
+        pulled = self._results()  # all of them before any weight is written
+        for mean, start in zip(pulled, self._starts, strict=True):
+            if _rounded(self._alpha, mean.dtype) != 1:
+                mean.sub_(start).mul_(self._alpha).add_(start)
+        for p, weights in zip(params, self._apart(pulled), strict=True):
+            p.detach().copy_(weights)
 
     @torch.no_grad()
     def correct(self, params: list[Tensor]) -> None:
         """Adds to weights that have moved on what the pull would have added at the start."""
-        means = self.means()
-        for p, start, mean in zip(params, self._apart(self._starts), means, strict=True):
-            p.detach().copy_(p.detach().to(mean.dtype) + self._alpha * (mean - start))
+        corrections = self._results()
+        for mean, start in zip(corrections, self._starts, strict=True):
+            mean.sub_(start).mul_(self._alpha)
+        for p, correction in zip(params, self._apart(corrections), strict=True):
+            p.detach().add_(correction)  # 16-bit weights: in float32, rounded once
+
+    def _results(self) -> list[Tensor]:
+        self.turn()
+        return [mean.result() for mean in self._means]
 
     def _apart(self, flats: list[Tensor]) -> list[Tensor]:
         """Views of flat tensors in the parameters' shapes and order."""
