@@ -23,7 +23,9 @@ class FusedSGD(FusedOptimizer):
 
     Without ``average`` it does what ``torch.optim.SGD`` does, and its arguments, defaults and
     errors are torch's. Parameters move into flat buffers at construction: build the optimizer
-    after ``model.to(device)`` and before capturing or compiling.
+    after ``model.to(device)`` and before capturing or compiling. DTensor parameters (FSDP2, tensor
+    parallel) stay where they are, and each process steps its shards: build it after
+    ``fully_shard``; state is DTensors, laid out as the parameters.
 
     Args:
         params: float32, float64, bfloat16 or float16 parameters, named ones, or groups of them.
@@ -46,7 +48,7 @@ class FusedSGD(FusedOptimizer):
             What others write to a parameter, its master follows (default: False).
         in_backward (bool): step each parameter inside the backward pass, as soon as its gradient is
             complete, and free the gradient. `step()` then ends the step. The same bits, less
-            memory; not with GradScaler, closures, accumulated gradients or
+            memory; not with GradScaler, closures, accumulated gradients, DTensor parameters or
             DistributedDataParallel, and what looks at all gradients before the step (clipping by
             their norm) finds none (default: False).
 
