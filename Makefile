@@ -63,7 +63,8 @@ abi: .venv/dev
 	.venv-abi/bin/pip install -q torch==2.13.0 triton==3.6.0 numpy pytest
 	.venv-abi/bin/pip install -q --no-deps --force-reinstall build/abi/rbwa_fused-*.whl
 	cd tests && ../.venv-abi/bin/python -P -m rbwa_fused
-	cd tests && ../.venv-abi/bin/python -P -m pytest -q test_update.py test_methods.py test_ops.py
+	cd tests && ../.venv-abi/bin/python -P -m pytest -q test_update.py test_methods.py test_ops.py \
+		test_fsdp.py test_tensor_parallel.py
 	cd tests && RBWA_TRITON_TESTS=interpreted TRITON_INTERPRET=1 \
 		../.venv-abi/bin/python -P -m pytest -q test_triton.py
 
