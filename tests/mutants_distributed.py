@@ -53,7 +53,9 @@ STATES: Mutants = [
     ("            dist.broadcast(tensors[i], src=source, group=group)\n", ""),
     ("value.enable and value.is_first_joinable", "False"),
     ("self._followers = (opt, *others)", "self._followers = others"),
-    ("    _refuse_sharded(opt)\n    device", "    device"),
+    ("    _refuse_sharded(opt)\n    if dist", "    if dist"),
+    ("    if any(map(is_sharded, _params(opt))):", "    if False:"),
+    ("    if dist.get_rank(group) < 0:", "    if False:"),
     ("        _refuse_sharded(opt)\n        super", "        super"),
 ]
 ZERO: Mutants = [

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from rbwa_fused.distributed.exchange import Group, explained
+from rbwa_fused.sharded import is_sharded
 
 WHAT = "synchronize"
 
@@ -45,8 +46,10 @@ def synchronize(opt: Any, source: int, group: Group = None) -> None:
         group: the processes; None is the default group.
 
     Raises:
-        ValueError: on a rank whose optimizer has other groups, shapes or another kind of average.
-        TypeError: for a ZeroRedundancyOptimizer, whose ranks have different states.
+        ValueError: on a rank whose optimizer has other groups, shapes or another kind of average;
+            on a process outside the group.
+        TypeError: for a ZeroRedundancyOptimizer or DTensor parameters, whose ranks have different
+            states.
         RuntimeError: where a process has gone.
 
     Example:
@@ -58,6 +61,8 @@ def synchronize(opt: Any, source: int, group: Group = None) -> None:
         >>> rbwa_fused.distributed.synchronize(opt, 0)
     """
     _refuse_sharded(opt)
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process is not in the group")
     device = _device(opt)
     leads = dist.get_rank() == source
     tensors: list[Tensor] = []
@@ -89,12 +94,13 @@ class Joined(Joinable):
     so: name it, too.
 
     Args:
-        opt: the optimizer, no ZeroRedundancyOptimizer, which does not go with Join.
+        opt: the optimizer, of DistributedDataParallel's model: no ZeroRedundancyOptimizer, which
+            does not go with Join.
         others: what else has `state_dict` and `load_state_dict` and is to follow.
         group: the processes, the same as the model's; None is the default group.
 
     Raises:
-        TypeError: for a ZeroRedundancyOptimizer.
+        TypeError: for a ZeroRedundancyOptimizer or DTensor parameters.
         ValueError: where it comes first in Join's list, which must be the model.
 
     Example:
@@ -153,12 +159,17 @@ class _Hook(JoinHook):
 def _refuse_sharded(opt: Any) -> None:
     if isinstance(opt, ZeroRedundancyOptimizer):
         raise TypeError("Invalid opt: a ZeroRedundancyOptimizer, whose ranks differ in their state")
+    if any(map(is_sharded, _params(opt))):
+        raise TypeError("Invalid opt: it has DTensor parameters, whose ranks differ in their state")
+
+
+def _params(opt: Any) -> list[Tensor]:
+    return [p for group in getattr(opt, "param_groups", []) for p in group["params"]]
 
 
 def _device(follower: Any) -> torch.device:
     """Where an optimizer's parameters are, or those of a scheduler's optimizer."""
-    opt = getattr(follower, "optimizer", follower)
-    params = [p for group in getattr(opt, "param_groups", []) for p in group["params"]]
+    params = _params(getattr(follower, "optimizer", follower))
     return params[0].device if params else torch.device("cpu")
 
 
