@@ -56,6 +56,7 @@ STATES: Mutants = [
     ("    _refuse_sharded(opt)\n    if dist", "    if dist"),
     ("    if any(map(is_sharded, _params(opt))):", "    if False:"),
     ("    if dist.get_rank(group) < 0:", "    if False:"),
+    ("apart = copy(tree)", "apart = {}"),
     ("        _refuse_sharded(opt)\n        super", "        super"),
 ]
 ZERO: Mutants = [

@@ -299,6 +299,14 @@ def taken_over_elsewhere() -> dict[str, Any]:
     return answers
 
 
+def milestones_taken_over() -> list[Any]:
+    """A scheduler's state that is no plain dict, and what it does with it in closed form."""
+    opt = rf.FusedSGD(Driven().parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(opt, milestones=[2, 5, 5], gamma=0.5)
+    synchronize(schedule, 0)
+    return [schedule.milestones, schedule._get_closed_form_lr()]
+
+
 def refused_to_take_over() -> dict[str, str]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     shards = rf.FusedSGD([nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))])

@@ -6,6 +6,7 @@ as long as all ranks take the same steps. Under torch.distributed.algorithms.Joi
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -179,7 +180,10 @@ def _apart(tree: Any, tensors: list[Tensor]) -> Any:
         tensors.append(tree)
         return _Elsewhere(tree.shape, tree.dtype, tree.device.type)
     if isinstance(tree, dict):
-        return {key: _apart(value, tensors) for key, value in tree.items()}
+        apart = copy(tree)  # of its class: a scheduler's milestones are a Counter
+        for key, value in tree.items():
+            apart[key] = _apart(value, tensors)
+        return apart
     if type(tree) in (list, tuple):
         return type(tree)(_apart(value, tensors) for value in tree)
     return tree
@@ -201,7 +205,9 @@ def _together(tree: Any, tensors: Any) -> Any:
         tensor = next(tensors)
         return tensor if tensor.device.type == tree.device else tensor.to(tree.device)
     if isinstance(tree, dict):
-        return {key: _together(value, tensors) for key, value in tree.items()}
+        for key, value in tree.items():
+            tree[key] = _together(value, tensors)
+        return tree
     if type(tree) in (list, tuple):
         return type(tree)(_together(value, tensors) for value in tree)
     return tree
