@@ -37,7 +37,7 @@ EXCHANGE: Mutants = [
     ),
     ("        if self._piece is not None:\n            return\n", ""),
     ("        ) from error\n", "        ) from None\n"),
-    ("self._received / self._world", "self._received"),
+    ("self._received.div_(self._world)", "self._received"),
     ("self._received = mine.clone()", "self._received = mine"),
 ]
 STATES: Mutants = [

@@ -96,4 +96,4 @@ class BackendMean(Mean):
 
     def result(self) -> Tensor:
         self._wait()
-        return self._received / self._world
+        return self._received.div_(self._world)
