@@ -249,7 +249,8 @@ class LaidOut(Optimizer):
         marks = {device: d.marks[:, 0].tolist() for device, d in self._deferred.items()}
         for table, _ in self._launches:
             for p in table.params:
-                if not marks[p.device].pop(0) and local(p).numel() > 0:
+                # No kernel marks what is empty; but before the first step nothing can have started.
+                if not marks[p.device].pop(0) and (local(p).numel() > 0 or self._steps == 0):
                     waiting.append(p)
         return waiting
 

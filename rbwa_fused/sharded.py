@@ -75,4 +75,14 @@ def reshard(model: nn.Module | None) -> None:
         return
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
+            for group in _param_groups(module):
+                group.wait_for_unshard()  # of unshard(async_op=True), which outlives reshard()
             module.reshard()
+
+
+def _param_groups(module: Any) -> list[Any]:
+    """What FSDP gathers by itself: several of a module, in older versions of torch one or none."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

@@ -160,6 +160,31 @@ def evaluation_leaves_training_alone(reshard_after_forward: bool) -> None:
     assert runs[0] == runs[1]
 
 
+def gathered_ahead(async_op: bool) -> None:
+    """unshard() just before the averages come, and before they go: a forward sees what is live."""
+    model = sharded_network()
+    opt = optimizer(model)
+    train(model, opt, 1, 3)
+    model.eval()
+    x, _ = batch(0, 0)
+
+    def gather() -> None:
+        for module in (model[3], model):  # type: ignore[index]
+            module.reshard()
+            module.unshard(async_op=async_op)
+
+    with torch.no_grad():
+        trained = model(x)
+        with opt.averaged(model):
+            averaged = model(x)
+        assert not torch.equal(averaged, trained)
+        gather()
+        with opt.averaged(model):
+            assert torch.equal(model(x), averaged)
+            gather()
+        assert torch.equal(model(x), trained)
+
+
 def full(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: shards.whole(value) for name, value in state_dict.items()}
 

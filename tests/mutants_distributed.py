@@ -53,7 +53,10 @@ STATES: Mutants = [
     ("            dist.broadcast(tensors[i], src=source, group=group)\n", ""),
     ("value.enable and value.is_first_joinable", "False"),
     ("self._followers = (opt, *others)", "self._followers = others"),
-    ("    _refuse_sharded(opt)\n    device", "    device"),
+    ("    _refuse_sharded(opt)\n    if dist", "    if dist"),
+    ("    if any(map(is_sharded, _params(opt))):", "    if False:"),
+    ("    if dist.get_rank(group) < 0:", "    if False:"),
+    ("apart = copy(tree)", "apart = {}"),
     ("        _refuse_sharded(opt)\n        super", "        super"),
 ]
 ZERO: Mutants = [
@@ -65,10 +68,11 @@ ZERO: Mutants = [
     ("if k not in options}", "if True}"),
     ('            group.update(_without("params", loaded))\n', "            pass\n"),
     ("if k in wanted and held", "if held"),
-    ("own = counted if _params(self.optim) else None", "own = counted"),
+    ("for group, owns in of_all if owns]", "for group, owns in of_all]"),
     ("        if sizes != [", "        if False and sizes != ["),
-    ("if any(groups != owners[0] for groups in owners):", "if False:"),
-    ("            max(of_all,", "            min(of_all,"),
+    ("        if len(steps) > 1:", "        if False:"),
+    ("self._counters.append(max(", "self._counters.append(min("),
+    ('group["implicit_momentum"] is not None', "True"),
     ('key_of[p] for p in group["params"]]', 'key_of[p] for p in reversed(group["params"])]'),
 ]
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pulled import refused
 from runs import METHODS, STEPS, Model, groups, result
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import rbwa_fused as rf
@@ -294,3 +297,23 @@ def taken_over_elsewhere() -> dict[str, Any]:
         state = [t.tolist() for held in opt.state.values() for _, t in sorted(held.items())]
         answers[name] = (state, float(opt.param_groups[0]["lr"]), schedule.last_epoch)
     return answers
+
+
+def milestones_taken_over() -> list[Any]:
+    """A scheduler's state that is no plain dict, and what it does with it in closed form."""
+    opt = rf.FusedSGD(Driven().parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(opt, milestones=[2, 5, 5], gamma=0.5)
+    synchronize(schedule, 0)
+    return [schedule.milestones, schedule._get_closed_form_lr()]
+
+
+def refused_to_take_over() -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shards = rf.FusedSGD([nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))])
+    plain = rf.FusedSGD([nn.Parameter(torch.ones(4))])
+    group = dist.new_group([0])
+    return {
+        "shards": refused(lambda: synchronize(shards, 0)),
+        "joined shards": refused(lambda: Joined(shards)),
+        "outside": refused(lambda: synchronize(plain, 0, group)),
+    }

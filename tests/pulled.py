@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rbwa_fused as rf
 from rbwa_fused.distributed import Elastic
@@ -107,6 +109,34 @@ def pull_by_the_backend(alpha: float, overlap: bool) -> dict[str, Any]:
     equal = drawn(7, torch.float32)
     Elastic(equal, alpha=0.5, exact=False).pull()
     return {"weights": weights, "mean": mean, "collectives": counts, "equal": equal}
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that were held at a time of the tensors that came to be inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            storage = result.untyped_storage()
+            self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        alive = [size for ref, size in self._held.values() if not ref.expired()]
+        self.bytes = max(self.bytes, sum(alive))
+        return result
+
+
+def memory_of_a_pull(exact: bool) -> float:
+    """In weights, whose own memory is counted, too: they are looked at."""
+    weights = torch.full((1 << 16,), float(dist.get_rank()))
+    elastic = Elastic([weights], alpha=0.5, exact=exact)
+    with Peak() as peak:
+        elastic.pull()
+    assert weights[0] == (0.25 if dist.get_rank() == 0 else 0.75)
+    return peak.bytes / (weights.numel() * weights.element_size())
 
 
 def pull_of_shards(steps: int) -> list[str | None]:

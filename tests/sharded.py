@@ -227,6 +227,33 @@ def counted_apart() -> dict[str, Any]:
     return {"warned": [str(w.message) for w in caught], "steps": steps}
 
 
+def in_groups(model: Driven) -> list[dict[str, Any]]:
+    """Each of two ranks gets one of the first and of the second, and one the third alone."""
+    members = [[model.conv, model.early], [model.matrix, model.late], [model.scalar]]
+    return [{"params": params} for params in members]
+
+
+def learn_in_groups(model: Driven, opt: Any) -> None:
+    """One parameter never has a gradient."""
+    for step in range(1, 4):
+        opt.zero_grad()
+        model(step).backward()
+        model.late.grad = None
+        opt.step()
+
+
+def groups_of_some_ranks() -> dict[str, Any]:
+    model = Driven()
+    opt = ZeroRedundancyOptimizer(in_groups(model), rf.RSGDM, lr=0.05)
+    learn_in_groups(model, opt)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.consolidate_state_dict()
+    saved = held(opt.state_dict()) if dist.get_rank() == 0 else None
+    own = [len(group["params"]) for group in opt.optim.param_groups]
+    return {"own": own, "warned": [str(w.message) for w in caught], "saved": saved}
+
+
 def refusals() -> dict[str, str]:
     _, ddp, opt = build("ema")
     train(ddp, opt, 1, 3)

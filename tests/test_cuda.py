@@ -189,6 +189,22 @@ def test_a_custom_weight_is_counted_by_the_host() -> None:
     assert_same_bits(ours, theirs)
 
 
+def test_before_the_first_step_an_empty_shard_is_saved_with_the_keys_of_the_others() -> None:
+    """Ranks that save other keys than the others would wait for each other."""
+    for skips in ([True, True], [True, False]):
+        saved = []
+        for backend in ("cuda", "cpu"):
+            ps = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(0, 3))]
+            opt = rf.FusedSGD(ps, lr=0.1, momentum=0.5, average=rf.ema(0.5), backend=backend)
+            for skip in skips:
+                for p in ps:
+                    p.grad = torch.ones_like(p)
+                Scaler(opt, 1.0).step(skip)
+            held = opt.state_dict()["state"]
+            saved.append([held.get(i, {}).keys() - {"average"} for i in range(2)])
+        assert saved[0] == saved[1] == [set() if all(skips) else {"momentum_buffer"}] * 2
+
+
 def test_a_first_step_that_was_skipped_is_first_again_after_a_checkpoint() -> None:
     ends = []
     for interrupted in (False, True):

@@ -185,3 +185,17 @@ def test_masters_a_tensor_lr_other_optimizers_and_schedulers_are_taken_over_in_a
     assert first == second
     for state, lr, steps in first.values():
         assert state and lr > 0 and steps == 4
+
+
+def test_a_schedulers_state_keeps_its_class() -> None:
+    first, second = ranks(2).run(parallel.milestones_taken_over)
+    assert first == second and type(first[0]) is type(second[0])
+
+
+def test_state_that_no_one_rank_has_is_not_taken_over() -> None:
+    first, second = ranks(2).run(parallel.refused_to_take_over)
+    for answer in (first, second):
+        for name in ("shards", "joined shards"):
+            assert answer[name].startswith("TypeError: Invalid opt: it has DTensor parameters")
+    assert first["outside"] == "nothing was raised"
+    assert second["outside"] == "ValueError: this process is not in the group"

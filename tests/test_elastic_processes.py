@@ -71,6 +71,13 @@ def test_one_all_reduce_of_the_backend_pulls_to_rounding(
         assert all(other == first for other in others)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_pull_takes_twice_the_weights_beside_them(exact: bool) -> None:
+    for held in ranks(2).run(pulled.memory_of_a_pull, exact):
+        piece = 0.5 if exact else 0  # the mean of this rank's piece, sent to all
+        assert 3 <= held <= 3 + piece
+
+
 def test_replicas_that_are_sharded_pull_their_shards() -> None:
     steps = 4
     answers = ranks(4).run(pulled.pull_of_shards, steps)

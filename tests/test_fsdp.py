@@ -65,6 +65,13 @@ def test_training_goes_on_after_an_evaluation_as_if_there_had_been_none(
     ranks(2).run(fsdp_jobs.evaluation_leaves_training_alone, reshard_after_forward)
 
 
+@pytest.mark.parametrize("async_op", [False, True])
+def test_what_was_gathered_ahead_is_gathered_anew_for_the_weights_that_are_live(
+    async_op: bool,
+) -> None:
+    ranks(2).run(fsdp_jobs.gathered_ahead, async_op)
+
+
 def test_the_training_weights_come_back_after_an_exception() -> None:
     ranks(2).run(fsdp_jobs.exception_in_evaluation)
 

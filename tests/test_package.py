@@ -64,6 +64,16 @@ def python_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+def test_what_readme_names_for_several_processes_is_there_after_its_import() -> None:
+    text = (ROOT / "README.md").read_text()
+    section = text.split("## More than one process\n")[1].split("\n## ")[0]
+    imports = re.findall(r"`(import [\w.]+)`", section)
+    names = re.findall(r"\brf\.[\w.]*\w", section)
+    assert "rf.distributed.Joined" in names
+    code = "\n".join(["import rbwa_fused as rf", *imports, *names])
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_five_lines_of_the_readme_run() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 2)

@@ -159,6 +159,16 @@ def test_steps_that_one_rank_did_not_count_are_told_when_saving() -> None:
         assert answer["steps"] == 3
 
 
+def test_counters_of_groups_that_some_ranks_have_not_started_are_saved_without_a_warning() -> None:
+    model = Driven()
+    opt = rf.RSGDM(sharded.in_groups(model), lr=0.05)
+    sharded.learn_in_groups(model, opt)
+    first, second = ranks(2).run(sharded.groups_of_some_ranks)
+    assert (first["own"], second["own"]) == ([1, 1, 1], [1, 1, 0])
+    assert first["warned"] == second["warned"] == []
+    assert first["saved"] == held(opt.state_dict())
+
+
 REFUSED = {
     "another policy": ("ValueError", "the checkpoint's average is Average(Ema(decay=0.8)"),
     "another number of groups": ("ValueError", "groups of [4] parameters (expected [4, 1])"),

@@ -37,7 +37,7 @@ class Elastic(replicas.Schedule):
     backend: equal weights stay as they are, and alpha = 1 makes the models equal to the last bit.
     Arithmetic is float32, or float64 for float64; a 16-bit weight travels as float32 and is rounded
     once, when it is stored. A pull exchanges one flat buffer for each device and arithmetic: every
-    process sends as many bytes as in an all-reduce by a ring, and takes twice the weights' memory
+    process sends as many bytes as in an all-reduce by a ring, and takes twice the buffer's memory
     until it is done. Several replicas in one node had better use **exact=False**, one all-reduce of
     the backend's, which sends less between nodes; it adds in an order of its own, so bits differ
     from `pull_` by rounding, alpha = 1 still makes the models equal to the last bit, and weights

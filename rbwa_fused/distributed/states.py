@@ -6,6 +6,7 @@ as long as all ranks take the same steps. Under torch.distributed.algorithms.Joi
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from rbwa_fused.distributed.exchange import Group, explained
+from rbwa_fused.sharded import is_sharded
 
 WHAT = "synchronize"
 
@@ -45,8 +47,10 @@ def synchronize(opt: Any, source: int, group: Group = None) -> None:
         group: the processes; None is the default group.
 
     Raises:
-        ValueError: on a rank whose optimizer has other groups, shapes or another kind of average.
-        TypeError: for a ZeroRedundancyOptimizer, whose ranks have different states.
+        ValueError: on a rank whose optimizer has other groups, shapes or another kind of average;
+            on a process outside the group.
+        TypeError: for a ZeroRedundancyOptimizer or DTensor parameters, whose ranks have different
+            states.
         RuntimeError: where a process has gone.
 
     Example:
@@ -58,6 +62,8 @@ def synchronize(opt: Any, source: int, group: Group = None) -> None:
         >>> rbwa_fused.distributed.synchronize(opt, 0)
     """
     _refuse_sharded(opt)
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process is not in the group")
     device = _device(opt)
     leads = dist.get_rank() == source
     tensors: list[Tensor] = []
@@ -89,12 +95,13 @@ class Joined(Joinable):
     so: name it, too.
 
     Args:
-        opt: the optimizer, no ZeroRedundancyOptimizer, which does not go with Join.
+        opt: the optimizer, of DistributedDataParallel's model: no ZeroRedundancyOptimizer, which
+            does not go with Join.
         others: what else has `state_dict` and `load_state_dict` and is to follow.
         group: the processes, the same as the model's; None is the default group.
 
     Raises:
-        TypeError: for a ZeroRedundancyOptimizer.
+        TypeError: for a ZeroRedundancyOptimizer or DTensor parameters.
         ValueError: where it comes first in Join's list, which must be the model.
 
     Example:
@@ -153,12 +160,17 @@ class _Hook(JoinHook):
 def _refuse_sharded(opt: Any) -> None:
     if isinstance(opt, ZeroRedundancyOptimizer):
         raise TypeError("Invalid opt: a ZeroRedundancyOptimizer, whose ranks differ in their state")
+    if any(map(is_sharded, _params(opt))):
+        raise TypeError("Invalid opt: it has DTensor parameters, whose ranks differ in their state")
+
+
+def _params(opt: Any) -> list[Tensor]:
+    return [p for group in getattr(opt, "param_groups", []) for p in group["params"]]
 
 
 def _device(follower: Any) -> torch.device:
     """Where an optimizer's parameters are, or those of a scheduler's optimizer."""
-    opt = getattr(follower, "optimizer", follower)
-    params = [p for group in getattr(opt, "param_groups", []) for p in group["params"]]
+    params = _params(getattr(follower, "optimizer", follower))
     return params[0].device if params else torch.device("cpu")
 
 
@@ -168,7 +180,10 @@ def _apart(tree: Any, tensors: list[Tensor]) -> Any:
         tensors.append(tree)
         return _Elsewhere(tree.shape, tree.dtype, tree.device.type)
     if isinstance(tree, dict):
-        return {key: _apart(value, tensors) for key, value in tree.items()}
+        apart = copy(tree)  # of its class: a scheduler's milestones are a Counter
+        for key, value in tree.items():
+            apart[key] = _apart(value, tensors)
+        return apart
     if type(tree) in (list, tuple):
         return type(tree)(_apart(value, tensors) for value in tree)
     return tree
@@ -190,7 +205,9 @@ def _together(tree: Any, tensors: Any) -> Any:
         tensor = next(tensors)
         return tensor if tensor.device.type == tree.device else tensor.to(tree.device)
     if isinstance(tree, dict):
-        return {key: _together(value, tensors) for key, value in tree.items()}
+        for key, value in tree.items():
+            tree[key] = _together(value, tensors)
+        return tree
     if type(tree) in (list, tuple):
         return type(tree)(_together(value, tensors) for value in tree)
     return tree

@@ -91,24 +91,25 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         """Brings all ranks' state to one of them. To be called on all."""
         super().consolidate_state_dict(to)
         counted = [
-            {key: group[key] for key in (*OURS, "average")}
+            ({key: group[key] for key in (*OURS, "average")}, len(group["params"]) > 0)
             for group in self.optim.state_dict()["param_groups"]
         ]
         everyone: list[Any] = [None] * self.world_size
         with explained("consolidate_state_dict", "Weights and state of this rank are unchanged."):
-            own = counted if _params(self.optim) else None
-            dist.all_gather_object(everyone, own, group=self.process_group)
-        owners = [groups for groups in everyone if groups is not None]
-        if any(groups != owners[0] for groups in owners):
+            dist.all_gather_object(everyone, counted, group=self.process_group)
+        self._counters = []
+        steps: set[int] = set()
+        for of_all in zip(*everyone, strict=True):
+            # Who has no parameter of a group counts nothing in it.
+            owners = [group for group, owns in of_all if owns]
+            steps |= {group["step"] for group in owners}
+            self._counters.append(max(owners or [of_all[0][0]], key=_progress))
+        if len(steps) > 1:
             warnings.warn(
                 "the ranks have counted different steps, since some have had none with a gradient "
                 "of their own parameters; the state dict has the largest count",
                 stacklevel=2,
             )
-        self._counters = [
-            max(of_all, key=lambda group: (group["step"], group["n_averaged"]))
-            for of_all in zip(*owners, strict=True)
-        ]
 
     def state_dict(self) -> dict[str, Any]:
         """What was consolidated last on this rank, as the optimizer's in one process."""
@@ -182,6 +183,11 @@ def averaged(opt: optim.ZeroRedundancyOptimizer) -> Iterator[None]:
     _broadcast(opt, shares)
     if error is not None:
         raise error
+
+
+def _progress(group: dict[str, Any]) -> tuple[int, int, bool]:
+    """How far a rank's parameters of a group have come; beta is known from their first step on."""
+    return group["step"], group["n_averaged"], group["implicit_momentum"] is not None
 
 
 def _without(key: str, group: dict[str, Any]) -> dict[str, Any]:
