@@ -83,6 +83,7 @@ def reshard(model: nn.Module | None) -> None:
 def _param_groups(module: Any) -> list[Any]:
     """What FSDP gathers by itself: several of a module, in older versions of torch one or none."""
     state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]
