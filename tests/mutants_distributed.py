@@ -76,19 +76,19 @@ ZERO: Mutants = [
     ('key_of[p] for p in group["params"]]', 'key_of[p] for p in reversed(group["params"])]'),
 ]
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
-    ("rbwa_fused/distributed/elastic.py", ELASTIC, ("test_elastic_processes.py",), False),
-    ("rbwa_fused/distributed/pull.py", PULL, ("test_elastic_processes.py",), False),
+    ("rbwa_fused/distributed/elastic.py", ELASTIC, ("test_elastic.py",), False),
+    ("rbwa_fused/distributed/pull.py", PULL, ("test_elastic.py",), False),
     (
         "rbwa_fused/distributed/exchange.py",
         EXCHANGE,
-        ("test_elastic_processes.py", "test_gone.py"),
+        ("test_elastic.py", "test_gone.py"),
         False,
     ),
     (
         "rbwa_fused/distributed/states.py",
         STATES,
-        ("test_data_parallel.py", "test_sharded.py"),
+        ("test_ddp.py", "test_zero.py"),
         False,
     ),
-    ("rbwa_fused/distributed/zero.py", ZERO, ("test_sharded.py",), False),
+    ("rbwa_fused/distributed/zero.py", ZERO, ("test_zero.py",), False),
 ]

@@ -1,4 +1,4 @@
-"""What the ranks of test_elastic_processes.py do: each has one of K models, pulled to their mean.
+"""What the ranks of test_elastic.py do: each has one of K models, pulled to their mean.
 
 Every function but the helpers is a job of tests/ranks.py; what it returns can be compared.
 """

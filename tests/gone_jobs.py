@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parallel import Driven, batch_of
-from pulled import bytes_of, everything, learn, net, optimizer
+from ddp_jobs import Driven, batch_of
+from elastic_jobs import bytes_of, everything, learn, net, optimizer
 from runs import METHODS, STEPS, groups, result
 from torch.nn.parallel import DistributedDataParallel
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import pulled
+import elastic_jobs
 import pytest
 import torch
-from pulled import DTYPES, STEPS, bytes_of, drawn, everything, learn, net, optimizer
+from elastic_jobs import DTYPES, STEPS, bytes_of, drawn, everything, learn, net, optimizer
 from ranks import ranks
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 1 - 1e-9])  # the last is 1 in float32
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_pull_has_the_bits_of_the_pull_in_one_process(world: int, alpha: float) -> None:
-    answers = ranks(world).run(pulled.pull_everything, alpha)
+    answers = ranks(world).run(elastic_jobs.pull_everything, alpha)
     for dtype in DTYPES:
         models = [drawn(rank, dtype) for rank in range(world)]
         before = [bytes_of(model) for model in models]
@@ -50,7 +50,7 @@ def test_a_pull_has_the_bits_of_the_pull_in_one_process(world: int, alpha: float
 def test_one_all_reduce_of_the_backend_pulls_to_rounding(
     world: int, alpha: float, overlap: bool
 ) -> None:
-    answers = ranks(world).run(pulled.pull_by_the_backend, alpha, overlap)
+    answers = ranks(world).run(elastic_jobs.pull_by_the_backend, alpha, overlap)
     models = [[t for dtype in DTYPES for t in drawn(rank, dtype)] for rank in range(world)]
     rf.pull_(models, alpha)
     for model, answer in zip(models, answers, strict=True):
@@ -73,14 +73,14 @@ def test_one_all_reduce_of_the_backend_pulls_to_rounding(
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_pull_takes_twice_the_weights_beside_them(exact: bool) -> None:
-    for held in ranks(2).run(pulled.memory_of_a_pull, exact):
+    for held in ranks(2).run(elastic_jobs.memory_of_a_pull, exact):
         piece = 0.5 if exact else 0  # the mean of this rank's piece, sent to all
         assert 3 <= held <= 3 + piece
 
 
 def test_replicas_that_are_sharded_pull_their_shards() -> None:
     steps = 4
-    answers = ranks(4).run(pulled.pull_of_shards, steps)
+    answers = ranks(4).run(elastic_jobs.pull_of_shards, steps)
     models = [net(replica) for replica in range(2)]
     optimizers = [optimizer(model) for model in models]
     for step in range(1, steps + 1):
@@ -91,7 +91,7 @@ def test_replicas_that_are_sharded_pull_their_shards() -> None:
             opt.step()
         if step % 2 == 0:
             rf.pull_(models, 0.5)
-    expected = [[pulled.bits(p) for p in model.parameters()] for model in models]
+    expected = [[elastic_jobs.bits(p) for p in model.parameters()] for model in models]
     assert expected[0] != expected[1]
     assert answers == [expected[0], expected[0], expected[1], expected[1]]
 
@@ -99,7 +99,7 @@ def test_replicas_that_are_sharded_pull_their_shards() -> None:
 def test_a_model_of_several_dtypes_is_pulled_whole() -> None:
     models = [[t for dtype in DTYPES for t in drawn(rank, dtype)[4:6]] for rank in range(2)]
     rf.pull_(models, 0.3)
-    assert ranks(2).run(pulled.pull_of_mixed_dtypes) == [bytes_of(model) for model in models]
+    assert ranks(2).run(elastic_jobs.pull_of_mixed_dtypes) == [bytes_of(model) for model in models]
 
 
 def test_three_of_four_processes_pull_and_what_is_equal_stays_as_it_is() -> None:
@@ -107,7 +107,7 @@ def test_three_of_four_processes_pull_and_what_is_equal_stays_as_it_is() -> None
     members = [0, 1, 3]
     models = [drawn(rank, torch.float32) for rank in members]
     rf.pull_(models, 0.3)
-    answers = ranks(4).run(pulled.pull_in_a_group, members)
+    answers = ranks(4).run(elastic_jobs.pull_in_a_group, members)
     assert "ValueError: this process is not in the group" in answers.pop(2)
     for model, (weights, equal) in zip(models, answers, strict=True):
         assert weights == bytes_of(model)
@@ -134,15 +134,15 @@ def test_local_sgd_is_the_loop_in_one_process(world: int, every: int, alpha: flo
             rf.pull_(models, alpha)
 
     expected = in_one_process(world, pull)
-    assert ranks(world).run(pulled.local_sgd, every, alpha) == expected
+    assert ranks(world).run(elastic_jobs.local_sgd, every, alpha) == expected
     assert expected != in_one_process(world, lambda models, step: None)
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
 def test_a_checkpoint_between_two_pulls_resumes_bit_for_bit(stop: int) -> None:
     every = 3
-    resumed = ranks(2).run(pulled.local_sgd, every, 0.6, stop)
-    assert resumed == ranks(2).run(pulled.local_sgd, every, 0.6)
+    resumed = ranks(2).run(elastic_jobs.local_sgd, every, 0.6, stop)
+    assert resumed == ranks(2).run(elastic_jobs.local_sgd, every, 0.6)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_the_schedule_and_float32_masters_are_those_of_the_replicas_in_one_proce
                 learn(models[rank], optimizers[rank], rank, 2 * epoch + batch)
         elastic.pull(epoch + 1)
     expected = [everything(m, o) for m, o in zip(models, optimizers, strict=True)]
-    assert ranks(2).run(pulled.scheduled_training, epochs, dtype, masters) == expected
+    assert ranks(2).run(elastic_jobs.scheduled_training, epochs, dtype, masters) == expected
 
 
 @pytest.mark.parametrize("by_step", [True, False], ids=["step", "pull"])
@@ -199,7 +199,7 @@ def test_an_overlapped_pull_adds_the_correction_of_its_snapshot_and_nothing_befo
             path[rank].append(bytes_of(models[rank].parameters()))
     correct()
     for rank, answer in enumerate(
-        ranks(world).run(pulled.overlapped, every, alpha, dtype, by_step)
+        ranks(world).run(elastic_jobs.overlapped, every, alpha, dtype, by_step)
     ):
         assert answer["path"] == [*path[rank], bytes_of(models[rank].parameters())]
         assert all("RuntimeError" in r and "call wait()" in r for r in answer["refusals"])
@@ -212,7 +212,7 @@ def test_an_overlapped_pull_adds_the_correction_of_its_snapshot_and_nothing_befo
 
 
 def test_the_mean_is_evaluated_with_each_models_own_buffers() -> None:
-    answers = ranks(2).run(pulled.evaluate_the_mean)
+    answers = ranks(2).run(elastic_jobs.evaluate_the_mean)
     for answer in answers:
         assert not answer["moved"]
         assert "ValueError" in answer["foreign"] and "is pulled" in answer["foreign"]
@@ -245,7 +245,7 @@ DIFFERENT = {
 
 
 def test_ranks_that_do_not_fit_together_are_refused_on_all_of_them_by_name() -> None:
-    first, second = ranks(2).run(pulled.arguments_that_differ)
+    first, second = ranks(2).run(elastic_jobs.arguments_that_differ)
     assert first.keys() == second.keys() == DIFFERENT.keys()
     for name, message in DIFFERENT.items():
         with pytest.raises(AssertionError, match=f"(ValueError|TypeError): rank 1.*{message}"):
@@ -255,7 +255,7 @@ def test_ranks_that_do_not_fit_together_are_refused_on_all_of_them_by_name() -> 
 
 
 def test_mistakes_are_named_and_nothing_is_written() -> None:
-    for answer in ranks(2).run(pulled.use_out_of_range):
+    for answer in ranks(2).run(elastic_jobs.use_out_of_range):
         assert answer.pop("kept")
         assert "TypeError: finished_epochs is missing" in answer["no count"]
         assert "TypeError: finished_epochs is missing" in answer["no count in step"]

@@ -1,4 +1,4 @@
-"""Data-parallel training for test_data_parallel.py and test_sharded.py: jobs of tests/ranks.py.
+"""Data-parallel training for test_ddp.py and test_zero.py: jobs of tests/ranks.py.
 
 The network of runs.py with a loss whose gradients are other on each rank and at each batch, so that
 `alone` can say in one process what DistributedDataParallel must come to.
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pulled import refused
+from elastic_jobs import refused
 from runs import METHODS, STEPS, Model, groups, result
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import sharded
 import torch
-from parallel import Driven, alone, batch_of
+import zero_jobs
+from ddp_jobs import Driven, alone, batch_of
 from ranks import ranks
 from runs import METHODS, STEPS
-from sharded import held, weights
+from zero_jobs import held, weights
 
 import rbwa_fused as rf
 
@@ -45,7 +45,7 @@ def compare(answers: list[Any], model: Driven, opt: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_sharded_training_evaluation_and_checkpoints_are_those_of_one_process(method: str) -> None:
     model, opt = alone(method, world=2)
-    answers = ranks(2).run(sharded.trained, method, {})
+    answers = ranks(2).run(zero_jobs.trained, method, {})
     assert method == "sgd" or all(0 < answer[0]["own"] < 5 for answer in answers)
     compare(answers, model, opt)
 
@@ -53,16 +53,16 @@ def test_sharded_training_evaluation_and_checkpoints_are_those_of_one_process(me
 def test_masters_of_sharded_bfloat16_weights_are_those_of_one_process() -> None:
     options = {"master_weights": True, "dtype": torch.bfloat16}
     model, opt = alone("ema", world=2, **options)
-    compare(ranks(2).run(sharded.trained, "ema", options), model, opt)
+    compare(ranks(2).run(zero_jobs.trained, "ema", options), model, opt)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_consolidated_checkpoint_resumes_sharded_or_whole_bit_for_bit(method: str) -> None:
-    saved, nothing = ranks(2).run(sharded.saved_at, method, STOP)
+    saved, nothing = ranks(2).run(zero_jobs.saved_at, method, STOP)
     assert nothing is None
     model, opt = alone(method, world=2)
     after, state = weights(model), held(opt.state_dict())
-    for rank, answer in enumerate(ranks(2).run(sharded.resumed_from, method, saved, STOP)):
+    for rank, answer in enumerate(ranks(2).run(zero_jobs.resumed_from, method, saved, STOP)):
         for ours in answer:
             assert ours["weights"] == after
             assert rank == 1 or ours["saved"] == state
@@ -74,9 +74,9 @@ def test_a_checkpoint_of_a_run_without_shards_is_gone_on_with_on_four_ranks() ->
     stopped, one = alone("ema", world=4, counts=[STOP] * 4)
     file = io.BytesIO()
     torch.save({"model": stopped.state_dict(), "optimizer": one.state_dict()}, file)
-    saved = ranks(4).run(sharded.saved_at, "ema", STOP)[0]
-    ours = ranks(4).run(sharded.resumed_from, "ema", file.getvalue(), STOP)
-    theirs = ranks(4).run(sharded.resumed_from, "ema", saved, STOP)
+    saved = ranks(4).run(zero_jobs.saved_at, "ema", STOP)[0]
+    ours = ranks(4).run(zero_jobs.resumed_from, "ema", file.getvalue(), STOP)
+    theirs = ranks(4).run(zero_jobs.resumed_from, "ema", saved, STOP)
     groups = [answers[0][0]["saved"]["groups"] for answers in (ours, theirs)]
     assert groups[0] == groups[1] and groups[0][0]["step"] == STEPS
     assert all(answer[0]["weights"] == ours[0][0]["weights"] for answer in ours)
@@ -91,7 +91,7 @@ def test_hyperparameters_changed_on_the_outer_object_reach_the_inner_one(method:
         schedule.step()
         if step == 5:
             opt.param_groups[0]["weight_decay"] = 0.2
-    answers = ranks(2).run(sharded.scheduled, method)
+    answers = ranks(2).run(zero_jobs.scheduled, method)
     before_the_last = [group["lr"] for group in opt.param_groups]
     for answer in answers:
         assert answer["weights"] == weights(model)
@@ -125,7 +125,7 @@ def test_a_group_added_without_an_average_is_stepped_and_not_averaged() -> None:
     with opt.averaged():
         live = weights(model)
     assert live != after
-    assert ranks(2).run(sharded.an_added_group) == [after + live] * 2
+    assert ranks(2).run(zero_jobs.an_added_group) == [after + live] * 2
 
 
 def test_ranks_without_a_parameter_of_their_own_take_part() -> None:
@@ -139,14 +139,14 @@ def test_ranks_without_a_parameter_of_their_own_take_part() -> None:
     after, saved = weights(model), held(opt.state_dict())
     with opt.averaged():
         live = weights(model)
-    answers = ranks(4).run(sharded.fewer_parameters_than_ranks)
+    answers = ranks(4).run(zero_jobs.fewer_parameters_than_ranks)
     assert [answer["own"] for answer in answers] == [1, 1, 0, 0]
     assert all(a["weights"] == after and a["averaged"] == live for a in answers)
     assert answers[-1]["saved"] == saved
 
 
 def test_training_weights_are_back_after_an_exception_and_batchnorm_is_re_estimated() -> None:
-    first, second = ranks(2).run(sharded.evaluated)
+    first, second = ranks(2).run(zero_jobs.evaluated)
     assert first == second
     assert first["exactly"] and first["inside"] != first["before"]
     assert first["told"], "autograd was not told that the weights have changed"
@@ -154,16 +154,16 @@ def test_training_weights_are_back_after_an_exception_and_batchnorm_is_re_estima
 
 
 def test_steps_that_one_rank_did_not_count_are_told_when_saving() -> None:
-    for answer in ranks(2).run(sharded.counted_apart):
+    for answer in ranks(2).run(zero_jobs.counted_apart):
         assert len(answer["warned"]) == 1 and "counted different steps" in answer["warned"][0]
         assert answer["steps"] == 3
 
 
 def test_counters_of_groups_that_some_ranks_have_not_started_are_saved_without_a_warning() -> None:
     model = Driven()
-    opt = rf.RSGDM(sharded.in_groups(model), lr=0.05)
-    sharded.learn_in_groups(model, opt)
-    first, second = ranks(2).run(sharded.groups_of_some_ranks)
+    opt = rf.RSGDM(zero_jobs.in_groups(model), lr=0.05)
+    zero_jobs.learn_in_groups(model, opt)
+    first, second = ranks(2).run(zero_jobs.groups_of_some_ranks)
     assert (first["own"], second["own"]) == ([1, 1, 1], [1, 1, 0])
     assert first["warned"] == second["warned"] == []
     assert first["saved"] == held(opt.state_dict())
@@ -183,7 +183,7 @@ REFUSED = {
 
 
 def test_mistakes_are_refused_by_name_and_nothing_is_written() -> None:
-    for answer in ranks(2).run(sharded.refusals):
+    for answer in ranks(2).run(zero_jobs.refusals):
         assert answer.pop("untouched") == "True"
         assert answer.keys() == REFUSED.keys()
         for name, (error, message) in REFUSED.items():
@@ -191,6 +191,6 @@ def test_mistakes_are_refused_by_name_and_nothing_is_written() -> None:
 
 
 def test_torchs_own_class_does_not_go_on_silently_without_its_counters() -> None:
-    for message in ranks(2).run(sharded.resumed_by_torchs_class):
+    for message in ranks(2).run(zero_jobs.resumed_by_torchs_class):
         assert "ValueError: averages were assigned to an optimizer" in message
         assert "rbwa_fused.distributed.ZeroRedundancyOptimizer does" in message

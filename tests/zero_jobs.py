@@ -1,4 +1,4 @@
-"""What the ranks of test_sharded.py do: training with ZeroRedundancyOptimizer."""
+"""What the ranks of test_zero.py do: training with ZeroRedundancyOptimizer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parallel import Driven, batch_of, buffers, images, normed
-from pulled import refused
+from ddp_jobs import Driven, batch_of, buffers, images, normed
+from elastic_jobs import refused
 from runs import METHODS, STEPS, bits, groups
 from torch import nn
 from torch.distributed import optim
