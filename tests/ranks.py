@@ -76,6 +76,9 @@ class Ranks:
         """
         if not self.processes:
             self._start()
+        if not all(process.is_alive() for process in self.processes):
+            self.stop()
+            raise RankError("a process was killed between two jobs")
         for pipe in self._pipes:
             pipe.send((job, args))
         answers: list[Any] = [RankError("no answer in time")] * self.world

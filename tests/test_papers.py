@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -292,18 +293,25 @@ def test_what_is_finished_is_not_run_again_and_seeds_can_be_added(
 def test_a_killed_process_is_told_in_one_line_and_what_was_finished_is_what_one_process_gives(
     tmp_path, monkeypatch, capsys
 ):
-    """The system kills one that takes too much memory."""
+    """The system kills one that takes too much memory. Other children are none of its business."""
     add = store.Store.add
+    bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    bystander.start()
+    others = multiprocessing.active_children()
 
     def add_and_kill(self: store.Store, *record: Any) -> None:
         add(self, *record)
         if len(self.records) == 2:
-            multiprocessing.active_children()[0].kill()
+            next(c for c in multiprocessing.active_children() if c not in others).kill()
 
     monkeypatch.setattr(store.Store, "add", add_and_kill)
     options = ("--model", "mlp", "--epochs", "1", "--lr", "0.3", "--method", "momentum")
     command = ["table5", *options, "--seeds", "500", "--jobs", "2", "--out", str(tmp_path)]
     assert main(command) == 1
+    bystander.join(timeout=1)
+    alive = all(child.is_alive() for child in others)
+    bystander.kill()
+    assert alive
     assert "a process was killed" in error_of(capsys)
     kept = load(tmp_path)["runs"]
     assert 2 <= len(kept) < 500

@@ -43,6 +43,7 @@ def workers(processes: int) -> Iterator[ProcessPoolExecutor | None]:
         yield None
         return
     context = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()  # of the program that this is a part of
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=ignore_interrupts)
     try:
         yield pool
@@ -50,7 +51,8 @@ def workers(processes: int) -> Iterator[ProcessPoolExecutor | None]:
     except BaseException as error:  # after Ctrl-C too, nobody waits for runs that are not finished
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
-            child.terminate()
+            if child not in others:
+                child.terminate()
         if isinstance(error, BrokenProcessPool):
             raise JobError(
                 "a process was killed, most likely out of memory: try fewer --jobs"
