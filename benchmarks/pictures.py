@@ -149,6 +149,8 @@ def step_times(results: Results, steps: Steps) -> Figure:
     values = [steps.times[name][0] for name in names]
     named_bars(axes, names, values, [steps.times[name][1:] for name in names])
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlim(0.6 * min(values), 1.6 * max(high for _, _, high in steps.times.values()))
     axes.set_xlabel(f"ms a step (log), {steps.about}")
     return figure
