@@ -136,7 +136,19 @@ def pull_(replicas: Sequence[Tensor], alpha: float) -> None:
         return
     for replica in replicas:
         theta = replica.detach().to(average.dtype)
-        replica.detach().copy_(average if alpha == 1 else theta + alpha * (average - theta))
+        replica.detach().copy_(pulled_(average.clone(), theta, alpha))
+
+
+def pulled_(average: Tensor, theta: Tensor, alpha: float) -> Tensor:
+    """Weights that are pulled to their average, in its place; both in the arithmetic's dtype."""
+    if _rounded(alpha, average.dtype) == 1:
+        return average
+    return correction_(average, theta, alpha).add_(theta)
+
+
+def correction_(average: Tensor, theta: Tensor, alpha: float) -> Tensor:
+    """What a pull adds to weights, in the place of their average."""
+    return average.sub_(theta).mul_(alpha)
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

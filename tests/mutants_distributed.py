@@ -23,9 +23,9 @@ ELASTIC: Mutants = [
     ("        self.alpha(finished_epochs)  #", "        #"),
 ]
 PULL: Mutants = [
-    ("mean.sub_(start).mul_(self._alpha)\n", "mean.sub_(start)\n"),
+    ("reference.correction_(mean, start, self._alpha)", "pass"),
     ("p.detach().add_(correction)", "p.detach().copy_(correction)"),
-    ("if _rounded(self._alpha, mean.dtype) != 1:", "if False:"),
+    ("reference.pulled_(mean, start, self._alpha)", "pass"),
     ("wide = torch.float64 if p.dtype == torch.float64 else torch.float32", "wide = torch.float32"),
     ("-(-max(length, 1) // world) * world", "max(length, 1) // world * world"),
     ("members.setdefault((p.device, wide), [])", "members.setdefault((p.device, p.dtype), [])"),

@@ -137,8 +137,11 @@ REFERENCE = [
 PULL_REFERENCE = [
     ("distance + (theta.detach().to(wide) - first)", "theta.detach().to(wide) - first"),
     ("first + share * distance", "first + distance"),
-    ("theta + alpha * (average - theta)", "theta + (average - theta)"),
-    ("average if alpha == 1 else theta", "theta if alpha == 1 else theta"),
+    ("average.sub_(theta).mul_(alpha)", "average.sub_(theta)"),
+    (
+        "        return average\n    return correction_",
+        "        return theta\n    return correction_",
+    ),
 ]
 RULES = [
     ('c = 1.0 if first else 1.0 - float(group["dampening"])', "c = 1.0"),

@@ -19,6 +19,7 @@ from torch import Tensor
 from rbwa_fused import ops
 
 Group = dist.ProcessGroup | None  # None is the default group
+UNCHANGED = "The weights of this rank are unchanged by this pull, and can be saved."
 
 
 @contextmanager
@@ -41,15 +42,14 @@ class Mean:
     Args:
         mine: 1-d, a multiple of K elements, float32 or float64; not to be written to until `turn`.
         group: of the processes.
-        state: the state of this rank while the mean is under way, for `explained`.
     """
 
-    def __init__(self, mine: Tensor, group: Group, state: str) -> None:
-        self._group, self._state = group, state
+    def __init__(self, mine: Tensor, group: Group) -> None:
+        self._group = group
         self._world = dist.get_world_size(group)
         self._received = torch.empty_like(mine)
         self._piece: Tensor | None = None
-        with self._explained(dist.DistError):  # other errors of a call are not the processes'
+        with _explained(dist.DistError):  # other errors of a call are not the processes'
             self._work = dist.all_to_all_single(self._received, mine, group=group, async_op=True)
 
     def turn(self) -> None:
@@ -60,7 +60,7 @@ class Mean:
         pieces = self._received.view(self._world, -1)
         ops.pull_([[piece] for piece in pieces], 1.0)  # each is their mean now
         self._piece = pieces[0].clone()
-        with self._explained(dist.DistError):
+        with _explained(dist.DistError):
             self._work = dist.all_gather_into_tensor(
                 self._received, self._piece, group=self._group, async_op=True
             )
@@ -73,22 +73,19 @@ class Mean:
 
     def _wait(self) -> None:
         assert self._work is not None  # as it would be outside the group
-        with self._explained():
+        with _explained():
             self._work.wait()
-
-    def _explained(self, errors: type[Exception] = RuntimeError) -> AbstractContextManager[None]:
-        return explained("Elastic", self._state, errors)
 
 
 class BackendMean(Mean):
-    """The same by one all-reduce of the backend's, in the order of its sum. It may know the network
-    better: NCCL's sends an eighth between nodes of eight GPUs."""
+    """The same by one all-reduce of the backend's, in the order of its sum; it may know which
+    processes share a node."""
 
-    def __init__(self, mine: Tensor, group: Group, state: str) -> None:
-        self._group, self._state = group, state
+    def __init__(self, mine: Tensor, group: Group) -> None:
+        self._group = group
         self._world = dist.get_world_size(group)
         self._received = mine.clone()
-        with self._explained(dist.DistError):
+        with _explained(dist.DistError):
             self._work = dist.all_reduce(self._received, group=group, async_op=True)
 
     def turn(self) -> None:
@@ -98,3 +95,7 @@ class BackendMean(Mean):
         """Once."""
         self._wait()
         return self._received.div_(self._world)
+
+
+def _explained(errors: type[Exception] = RuntimeError) -> AbstractContextManager[None]:
+    return explained("Elastic", UNCHANGED, errors)

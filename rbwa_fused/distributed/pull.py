@@ -6,10 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rbwa_fused import reference
 from rbwa_fused.distributed.exchange import BackendMean, Group, Mean
-from rbwa_fused.reference import _rounded
-
-UNCHANGED = "The weights of this rank are unchanged by this pull, and can be saved."
 
 
 class Pull:
@@ -42,7 +40,7 @@ class Pull:
             for start, p in zip(self._apart(self._starts), params, strict=True):
                 start.copy_(p)
         kind = Mean if exact else BackendMean
-        self._means = [kind(flat, group, UNCHANGED) for flat in self._starts]
+        self._means = [kind(flat, group) for flat in self._starts]
 
     def turn(self) -> None:
         """Starts the second half of the exchange."""
@@ -58,8 +56,7 @@ class Pull:
         """Pulls weights that are what they were at the start."""
         pulled = self._results()  # all of them before any weight is written
         for mean, start in zip(pulled, self._starts, strict=True):
-            if _rounded(self._alpha, mean.dtype) != 1:
-                mean.sub_(start).mul_(self._alpha).add_(start)
+            reference.pulled_(mean, start, self._alpha)
         for p, weights in zip(params, self._apart(pulled), strict=True):
             p.detach().copy_(weights)
 
@@ -68,7 +65,7 @@ class Pull:
         """Adds to weights that have moved on what the pull would have added at the start."""
         corrections = self._results()
         for mean, start in zip(corrections, self._starts, strict=True):
-            mean.sub_(start).mul_(self._alpha)
+            reference.correction_(mean, start, self._alpha)
         for p, correction in zip(params, self._apart(corrections), strict=True):
             p.detach().add_(correction)  # 16-bit weights: in float32, rounded once
 
