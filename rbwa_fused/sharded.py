@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor. Where nobody has imported the class there is none: the import
-    would cost every user half a second."""
+    """Whether a tensor is a DTensor. Where nobody has imported the class there is none, and the
+    import would slow every start."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -72,7 +72,7 @@ class Elastic(replicas.Schedule):
             float32, float64, bfloat16 or float16, of the same shapes and dtypes in each process.
         epochs: T_max >= 1, or
         alpha: in place of that schedule a number, or a function of T; 0 <= alpha <= 1.
-        every (int, steps, >= 1): `step` pulls at every so manieth call (default: 1).
+        every (int, steps, >= 1): `step` pulls at every `every`-th call (default: 1).
         overlap (bool): exchange while the training goes on (default: False).
         exact (bool): the bits of `rbwa_fused.pull_`, rather than those of the backend's all-reduce
             (default: True).

@@ -6,6 +6,7 @@ as long as all ranks take the same steps. Under torch.distributed.algorithms.Joi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -17,8 +18,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from rbwa_fused.distributed.exchange import Group, explained
 from rbwa_fused.sharded import is_sharded
-
-WHAT = "synchronize"
 
 
 class _Elsewhere(NamedTuple):
@@ -68,18 +67,19 @@ def synchronize(opt: Any, source: int, group: Group = None) -> None:
     leads = dist.get_rank() == source
     tensors: list[Tensor] = []
     structure = [_apart(opt.state_dict(), tensors) if leads else None]
-    with explained(WHAT, "The state of this rank is unchanged."):
+
+    def received(sent: _Elsewhere) -> Tensor:
+        tensor = torch.empty(sent.shape, dtype=sent.dtype, device=device)
+        dist.broadcast(tensor, src=source, group=group)
+        return tensor if device.type == sent.device else tensor.to(sent.device)
+
+    with explained("synchronize", "The state of this rank is unchanged."):
         dist.broadcast_object_list(structure, src=source, group=group)
-        if not leads:
-            tensors = [
-                torch.empty(e.shape, dtype=e.dtype, device=device) for e in _elsewhere(structure)
-            ]
-        for i, tensor in enumerate(tensors):
-            tensors[i] = tensor.detach().to(device).contiguous()
-            dist.broadcast(tensors[i], src=source, group=group)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach().to(device).contiguous(), src=source, group=group)
+        state = None if leads else _together(structure[0], received)
     if not leads:
-        arrived = iter(tensors)
-        opt.load_state_dict(_together(structure[0], arrived))
+        opt.load_state_dict(state)
 
 
 class Joined(Joinable):
@@ -189,25 +189,14 @@ def _apart(tree: Any, tensors: list[Tensor]) -> Any:
     return tree
 
 
-def _elsewhere(tree: Any) -> list[_Elsewhere]:
-    """What was put in the place of tensors, in the order of `_apart`."""
+def _together(tree: Any, received: Callable[[_Elsewhere], Tensor]) -> Any:
+    """The tree with its tensors again, which are received in the order of `_apart`."""
     if isinstance(tree, _Elsewhere):
-        return [tree]
-    values = tree.values() if isinstance(tree, dict) else tree
-    if isinstance(tree, dict) or type(tree) in (list, tuple):
-        return [found for value in values for found in _elsewhere(value)]
-    return []
-
-
-def _together(tree: Any, tensors: Any) -> Any:
-    """The tree with its tensors again, on the kind of device where they were."""
-    if isinstance(tree, _Elsewhere):
-        tensor = next(tensors)
-        return tensor if tensor.device.type == tree.device else tensor.to(tree.device)
+        return received(tree)
     if isinstance(tree, dict):
         for key, value in tree.items():
-            tree[key] = _together(value, tensors)
+            tree[key] = _together(value, received)
         return tree
     if type(tree) in (list, tuple):
-        return type(tree)(_together(value, tensors) for value in tree)
+        return type(tree)(_together(value, received) for value in tree)
     return tree
