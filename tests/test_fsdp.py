@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsdp_checkpoint_jobs
 import fsdp_jobs
 import pytest
 import shards
@@ -93,7 +94,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
     ranks(2).run(fsdp_jobs.scaler_skips_everywhere)
 
 
-@pytest.mark.parametrize("layout", fsdp_jobs.LAYOUTS)
+@pytest.mark.parametrize("layout", fsdp_checkpoint_jobs.LAYOUTS)
 @pytest.mark.parametrize(("saving", "loading"), [(2, 1), (1, 2), (2, 4), (4, 2)])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(
     saving: int, loading: int, layout: str, tmp_path: Path
@@ -103,10 +104,10 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(
     stopped = shards.result(alone, opt)
     shards.train(alone, opt, STOP + 1, STEPS)
     ended = shards.result(alone, opt)
-    saved = in_ranks(saving, fsdp_jobs.save, str(tmp_path), STOP)
+    saved = in_ranks(saving, fsdp_checkpoint_jobs.save, str(tmp_path), STOP)
     assert saved == [stopped] * saving
     arguments = (str(tmp_path), layout, STOP + 1, STEPS)
-    assert in_ranks(loading, fsdp_jobs.load, *arguments) == [(stopped, ended)] * loading
+    assert in_ranks(loading, fsdp_checkpoint_jobs.load, *arguments) == [(stopped, ended)] * loading
 
 
 def in_ranks(world: int, job: Any, *args: Any) -> Any:
@@ -117,16 +118,16 @@ def in_ranks(world: int, job: Any, *args: Any) -> Any:
 
 
 def test_averaged_weights_saved_from_shards_load_into_a_plain_model(tmp_path: Path) -> None:
-    ranks(2).run(fsdp_jobs.save, str(tmp_path), STOP)
+    ranks(2).run(fsdp_checkpoint_jobs.save, str(tmp_path), STOP)
     alone, opt = shards.build("rsgdm ema", shards.plain)
     shards.train(alone, opt, 1, STOP)
     averaged = opt.averaged_state_dict(alone)
     expected = {name: shards.bits(averaged[name]) for name, _ in alone.named_parameters()}
-    assert fsdp_jobs.averaged_of(str(tmp_path)) == expected
+    assert fsdp_checkpoint_jobs.averaged_of(str(tmp_path)) == expected
 
 
 def test_a_checkpoint_of_a_plain_run_loads_into_shards_as_it_is() -> None:
-    ranks(2).run(fsdp_jobs.plain_checkpoint_into_shards)
+    ranks(2).run(fsdp_checkpoint_jobs.plain_checkpoint_into_shards)
 
 
 def test_a_shard_that_fsdp_has_replaced_is_reached_where_it_is_now() -> None:
