@@ -21,7 +21,11 @@ FLAGS = [
     "-g0",
     "-std=c++20",
     "-ffp-contract=off",
-    "-fno-trapping-math",  # both sides of a select may be computed: vectors without masks
+    # What g++ needs to vectorise the loop of every rule and dtype (tests/test_vectorised.py):
+    "-fno-trapping-math",  # both sides of a select may be computed
+    "-fno-math-errno",  # a square root is an instruction, not a call
+    "-fwrapv",  # most Pythons' own flags have it; without it loops inlined into tiles stayed scalar
+    *("--param", "max-unswitch-insns=300"),  # a long update has more choices than the default 50
     "-fvisibility=hidden",
     "-Wall",
     STABLE_ABI,

@@ -25,7 +25,7 @@ void pull_tiles(const Replicated& param, T share, T alpha, int64_t begin, int64_
   for (int64_t at = begin; at < begin + n; at += kTile) {
     const int64_t size = begin + n - at < kTile ? begin + n - at : kTile;
     const T* first = pull_load(static_cast<const S*>(param.theta[0]) + at, first_tile, size);
-    for (int64_t i = 0; i < size; ++i) distance[i] = T(0);
+    std::fill_n(distance, size, T(0));
     for (size_t k = 1; k < replicas; ++k) {
       const T* theta = pull_load(static_cast<const S*>(param.theta[k]) + at, tile, size);
       for (int64_t i = 0; i < size; ++i) distance[i] = farther(distance[i], theta[i], first[i]);
