@@ -36,9 +36,11 @@ mutants: .venv/dev
 sanitize: .venv/dev
 	$(BIN)/python tests/sanitize.py
 
-# What takes long: thousands of random training runs, and a comparison killed at random moments.
+# What takes long: thousands of random training runs, a comparison killed at random moments, and
+# every variant of Triton's kernels compiled.
 soak: .venv/dev
 	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/test_properties.py
+	RBWA_PROFILE=long $(BIN)/python -m pytest -q tests/test_triton_compiled.py
 	RBWA_KILLS=50 $(BIN)/python -m pytest -q -s tests/test_crash.py
 
 # On a machine with a GPU: needs torch, Triton, pytest and nvcc in PYTHON's environment, no network.
@@ -65,8 +67,7 @@ abi: .venv/dev
 	cd tests && ../.venv-abi/bin/python -P -m rbwa_fused
 	cd tests && ../.venv-abi/bin/python -P -m pytest -q test_update.py test_methods.py test_ops.py \
 		test_fsdp.py test_tensor_parallel.py
-	cd tests && RBWA_TRITON_TESTS=interpreted TRITON_INTERPRET=1 \
-		../.venv-abi/bin/python -P -m pytest -q test_triton.py
+	cd tests && ../.venv-abi/bin/python -P -m pytest -q test_triton.py test_triton_compiled.py
 
 clean:
 	rm -rf .venv .venv-abi build *.egg-info rbwa_fused/*.so

@@ -103,7 +103,7 @@ def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any
             raise ValueError(f"{name} is on {g.device} (expected {p.device})")
         if is_traceable_wrapper_subclass(g):
             raise TypeError(f"{name} is a {type(g).__name__}, which has no plain memory of its own")
-        if not same_layout(g, memory) or torch._is_zerotensor(g):
+        if not same_layout(g, memory) or (torch._is_zerotensor(g) and g.numel() > 0):
             grads[i] = torch.empty_strided(
                 memory.shape, memory.stride(), dtype=memory.dtype, device=memory.device
             ).copy_(g)

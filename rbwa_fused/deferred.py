@@ -68,12 +68,17 @@ class Deferred:
     def for_step(
         self, lrs: Sequence[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> Deferred:
-        """The same counters with what belongs to one step."""
+        """The same counters with what belongs to one step, brought to their device."""
 
         def here(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(self.counts.device, torch.float32)
 
-        return replace(self, lrs=lrs, grad_scale=here(grad_scale), found_inf=here(found_inf))
+        return replace(
+            self,
+            lrs=[here(lr) for lr in lrs],
+            grad_scale=here(grad_scale),
+            found_inf=here(found_inf),
+        )
 
     def of_segments(self, first: int, count: int) -> Deferred:
         """The same counters with the marks of some of the segments."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from rbwa_fused.sharded import beside, is_sharded, laid_out_as, local
 
@@ -66,8 +67,9 @@ def same_layout(tensor: Tensor, like: Tensor) -> bool:
 
 def alias(flat: Tensor, offset: int, like: Tensor) -> Tensor:
     """A tensor of `like`'s shape in `flat` from an element on, with a storage of its own."""
-    piece = flat[offset : offset + like.numel()]
-    return torch.from_dlpack(piece).as_strided(like.shape, strides_like(like))
+    # By a capsule: Tensor.__dlpack__ refuses memory of a GPU that is not the current one.
+    piece = to_dlpack(flat[offset : offset + like.numel()])
+    return from_dlpack(piece).as_strided(like.shape, strides_like(like))
 
 
 def allocate(
@@ -135,19 +137,24 @@ def turns(params: Sequence[Tensor], known: Sequence[int] = ()) -> tuple[list[int
 
 
 def may_move(param: Tensor) -> bool:
-    """Whether a parameter fills a storage of its own that nothing else is known to hold."""
+    """Whether a parameter on the CPU fills a storage of its own that nothing else is known to hold.
+
+    On a GPU parameters stay: its kernels are given every address anyway, and torch counts all of
+    its memory as shared.
+    """
     return (
         type(param) in (Tensor, torch.nn.Parameter)
+        and param.device.type == "cpu"
         and param.numel() > 0
         and is_dense(param)
         and param.untyped_storage().nbytes() == param.numel() * param.element_size()
         and not param.is_shared()
-        and not (param.device.type == "cpu" and param.is_pinned())
+        and not param.is_pinned()
     )
 
 
 def move(params: Sequence[Tensor]) -> None:
-    """Moves parameters into flat buffers, one per device and dtype, where their memory is theirs.
+    """Moves parameters into flat buffers, one per dtype, where their memory is theirs.
 
     Buffers are filled one by one, so memory peaks one buffer above the model.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from operator import is_
 from typing import Any
 
 import torch
@@ -201,8 +202,11 @@ class FusedOptimizer(LaidOut):
         try:
             step(*tables, deferred=deferred)
         except RuntimeError:
+            refused = grads.copy()
             if not checks.fit(table, grads, self.param_groups):  # or it says what is wrong
                 return False
+            if all(map(is_, grads, refused)):
+                raise  # what fitted was launched, perhaps in part: a second step would be one more
             step(*tables, deferred=deferred)
         for param, memory in table.copies:
             param.copy_(memory)

@@ -145,15 +145,18 @@ REFERENCE = Backend("reference", _step_reference, checks=False)
 
 
 def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
-    """Exchanges the contents of each a[i] and b[i]: dense tensors of one dtype and layout."""
+    """Exchanges the contents of each a[i] and b[i]: dense, of one device, dtype and layout."""
     compiled = {"cpu": _C, "cuda": _C_cuda}
-    if a and all(compiled.get(t.device.type) is not None for t in a):
-        torch.ops.rbwa_fused.exchange_.default(a, b)
-        return
+    fused: dict[str, list[tuple[Tensor, Tensor]]] = {}  # the dispatcher has one kernel for a call
     for left, right in zip(a, b, strict=True):
-        kept = left.clone()
-        left.copy_(right)
-        right.copy_(kept)
+        if compiled.get(left.device.type) is not None:
+            fused.setdefault(left.device.type, []).append((left, right))
+        else:
+            kept = left.clone()
+            left.copy_(right)
+            right.copy_(kept)
+    for pairs in fused.values():
+        torch.ops.rbwa_fused.exchange_.default(*map(list, zip(*pairs, strict=True)))
 
 
 def pull_(replicas: Sequence[Sequence[Tensor]], alpha: float) -> None:

@@ -22,10 +22,10 @@ class FusedSGD(FusedOptimizer):
         \theta \leftarrow a \text{ or } x
 
     Without ``average`` it does what ``torch.optim.SGD`` does, and its arguments, defaults and
-    errors are torch's. Parameters move into flat buffers at construction: build the optimizer
-    after ``model.to(device)`` and before capturing or compiling. DTensor parameters (FSDP2, tensor
-    parallel) stay where they are, and each process steps its shards: build it after
-    ``fully_shard``; state is DTensors, laid out as the parameters.
+    errors are torch's. Parameters on the CPU move into flat buffers at construction, those on a GPU
+    stay where they are: build the optimizer after ``model.to(device)`` and before capturing or
+    compiling. DTensor parameters (FSDP2, tensor parallel) stay as well, and each process steps its
+    shards: build it after ``fully_shard``; state is DTensors, laid out as the parameters.
 
     Args:
         params: float32, float64, bfloat16 or float16 parameters, named ones, or groups of them.
@@ -38,8 +38,8 @@ class FusedSGD(FusedOptimizer):
         average (Average, optional): a policy such as ``rbwa_fused.ema()``; a group may have its
             own, or False for none (default: None).
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (default: "auto").
-        flatten (bool): move parameters into flat buffers; the results are the same bits either
-            way (default: True).
+        flatten (bool): move parameters on the CPU into flat buffers; nothing on a GPU. The results
+            are the same bits either way (default: True).
         capturable (bool): on a GPU, let the device count steps and read a float32 tensor ``lr``
             that lies there, so that a captured CUDA graph replays rightly; refuses custom weights
             (default: False).

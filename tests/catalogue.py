@@ -12,6 +12,9 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+
+pytest.importorskip("expecttest")  # which torch's own tests import
+
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau

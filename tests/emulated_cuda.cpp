@@ -20,6 +20,13 @@ namespace py = pybind11;
 constexpr DLDevice kCpu{kDLCPU, 0};
 int64_t launches = 0;
 int64_t threads_run = 0;
+int64_t failing = 0;  // the launch that fails, counted from now; 0: none
+
+// Counts a launch; the words of one that fails.
+const char* launched() {
+  ++launches;
+  return failing > 0 && --failing == 0 ? "out of luck" : nullptr;
+}
 
 template <typename S, typename W, typename A, Rule most, bool averaged>
 void run_all(const void* launch, int64_t blocks) {
@@ -68,7 +75,7 @@ void pull_all(const void* launch, int64_t blocks) {
 }  // namespace
 
 const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void*) {
-  ++launches;
+  if (const char* error = launched()) return error;
   if (streams.dtype == Dtype::kFloat32) with_average<float>(streams, launch, blocks);
   if (streams.dtype == Dtype::kFloat64) with_average<double>(streams, launch, blocks);
   if (streams.dtype == Dtype::kBfloat16) with_average<Bfloat16>(streams, launch, blocks);
@@ -77,7 +84,7 @@ const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks
 }
 
 const char* pull_cuda(Dtype dtype, const void* launch, int64_t blocks, void*) {
-  ++launches;
+  if (const char* error = launched()) return error;
   if (dtype == Dtype::kFloat32) pull_all<float>(launch, blocks);
   if (dtype == Dtype::kFloat64) pull_all<double>(launch, blocks);
   if (dtype == Dtype::kBfloat16) pull_all<Bfloat16>(launch, blocks);
@@ -128,6 +135,7 @@ PYBIND11_MODULE(emulated_cuda, module) {
     pull_in_launches(replicated(views_of(params), replicas, alpha, kCpu), {1.0 / replicas, alpha},
                      nullptr);
   });
+  module.def("fail", [](int64_t launch) { failing = launch; });
   module.def("launches", [] { return std::exchange(launches, 0); });
   module.def("threads_run", [] { return std::exchange(threads_run, 0); });
 }

@@ -6,9 +6,10 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu_smoke.py
 
 Parameters have sizes around vectors, tails and several chunks, views off the alignment and layouts
-of all kinds (cases.py); gradients come in other layouts, off the alignment, or not at all. Prints
-"ok", or what differs and ends with status 1. Without torch's caching of memory a sanitizer sees
-where each tensor ends, but nothing can be captured: capturable steps are then taken one by one.
+of all kinds (cases.py); gradients come in other layouts, off the alignment, or not at all. On a GPU
+capturable steps are captured and replayed, whatever the backend. Prints "ok" and how many graphs
+that were, or what differs and ends with status 1. Without torch's caching of memory a sanitizer
+sees where each tensor ends, but nothing can be captured: these steps are then taken one by one.
 """
 
 from __future__ import annotations
@@ -119,12 +120,14 @@ def differences(ours: Run, reference: Run) -> list[str]:
 
 
 class Smoke:
-    """All checks of one backend; `wrong` collects a line for each that fails."""
+    """All checks of one backend; `wrong` collects a line for each that fails, `graphs` counts the
+    captured steps."""
 
     def __init__(self, backend: str, device: torch.device) -> None:
         self.backend = backend
         self.device = device
         self.wrong: list[str] = []
+        self.graphs = 0
 
     def pair(
         self, cls: Callable[..., Any], options: dict[str, Any], dtype: torch.dtype, **own: Any
@@ -230,6 +233,7 @@ class Smoke:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
+        self.graphs += 1
         return graph.replay
 
     def all(self) -> list[str]:
@@ -253,8 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="cuda", choices=("cpu", "cuda", "triton"))
     args = parser.parse_args(argv)
-    wrong = Smoke(args.backend, torch.device(args.device)).all()
-    print("\n".join(f"WRONG: {line}" for line in wrong) or "ok")
+    smoke = Smoke(args.backend, torch.device(args.device))
+    wrong = smoke.all()
+    ok = f"ok, {smoke.graphs} graphs captured" if smoke.graphs else "ok"
+    print("\n".join(f"WRONG: {line}" for line in wrong) or ok)
     return int(bool(wrong))
 
 

@@ -90,6 +90,7 @@ FLAT: Mutants = [
     ("turn[i] = 1 + max(earlier, default=-1)", "turn[i] = max(earlier, default=0)"),
     ("alone[i] = False", "alone[i] = True"),
     ("and not param.is_shared()", ""),
+    ('and param.device.type == "cpu"', ""),
     ("and param.untyped_storage().nbytes() == param.numel() * param.element_size()", ""),
     (
         "self._columns[segment][ROW] = row\n        self._tensors = None",
@@ -200,6 +201,7 @@ FUSED: Mutants = [
     ("        self.register_state_dict_post_hook(checkpoint.export)\n", ""),
     ('"counters": self._counters(),', '"counters": [(0, None)] * len(self.param_groups),'),
 ]
+AFTER_A_LAUNCH: Mutants = [("if all(map(is_, grads, refused)):", "if False:")]
 IN_BACKWARD: Mutants = [
     ("            param.grad = None\n", ""),
     ("self.stepped.add(param)", "pass"),
@@ -284,6 +286,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/evaluate.py", SHARDS_IN_EVALUATION, SHARDS, False),
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
+    ("rbwa_fused/fused.py", AFTER_A_LAUNCH, ("test_cuda.py", "-k", "failed"), False),
     ("rbwa_fused/in_backward.py", IN_BACKWARD, ("test_in_backward.py",), False),
     (
         "rbwa_fused/evaluate.py",

@@ -10,10 +10,12 @@ import torch
 from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, params, policy_for, products
 from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rbwa_fused as rf
 from rbwa_fused import flat
 from rbwa_fused.average import Average
+from rbwa_fused.deferred import Deferred
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -101,6 +103,62 @@ def test_a_large_model_takes_larger_chunks(emulated_cuda: Any) -> None:
     opt.step()
     assert emulated_cuda.threads_run() == -(-count // 16384) * 256
     assert bool((p == -0.5).all())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_of_which_a_launch_failed_raises_and_is_not_taken_again(
+    scaled: bool, emulated_cuda: Any
+) -> None:
+    """Two launches, one a dtype. The first has moved its parameters when the second fails."""
+    ps = [nn.Parameter(torch.ones(9, dtype=dtype)) for dtype in DTYPES[:2]]
+    opt = rf.FusedSGD(ps, lr=0.5, average=rf.ema(0.5), backend="cuda")
+    for turn in range(2):  # a first step, with everything checked, and a usual one
+        for p in ps:
+            p.detach().fill_(1.0)
+            p.grad = torch.ones_like(p)
+        emulated_cuda.launches()
+        emulated_cuda.fail(2)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            Scaler(opt, 1.0).step(skip=False) if scaled else opt.step()
+        assert emulated_cuda.launches() == 2, turn
+        assert [p.tolist() for p in ps] == [[0.5] * 9, [1.0] * 9], turn
+
+
+def test_a_failed_launch_in_the_backward_pass_raises_and_is_not_taken_again(
+    emulated_cuda: Any,
+) -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = rf.FusedSGD([p], lr=0.5, backend="cuda", in_backward=True)
+    emulated_cuda.launches()
+    emulated_cuda.fail(1)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        p.sum().backward()
+    assert emulated_cuda.launches() == 1 and p.tolist() == [1.0] * 3
+    del opt
+
+
+def test_a_gradient_of_another_layout_is_still_copied_and_stepped_once(
+    emulated_cuda: Any,
+) -> None:
+    p = nn.Parameter(torch.ones(3, 2))
+    opt = rf.FusedSGD([p], lr=0.5, backend="cuda")
+    emulated_cuda.launches()
+    for step in range(1, 3):
+        p.grad = torch.ones(3, 2) if step == 1 else torch.ones(2, 3).t()
+        opt.step()
+    assert emulated_cuda.launches() == 2 and p.tolist() == [[0.0] * 2] * 3
+
+
+def test_what_the_device_reads_of_a_step_is_brought_to_it() -> None:
+    """A learning rate, or a scaler, on the first of two GPUs. Fake tensors need none."""
+    with FakeTensorMode():
+        there, here = torch.device("cuda", 0), torch.device("cuda", 1)
+        counters = Deferred.of([], torch.empty(0, 5, dtype=torch.float64), 0, [True], here)
+        value = torch.ones(1, device=there)
+        own = counters.for_step([value, None], value, value)
+        read = [own.lrs[0], own.grad_scale, own.found_inf]
+        assert [None if t is None else t.device for t in read] == [here] * 3
+        assert own.lrs[1] is None
 
 
 class Scaler:

@@ -124,15 +124,16 @@ def test_grad_scaler_trains_through_an_overflow(backend: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.skipif(ops.unavailable("cuda", GPU) is not None, reason="not there")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("average", NAMED)
-def test_a_captured_step_replays_under_a_schedule(average: str) -> None:
+def test_a_captured_step_replays_under_a_schedule(average: str, backend: str) -> None:
     ends = []
     for device in ("cpu", "cuda"):
         captured = device == "cuda"
         ps = [nn.Parameter(moved(p, device)) for p in params(torch.float32)]
         lr = torch.tensor(0.1, device=device)
-        opt = rf.FusedSGD(ps, lr, momentum=0.5, average=AVERAGES[average], capturable=captured)
+        options = {"backend": backend if captured else "cpu", "capturable": captured}
+        opt = rf.FusedSGD(ps, lr, momentum=0.5, average=AVERAGES[average], **options)
         for p in ps:
             p.grad = torch.empty_like(p)
         graph = torch.cuda.CUDAGraph()
@@ -228,10 +229,36 @@ def test_the_command_checks_the_gpu_backends() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_second_gpu_is_stepped_from_the_first() -> None:
-    p = nn.Parameter(torch.ones(100, device="cuda:1"))
-    opt = rf.FusedSGD([p], lr=0.5)
-    p.grad = torch.ones_like(p)
-    with torch.cuda.device(0):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_second_gpu_is_stepped_from_the_first(scaled: bool, backend: str) -> None:
+    ends = []
+    for device, name in (("cpu", "cpu"), ("cuda:1", backend)):
+        ps = [nn.Parameter(moved(p, device)) for p in params(torch.bfloat16)]
+        options = {"average": rf.ema(0.5), "master_weights": True, "backend": name}
+        with torch.cuda.device(0):
+            opt = rf.FusedSGD(ps, 0.5, 0.9, **options)
+            for step in range(3):
+                for p, g in zip(ps, gradients(ps, step), strict=True):
+                    p.grad = moved(g, device)
+                if scaled:
+                    overflowing(opt, 2.0, step == 1, device, watched=False)
+                else:
+                    opt.step()
+            with opt.averaged():
+                inside = [p.detach().cpu() for p in ps]
+        ends.append([*inside, *(t.cpu() for p in ps for t in (p.detach(), *opt.state[p].values()))])
+    assert_same_bits(*ends)
+
+
+def test_averages_on_the_cpu_and_on_a_gpu_are_exchanged_together() -> None:
+    ps = [nn.Parameter(torch.ones(5, device=device)) for device in ("cuda", "cpu")]
+    opt = rf.FusedSGD(ps, lr=0.5, average=rf.ema(0.5))
+    for _ in range(2):
+        for p in ps:
+            p.grad = torch.ones_like(p)
         opt.step()
-    assert p.tolist() == [0.5] * 100
+    weights, averages = [0.0] * 5, [0.25] * 5
+    with opt.averaged():
+        assert [p.tolist() for p in ps] == [averages] * 2
+    assert [p.tolist() for p in ps] == [weights] * 2

@@ -6,6 +6,7 @@ import functools
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,6 +160,13 @@ def test_replicas_are_pulled_by_128_bits_in_registers_and_their_own_arithmetic(
             assert len(accesses) - by_vectors <= count, (storage, accesses)
         assert not re.findall(r"\b(?:LDL|STL|FFMA|DFMA)\b", code), storage
         assert bool(re.findall(r"\b(?:DADD|DMUL)\b", code)) == (storage == "d"), storage
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_that_may_be_launched_is_compiled(architecture: str) -> None:
+    sass = cuobjdump("-sass", "-arch", architecture)
+    names = re.findall(r"Function : \S*?(step|pull|exchange|advance)_kernel", sass)
+    assert Counter(names) == {"step": 42, "pull": 4, "exchange": 2, "advance": 1}
 
 
 def test_python_and_cpp_agree_on_a_policy() -> None:

@@ -309,6 +309,29 @@ def test_memory_that_somebody_else_holds_is_left_where_it_is() -> None:
     assert base.tolist() == [0.0] * 8 + [1.0] * 12
 
 
+def test_parameters_on_a_gpu_are_left_where_they_are() -> None:
+    """The device without memory stands for a GPU; whatever `is_shared` says there."""
+    here, there = (nn.Parameter(torch.ones(3, device=device)) for device in ("cpu", "meta"))
+    assert flat.may_move(here) and not flat.may_move(there)
+
+
+def test_state_is_made_on_a_gpu_that_is_not_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: Tensor, **told: Any) -> None:
+        raise BufferError("Can't export tensors on a different CUDA device index.")
+
+    monkeypatch.setattr(Tensor, "__dlpack__", refuse)  # as it does for such a GPU's tensors
+    p = nn.Parameter(torch.ones(3, 2).t())
+    opt = rf.FusedSGD([p], lr=0.5, momentum=0.5, average=rf.ema(0.5))
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert opt.state[p]["momentum_buffer"].tolist() == [[1.5] * 3] * 2
+    assert opt.state[p]["average"].stride() == p.stride() == (1, 2)
+    assert p.tolist() == [[-0.25] * 3] * 2
+
+
 def test_adding_a_group_moves_nothing_that_is_placed() -> None:
     net, other = model(), model(1)
     opt = KINDS["sgd"](net.parameters(), average=rf.ema())

@@ -70,6 +70,32 @@ def pack(samplings, sampler, w, due, current, write_back, mask):
     tl.store(row + 4, tl.zeros(w.shape, dtype), mask=mask)
 
 
+@triton.jit
+def count(counts, policies, samplings32, samplings64, samplers, SAMPLERS: tl.constexpr):
+    """Counts the step just taken and packs the samplings of the next."""
+    sampler = tl.arange(0, SAMPLERS)
+    mask = sampler < samplers
+    policy = policies + sampler * POLICY_COLUMNS
+    step = tl.load(counts) + 1
+    n = tl.load(counts + 1 + sampler, mask=mask, other=0)
+    n, _, _, _, _ = sample(policy, n, step, mask)
+    tl.store(counts, step)
+    tl.store(counts + 1 + sampler, n, mask=mask)
+
+    _, w, due, current, write_back = sample(policy, n, step + 1, mask)
+    pack(samplings32, sampler, w, due, current, write_back, mask)
+    pack(samplings64, sampler, w, due, current, write_back, mask)
+
+
+@triton.jit
+def note(marks, segment, segments):
+    """A segment that took its first step with momentum has taken it."""
+    mask = segment < segments
+    mark = tl.load(marks + 2 * segment, mask=mask, other=0)
+    mark = mark | tl.load(marks + 2 * segment + 1, mask=mask, other=0)
+    tl.store(marks + 2 * segment, mark, mask=mask)
+
+
 @triton.jit(do_not_specialize=["samplers", "segments"])
 def advance_kernel(
     counts,
@@ -83,31 +109,18 @@ def advance_kernel(
     SAMPLERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Counts the step just taken and packs the samplings of the next; see `Sampler` in plan.py.
+    """Counts the step just taken, if it was; see `Sampler` in plan.py.
 
-    The first program does so, and the others advance the marks. One warp runs it: all lanes have
-    read a counter when one of them writes it.
+    The first program counts and the others advance the marks, by functions of their own: what both
+    branches of an `if` assign must have one shape. One warp runs it: all lanes have read a counter
+    when one of them writes it.
     """
     taken = True
     if found_inf is not None:
         taken = tl.load(found_inf) == 0
     if taken:
-        if tl.program_id(0) == 0:
-            sampler = tl.arange(0, SAMPLERS)
-            mask = sampler < samplers
-            policy = policies + sampler * POLICY_COLUMNS
-            step = tl.load(counts) + 1
-            n = tl.load(counts + 1 + sampler, mask=mask, other=0)
-            n, _, _, _, _ = sample(policy, n, step, mask)
-            tl.store(counts, step)
-            tl.store(counts + 1 + sampler, n, mask=mask)
-
-            _, w, due, current, write_back = sample(policy, n, step + 1, mask)
-            pack(samplings32, sampler, w, due, current, write_back, mask)
-            pack(samplings64, sampler, w, due, current, write_back, mask)
+        program = tl.program_id(0)
+        if program == 0:
+            count(counts, policies, samplings32, samplings64, samplers, SAMPLERS)
         else:
-            segment = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
-            mask = segment < segments
-            mark = tl.load(marks + 2 * segment, mask=mask, other=0)
-            mark = mark | tl.load(marks + 2 * segment + 1, mask=mask, other=0)
-            tl.store(marks + 2 * segment, mark, mask=mask)
+            note(marks, (program - 1) * BLOCK + tl.arange(0, BLOCK), segments)

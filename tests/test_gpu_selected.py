@@ -1,0 +1,63 @@
+"""What is run on a machine with a GPU, looked at without one: tests selected, steps captured."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import gpu_smoke
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CATALOGUE = sorted(HERE.glob("test_catalogue*.py"))
+# torch's list of devices that tests are spread over, as a machine with a GPU has it.
+WITH_A_GPU = """
+from torch.testing._internal import common_device_type as devices
+
+devices.CUDATestBase.primary_device = "cuda:0"
+devices.device_type_test_bases.append(devices.CUDATestBase)
+"""
+
+
+def test_the_catalogue_is_selected_on_a_gpu(tmp_path: Path) -> None:
+    """`pytest -m gpu tests/test_gpu.py tests/test_catalogue*.py`, on a machine that has one."""
+    pytest.importorskip("expecttest")
+    (tmp_path / "with_a_gpu.py").write_text(WITH_A_GPU)
+    collect = ["-q", "--collect-only", "-p", "with_a_gpu", "-m", "gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *collect, *map(str, CATALOGUE)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    spread = [re.findall(r"^instantiate\((\w+),", file.read_text(), re.M) for file in CATALOGUE]
+    expected = {f"{name}CUDA" for names in spread for name in names}
+    selected = re.findall(r"::(\w+)::test_", done.stdout)
+    assert set(selected) == expected and len(expected) >= 4
+    assert len(selected) > 100
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_smoke_test_captures_steps_of_every_backend(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Graph:
+        replay = "its replay"
+
+    steps: list[int] = []
+    monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    smoke = gpu_smoke.Smoke(backend, torch.device("cuda"))
+    assert smoke.recorded(lambda: steps.append(1)) == Graph.replay
+    assert steps == [1] and smoke.graphs == 1
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    smoke.recorded(lambda: steps.append(2))()
+    assert steps == [1, 2] and smoke.graphs == 1

@@ -1,0 +1,291 @@
+"""Every Triton kernel in every variant, compiled for GPUs that are not here.
+
+Launches go through Triton's own just-in-time compiler up to where they would leave the host, so
+what is compiled is what a GPU would run: the arguments that are None, the options and the promises
+about addresses are those of a launch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import RULES, policy_for, products
+from rbwa_fused.triton_kernels import step as triton_step
+from torch import Tensor, nn
+
+from rbwa_fused.deferred import Deferred
+from rbwa_fused.flat import DTYPES
+
+pytest.importorskip("triton")
+
+import triton
+from rbwa_fused.triton_kernels import update
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import JITFunction, driver
+
+pytestmark = pytest.mark.skipif(
+    not isinstance(update.step_kernel, JITFunction), reason="Triton interprets in this process"
+)
+
+ARCHITECTURES = (80, 90)
+SAMPLERS = (1, 2, 64)
+FOUND_INF = (None, torch.zeros(1))
+WIDE = (torch.float32, torch.float64)
+FULL = os.environ.get("RBWA_PROFILE") == "long"
+
+
+class Variant(NamedTuple):
+    """What one step kernel is compiled for."""
+
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameters, theta, averages
+    rule: int
+    averaged: bool
+    given: tuple[bool, bool, bool]  # marks, grad_scale, found_inf
+    parts: int
+
+
+DTYPE_SETS = [
+    (dtype, theta, average)
+    for dtype in DTYPES
+    for theta in dict.fromkeys((dtype, dtype if dtype in WIDE else torch.float32))
+    for average in dict.fromkeys((theta, theta if theta in WIDE else torch.float32))
+]
+COUNTED = [(False, False, False), *itertools.product([True], (False, True), (False, True))]
+VARIANTS = [
+    Variant(*choices)
+    for choices in itertools.product(
+        DTYPE_SETS,
+        (rule.value for rule in (update.PLAIN, update.MOMENTUM, update.DIFFERENCE)),
+        (False, True),
+        COUNTED,
+        (1, triton_step.PARTS),
+    )
+]
+
+
+class Source(NamedTuple):
+    """What a launch hands to the compiler."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: Any
+    target: GPUTarget
+
+    @property
+    def key(self) -> str:
+        name = self.kernel.__name__
+        return repr((name, *self[1:]))
+
+    @property
+    def ast(self) -> ASTSource:
+        return ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+
+
+class Gpu:
+    """A GPU, of which Triton only asks what it is. It is given no launch to run: `sources` has what
+    would have been compiled for each."""
+
+    def __init__(self) -> None:
+        self.sources: list[Source] = []
+        self._architecture = ARCHITECTURES[-1]
+
+    def sources_of(
+        self, call: Callable[..., Any], *args: Any, architecture: int = ARCHITECTURES[-1]
+    ) -> list[Source]:
+        """What a call launches."""
+        self.sources, self._architecture = [], architecture
+        call(*args)
+        return self.sources
+
+    def get_current_device(self) -> int:
+        return self._architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._architecture, 32)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Gpu]:
+    """Tensors on the CPU stand for those on it."""
+    gpu, run = Gpu(), JITFunction.run
+
+    def keep(
+        self: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, *told: Any
+    ) -> None:
+        target = gpu.get_current_target()
+        gpu.sources.append(Source(self, signature, constants, told[0], options, target))
+
+    def launch(self: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, warmup=True, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", gpu)
+        patch.setattr(JITFunction, "run", launch)
+        patch.setattr(JITFunction, "_do_compile", keep)
+        patch.setattr(triton_step, "available", lambda device: None)
+        yield gpu
+
+
+def counters(samplers: int = 1) -> Deferred:
+    return Deferred(
+        counts=torch.zeros(1 + samplers, dtype=torch.int64),
+        policies=torch.zeros(samplers, 8, dtype=torch.float64),
+        samplings64=torch.zeros(2 * samplers, 5, dtype=torch.float64),
+        samplings32=torch.zeros(2 * samplers, 5),
+        marks=torch.zeros(3, 2, dtype=torch.int32),
+    )
+
+
+def launch_step(variant: Variant, offset: int = 0) -> None:
+    """Launches a variant; its tables lie `offset` elements off the alignment."""
+    dtype, theta, average = variant.dtypes
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def table(columns: int, of: torch.dtype) -> Tensor:
+        return torch.zeros(16 + columns, dtype=of)[offset:]
+
+    marks, scaled, skipping = variant.given
+    deferred = None
+    if marks:
+        one = torch.ones(1 + offset)[offset:]
+        deferred = replace(
+            counters(), grad_scale=one if scaled else None, found_inf=one if skipping else None
+        )
+    rows = table(9, wide), table(5, wide)
+    upload = triton_step.Upload(
+        rows[0], table(13, torch.int64), *rows, variant.rule, variant.averaged
+    )
+    chunks = torch.zeros(5, 2, dtype=torch.int32)
+    launch = triton_step.Launch(dtype, theta, average, [], chunks, variant.parts)
+    launch._launch(upload, deferred)
+
+
+def front_end(source: Source) -> None:
+    """From Python to Triton's intermediate representation, where its language has its errors."""
+    backend, context = make_backend(source.target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    parts = backend.get_codegen_implementation(source.options), backend.get_module_map(), context
+    source.ast.make_ir(source.target, source.options, *parts)
+
+
+def machine_code(source: Source) -> None:
+    """From Python to the code of a GPU."""
+    compiled = triton.compile(source.ast, target=source.target, options=source.options.__dict__)
+    assert len(compiled.asm["cubin"]) > 1000
+
+
+work: list[Source] = []
+
+
+def one(compile_: Callable[[Source], None], index: int) -> str:
+    """What is wrong with a part of the work, or nothing."""
+    try:
+        compile_(work[index])
+    except Exception as error:
+        return f"{work[index].key}: {str(error)[-600:]}"
+    return ""
+
+
+def failures(compile_: Callable[[Source], None], sources: list[Source]) -> list[str]:
+    """Compiles in a process for each core; they inherit the work, which cannot be sent."""
+    work[:] = sources
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        said = pool.map(partial(one, compile_), range(len(work)), chunksize=4)
+        return list(filter(None, said))
+
+
+def covering(variants: list[tuple[Any, ...]], together: int) -> list[tuple[Any, ...]]:
+    """A few among which so many choices meet, whichever they are, as meet in any."""
+    met = {v: set(itertools.combinations(enumerate(v), together)) for v in variants}
+    left = set().union(*met.values())
+    chosen = []
+    while left:
+        best = max(variants, key=lambda variant: len(met[variant] & left))
+        left -= met[best]
+        chosen.append(best)
+    return chosen
+
+
+def test_steps_pass_the_front_end_with_every_three_choices(gpu: Gpu) -> None:
+    sources = []
+    for variant in covering([v for v in VARIANTS if v.parts == 1], together=3):
+        sources += gpu.sources_of(launch_step, variant)
+    assert len(sources) >= 8 * 3 * 5
+    assert failures(front_end, sources) == []
+
+
+def test_steps_compile_to_machine_code_with_every_two_choices(gpu: Gpu) -> None:
+    """All of them with RBWA_PROFILE=long."""
+    every = [(*variant, architecture) for variant in VARIANTS for architecture in ARCHITECTURES]
+    sources = []
+    for *variant, architecture in every if FULL else covering(every, together=2):
+        sources += gpu.sources_of(launch_step, Variant(*variant), architecture=architecture)
+    assert len(sources) >= 8 * 5
+    assert failures(machine_code, sources) == []
+
+
+def test_the_counters_kernel_compiles_to_machine_code(gpu: Gpu) -> None:
+    sources = []
+    for samplers, found_inf in itertools.product(SAMPLERS, FOUND_INF):
+        own = replace(counters(samplers), found_inf=found_inf)
+        for architecture in ARCHITECTURES:
+            sources += gpu.sources_of(triton_step.advance_triton, own, architecture=architecture)
+    assert len(sources) == len(SAMPLERS) * 2 * 2
+    assert failures(machine_code, sources) == []
+
+
+def test_tables_anywhere_in_memory_need_no_kernel_of_their_own(gpu: Gpu) -> None:
+    """One that had to be compiled in the middle of training, or of a capture."""
+    variant = VARIANTS[-1]._replace(given=(True, True, True))
+    (on, off) = (gpu.sources_of(launch_step, variant, offset)[0] for offset in (0, 1))
+    assert on.key == off.key
+
+
+def train(options: dict[str, Any]) -> None:
+    """Steps of every kind: without a gradient, scaled, unscaled before, unscaled by nobody."""
+    one = torch.ones(1)
+    amp = [{}, {"grad_scale": one, "found_inf": one}, {"grad_scale": None, "found_inf": one}]
+    averages = ("none", "ema", "same-dtype", "rbwa", "mean-write-back")
+    for dtype, rule, average in products(DTYPES, RULES, averages):
+        cls, usual, _ = RULES[rule]
+        ps = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in (5, 40)]
+        policy = policy_for(average, rule, dtype)
+        opt = cls(ps, **usual, average=policy, backend="triton", **options)
+        for step, scaler in enumerate(amp):
+            for p in ps:
+                p.grad = torch.ones_like(p)
+            ps[step % 2].grad = None
+            vars(opt).update(scaler)
+            opt.step()
+            for name in scaler:
+                delattr(opt, name)
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=str)
+def test_training_launches_nothing_else(gpu: Gpu, options: dict[str, Any]) -> None:
+    known = set()
+    for variant in VARIANTS:
+        known |= {source.key for source in gpu.sources_of(launch_step, variant)}
+    for found_inf in FOUND_INF:
+        own = replace(counters(), found_inf=found_inf)
+        known |= {source.key for source in gpu.sources_of(triton_step.advance_triton, own)}
+    trained = {source.key for source in gpu.sources_of(train, options)}
+    assert len(trained) > 50
+    assert trained <= known
