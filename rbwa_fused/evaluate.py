@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 @contextmanager
 def averaged(opt: FusedOptimizer, model: nn.Module | None) -> Iterator[None]:
     """See FusedOptimizer.averaged."""
-    if opt._evaluating is not None and not opt._evaluating.over:
-        yield
-        return
-    opt._refuse_inside_averaged("averaged")
+    if opt._evaluating is not None:
+        if not opt._evaluating.over:
+            yield
+            return
+        failure = opt._evaluating.restore()
+        if failure is not None:
+            raise failure
     _free_gathered(opt, model)
     swap = Swap(opt, model)
     try:
@@ -150,6 +153,7 @@ def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
 def _refilled(buffer: Tensor, value: Tensor) -> Tensor:
     """The buffer with the value, or the value itself where the buffer cannot take it any more."""
     with torch.inference_mode(False), torch.no_grad():
-        if buffer.is_inference() or buffer.shape != value.shape:
-            return value.to(buffer.dtype).to(buffer.device)
-        return buffer.copy_(value)
+        if buffer.shape == value.shape and not buffer.is_inference():
+            with suppress(RuntimeError):  # such as for memory that several elements share
+                return buffer.copy_(value)
+        return value.to(buffer.device, buffer.dtype)

@@ -285,10 +285,10 @@ class FusedOptimizer(LaidOut):
         itself. Of nested contexts the outermost acts.
 
         All or nothing: where it cannot be entered, the weights are what they were. Where a
-        parameter cannot take its weights on exit, since it has another shape now, no floating dtype
-        or no memory, all others do, an error names it, and every ``step`` is refused until it can:
-        once ``p.data`` has its shape again, the next step brings its weights back first.
-        ``load_state_dict`` gives up what is still missing.
+        parameter cannot take its weights on exit, since it has another shape now or no floating
+        dtype, all others do, an error names it, and every ``step`` is refused: give ``p.data`` its
+        shape again and enter and leave ``averaged()`` once more, which brings the weights back, or
+        load a checkpoint.
 
         Args:
             model: what FSDP has gathered of it is freed on entry and on exit, or the next forward

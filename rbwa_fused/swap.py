@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
     from rbwa_fused.plan import GroupPlan
 
+MEND = (
+    "once every parameter has its shape, a floating dtype and memory of its own again, enter and "
+    "leave averaged() once more; or load a checkpoint of model and optimizer"
+)
+
 
 class Swap:
     """The training weights of an optimizer, from the moment that averages take their place.
 
     Attributes:
-        over: the context has been left; some weights could not be brought back if this still lives.
+        over: the context has been left; if the optimizer still has this, weights are missing.
 
     Args:
         model: whose gathered weights are freed when the weights come back, if FSDP has any.
@@ -39,6 +44,7 @@ class Swap:
 
     def __init__(self, opt: FusedOptimizer, model: nn.Module | None) -> None:
         self.over = False
+        self._missing = "averaged() was interrupted on exit"
         self._opt = opt
         self._model = model
         with _plain():
@@ -78,22 +84,19 @@ class Swap:
         if not wrong:
             self._opt._evaluating = None
             return None
-        what = "; ".join(f"{where}: {error}" for where, error in wrong.items())
-        failure = RuntimeError(
-            "averaged() could not bring all training weights back. Parameters that have their "
-            "shape, a floating dtype and memory again get them at the next step(), which is "
-            f"refused until then; load_state_dict() gives them up. {what}"
-        )
+        self._missing = "; ".join(f"{where}: {error}" for where, error in wrong.items())
+        failure = RuntimeError(f"averaged() could not bring back all weights: {self}")
         failure.__cause__ = next(iter(wrong.values()))
         return failure
+
+    def __str__(self) -> str:
+        return f"{self._missing} ({MEND})"
 
     def refuse(self, what: str) -> None:
         """Raises inside the context, and after it for as long as weights are missing."""
         if not self.over:
             raise RuntimeError(f"{what}() inside averaged(), where the averaged weights are live")
-        failure = self.restore()
-        if failure is not None:
-            raise RuntimeError(f"{what}() after {failure}") from failure
+        raise RuntimeError(f"{what}() with averaged weights for training weights: {self}")
 
     def _bring_back(self, param: Tensor, weights: Tensor) -> None:
         shard = local(param)
