@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ MEND = (
     "once every parameter has its shape, a floating dtype and memory of its own again, enter and "
     "leave averaged() once more; or load a checkpoint of model and optimizer"
 )
+
+
+class Saved(NamedTuple):
+    """A parameter's name, the address that it had, and its training weights."""
+
+    name: str
+    address: int
+    weights: Tensor
 
 
 class Swap:
@@ -50,7 +58,12 @@ class Swap:
         with _plain():
             fitting = list(_fitting(opt))
             self._averages = {p: average for _, p, average in fitting}
-            self._saved = {p: (name, local(p).detach().clone()) for name, p, _ in fitting}
+            self._saved = {
+                p: Saved(name, local(p).data_ptr(), local(p).detach().clone())
+                for name, p, _ in fitting
+            }
+        addresses = [average.data_ptr() for average in self._averages.values()]
+        self._taken = {*addresses, *(saved.address for saved in self._saved.values())}
 
     def put(self) -> None:
         """Copies the averages over the weights."""
@@ -73,13 +86,13 @@ class Swap:
             wrong["FSDP could not free what it has gathered"] = error
         members = {p for group in self._opt.param_groups for p in group["params"]}
         with _plain():
-            for p, (name, weights) in list(self._saved.items()):
+            for p, saved in list(self._saved.items()):
                 try:
                     if p in members:  # or nobody will train it
-                        self._bring_back(p, weights)
+                        _bring_back(p, saved, self._taken)
                     del self._saved[p]
                 except Exception as error:
-                    wrong[f"parameter {name}"] = error
+                    wrong[f"parameter {saved.name}"] = error
             _announce(self._averages)
         if not wrong:
             self._opt._evaluating = None
@@ -97,19 +110,6 @@ class Swap:
         if not self.over:
             raise RuntimeError(f"{what}() inside averaged(), where the averaged weights are live")
         raise RuntimeError(f"{what}() with averaged weights for training weights: {self}")
-
-    def _bring_back(self, param: Tensor, weights: Tensor) -> None:
-        shard = local(param)
-        if shard.is_meta or shard.layout != torch.strided or shard.dtype not in DTYPES:
-            raise ValueError(f"it is {shard.layout}, {shard.dtype} on {shard.device}")
-        if shard.shape != weights.shape:
-            raise ValueError(f"it has shape {tuple(shard.shape)} (expected {tuple(weights.shape)})")
-        storages = {average.untyped_storage().data_ptr() for average in self._averages.values()}
-        foreign = shard.is_inference() or shard.untyped_storage().data_ptr() in storages
-        if foreign and not is_sharded(param):  # `p.data = …` inside; training cannot go on there
-            param.data = torch.empty_like(shard)
-            shard = param
-        shard.copy_(weights)
 
 
 def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,6 +141,22 @@ def _fitting(opt: FusedOptimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
             if plan.buffered(p) and average is not None and p.numel() > 0:
                 name = f"{checks.name_of(group, i)} of group {plan.index}"
                 yield name, p, shard_of(average, p)
+
+
+def _bring_back(param: Tensor, saved: Saved, taken: set[int]) -> None:
+    """Writes a parameter's weights, wherever it is by now; not where others are."""
+    shard, weights = local(param), saved.weights
+    if shard.layout != torch.strided or shard.dtype not in DTYPES or shard.is_meta:
+        raise ValueError(f"it is {shard.layout}, {shard.dtype} on {shard.device}")
+    if shard.shape != weights.shape:
+        raise ValueError(f"it has shape {tuple(shard.shape)} (expected {tuple(weights.shape)})")
+    address = shard.data_ptr()
+    foreign = address != saved.address and address in taken
+    if (foreign or shard.is_inference()) and not is_sharded(param):  # `p.data = ...` inside
+        param.data = torch.empty_like(shard)
+        shard = param
+    shard.copy_(weights)
+    taken.add(shard.data_ptr())
 
 
 @contextmanager

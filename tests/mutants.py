@@ -36,7 +36,6 @@ STEP_CPU: Mutants = [
     ("(segments[i].length + kChunk - 1) / kChunk", "segments[i].length / kChunk"),
     ("work.rows[segment.row]", "work.rows[0]"),
     ("work.samplings[segment.sampling]", "work.samplings[0]"),
-    ("exchange.a + end, exchange.b + begin", "exchange.a + end, exchange.b"),
     ("chosen = &c;", ""),
 ]
 OPS: Mutants = [
@@ -162,8 +161,11 @@ SWAP: Mutants = [
     ("if p in members:", "if True:"),
     (" or shard.dtype not in DTYPES", ""),
     ("if shard.shape != weights.shape:", "if False:"),
-    ("shard.is_inference() or ", ""),
-    (" or shard.untyped_storage().data_ptr() in storages", ""),
+    ("(foreign or shard.is_inference())", "foreign"),
+    ("address != saved.address and ", ""),
+    ("self._taken = {*addresses, *", "self._taken = {*"),
+    ("*(saved.address for saved in self._saved.values())", ""),
+    ("    taken.add(shard.data_ptr())\n", ""),
     ("        if not self.over:", "        if True:"),
 ]
 INTERRUPTED: Mutants = [
