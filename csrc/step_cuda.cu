@@ -20,28 +20,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) deferred.counts[0] = step;
 }
 
-// Exchanges two ranges, by words of 16 bytes, or by bytes where an address does not allow that.
-template <typename Word>
-__global__ void __launch_bounds__(kThreads) exchange_kernel(Word* a, Word* b, int64_t count) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += stride) {
-    const Word kept = a[i];
-    a[i] = b[i];
-    b[i] = kept;
-  }
-}
-
-template <typename Word>
-void exchange(void* a, void* b, int64_t bytes, cudaStream_t stream) {
-  const int64_t count = bytes / static_cast<int64_t>(sizeof(Word));
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
-  constexpr int64_t kMostBlocks = 1 << 16;
-  if (count == 0) return;
-  exchange_kernel<<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0,
-                    stream>>>(static_cast<Word*>(a), static_cast<Word*>(b), count);
-}
-
 const char* words(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -102,16 +80,6 @@ const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks
 
 const char* advance_cuda(const Deferred& deferred, void* stream) {
   advance_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(deferred);
-  return words(cudaGetLastError());
-}
-
-const char* exchange_cuda(void* a, void* b, int64_t bytes, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  const auto low = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
-  const int64_t by_words = low % sizeof(uint4) == 0 ? bytes - bytes % sizeof(uint4) : 0;
-  exchange<uint4>(a, b, by_words, on);
-  exchange<unsigned char>(static_cast<char*>(a) + by_words, static_cast<char*>(b) + by_words,
-                          bytes - by_words, on);
   return words(cudaGetLastError());
 }
 

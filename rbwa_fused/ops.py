@@ -144,18 +144,6 @@ CUDA = Backend("cuda", _door(_C_cuda), True, _advance_cuda)
 REFERENCE = Backend("reference", _step_reference, checks=False)
 
 
-def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
-    """Exchanges the contents of each a[i] and b[i]: dense tensors of one dtype and layout."""
-    compiled = {"cpu": _C, "cuda": _C_cuda}
-    if a and all(compiled.get(t.device.type) is not None for t in a):
-        torch.ops.rbwa_fused.exchange_.default(a, b)
-        return
-    for left, right in zip(a, b, strict=True):
-        kept = left.clone()
-        left.copy_(right)
-        right.copy_(kept)
-
-
 def pull_(replicas: Sequence[Sequence[Tensor]], alpha: float) -> None:
     """Pulls each parameter of K models to its mean: K lists, equal in shapes, dtypes and devices.
 
@@ -242,7 +230,6 @@ def _user_level() -> int:
 
 if _C is not None:
     torch.library.register_fake("rbwa_fused::step_", lambda *tables: None)
-    torch.library.register_fake("rbwa_fused::exchange_", lambda a, b: None)
     torch.library.register_fake("rbwa_fused::pull_", lambda params, replicas, alpha: None)
 if _C_cuda is not None:
     torch.library.register_fake("rbwa_fused::step_deferred_", lambda *tables: None)
