@@ -93,8 +93,8 @@ def answers() -> str:
         ],
         [
             "evaluating averages that lie in shards",
-            "`averaged()`: exchange, reshard",
-            f"8B in {MANY} shards: {pass_of(FLOAT32.exchanged, MANY)} ms in and out, and what was "
+            "`averaged()`: copies, reshard",
+            f"8B in {MANY} shards: {pass_of(FLOAT32.swapped, MANY)} ms in and out, and what was "
             f"left gathered must be gathered again, at most "
             f"{milliseconds(sharded(H200, SMALL, MANY).during_forward)} ms",
         ],

@@ -76,7 +76,7 @@ def bytes_a_parameter() -> str:
         row(f"EMA, SWA, every {PERIOD} steps: more", lambda p: p.sampled(PERIOD)),
         row("an average by a pass of its own: more", lambda p: p.sampled_apart),
         row("copied back by one more pass: more", lambda p: p.copied_back),
-        row("`averaged()`, in and out", lambda p: p.exchanged),
+        row("`averaged()`, in and out", lambda p: p.swapped),
         row("held, with momentum", lambda p: p.held(averaged=False)),
         row("held, with an EMA as well", lambda p: p.held(averaged=True)),
     ]
@@ -208,17 +208,17 @@ def buffer() -> str:
 
 
 def evaluation() -> str:
-    """What `averaged()` costs: the exchange, and weights that must be gathered once more."""
+    """What `averaged()` costs: its copies, and weights that must be gathered once more."""
     rows = []
     for name, t in MODELS.items():
         for n in (GPUS[0], GPUS[1], MANY):
             own = t.parameters / n
-            exchange = [H200.pass_over(p.exchanged * own) for p in (FLOAT32, MASTERS)]
+            copies = [H200.pass_over(p.swapped * own) for p in (FLOAT32, MASTERS)]
             gathers = [
                 sharded(machine, t, n).during_forward if n > 1 else 0.0
                 for machine in NETWORKS.values()
             ]
-            cells = [milliseconds(s) if s else "0" for s in (*exchange, *gathers)]
+            cells = [milliseconds(s) if s else "0" for s in (*copies, *gathers)]
             rows.append([f"{name}, {part_of(n)}", *cells])
     header = ["ms", "float32", "bf16, masters", "all-gather, fast", "all-gather, slow"]
     return table(header, rows)

@@ -84,12 +84,9 @@ class Precision:
         return kept + (self.average if averaged else 0)
 
     @property
-    def exchanged(self) -> int:
-        """Bytes a parameter that `averaged()` moves on entry and exit together: an exchange each
-        time, or, where the average has another dtype, a copy set aside, the average rounded in
-        its place, and the copy back."""
-        if self.parameter == self.average:
-            return 8 * self.parameter
+    def swapped(self) -> int:
+        """Bytes a parameter that `averaged()` moves on entry and exit together: a copy set aside,
+        the average put in its place, and the copy back."""
         return 5 * self.parameter + self.average
 
 

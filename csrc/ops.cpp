@@ -1,5 +1,5 @@
-// The operators rbwa_fused::step_ and rbwa_fused::exchange_ on the CPU, and the Python module with
-// the facts of this build. tables.cpp checks everything before anything is changed.
+// The operators rbwa_fused::step_ and rbwa_fused::pull_ on the CPU, and the Python module with the
+// facts of this build. tables.cpp checks everything before anything is changed.
 //
 // `step_` has two doors to the same function. The operator is the one that the dispatcher, the
 // profiler and torch.compile know. The Python module's `step` reads the tensors through DLPack's
@@ -41,19 +41,6 @@ void step_op(std::vector<Tensor> params, std::vector<std::optional<Tensor>> grad
         view_of(rows), view_of(samplings)});
 }
 
-void exchange_op(std::vector<Tensor> a, std::vector<Tensor> b) {
-  STD_TORCH_CHECK(a.size() == b.size(), "exchange_: ", a.size(), " tensors against ", b.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    const View left = view_of(a[i]);
-    STD_TORCH_CHECK(alike(view_of(b[i]), left) && a[i].is_cpu(), "exchange_: the tensors of pair ",
-                    i, " differ in device, dtype, shape or layout, or are not dense");
-  }
-  for (size_t i = 0; i < a.size(); ++i) {
-    const View left = view_of(a[i]);
-    exchange_cpu(left.data, b[i].data_ptr(), numel_of(left) * (left.dtype.bits / 8));
-  }
-}
-
 void pull_op(std::vector<Tensor> params, int64_t replicas, double alpha) {
   pull_cpu(replicated(views_of(params), replicas, alpha, kCpu), {1.0 / replicas, alpha});
 }
@@ -74,13 +61,11 @@ STABLE_TORCH_LIBRARY(rbwa_fused, library) {
   library.def(
       "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
       "Tensor shapes, Tensor rows, Tensor samplings) -> ()");
-  library.def("exchange_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()");
   library.def("pull_(Tensor(a!)[] params, int replicas, float alpha) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CPU, library) {
   library.impl("step_", TORCH_BOX(&step_op));
-  library.impl("exchange_", TORCH_BOX(&exchange_op));
   library.impl("pull_", TORCH_BOX(&pull_op));
 }
 

@@ -75,24 +75,6 @@ void advance_op(Tensor counts, Tensor policies, Tensor samplings64, Tensor sampl
            view_of(marks), view_of(found_inf)});
 }
 
-void exchange_op(Tensors a, Tensors b) {
-  STD_TORCH_CHECK(a.size() == b.size(), "exchange_: ", a.size(), " tensors against ", b.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    const View left = view_of(a[i]);
-    STD_TORCH_CHECK(alike(view_of(b[i]), left) && left.device.device_type == kDLCUDA,
-                    "exchange_: the tensors of pair ", i,
-                    " differ in device, dtype, shape or layout, or are not dense");
-  }
-  for (size_t i = 0; i < a.size(); ++i) {
-    const View left = view_of(a[i]);
-    const torch::stable::accelerator::DeviceGuard guard(left.device.device_id);
-    const char* error =
-        exchange_cuda(left.data, b[i].data_ptr(), numel_of(left) * (left.dtype.bits / 8),
-                      current_stream(left.device));
-    STD_TORCH_CHECK(error == nullptr, "exchange_: ", error);
-  }
-}
-
 void pull_op(Tensors params, int64_t replicas, double alpha) {
   if (params.empty()) return;
   STD_TORCH_CHECK(replicas <= kMostReplicas, "pull_: ", replicas, " replicas, more than ",
@@ -149,7 +131,6 @@ STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CUDA, library) {
   library.impl("step_", TORCH_BOX(&step_op));
   library.impl("step_deferred_", TORCH_BOX(&step_deferred_op));
   library.impl("advance_", TORCH_BOX(&advance_op));
-  library.impl("exchange_", TORCH_BOX(&exchange_op));
   library.impl("pull_", TORCH_BOX(&pull_op));
 }
 

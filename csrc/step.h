@@ -39,9 +39,6 @@ constexpr int64_t kSamplingColumns = sizeof(Sampling) / sizeof(double);
 // Takes the step for every segment; the tables must have been checked.
 void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sampling* samplings);
 
-// Exchanges the contents of two ranges of memory that do not overlap.
-void exchange_cpu(void* a, void* b, int64_t bytes);
-
 // The instruction set the loops run with: "baseline", "avx2" or "avx512". `set` returns false when
 // this processor or this build lacks it; the best one is chosen at load.
 const char* cpu_capability();

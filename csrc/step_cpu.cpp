@@ -118,16 +118,6 @@ void step_chunks(int64_t begin, int64_t end, void* context) {
   }
 }
 
-struct Exchange {
-  char* a;
-  char* b;
-};
-
-void exchange_bytes(int64_t begin, int64_t end, void* context) {
-  const Exchange& exchange = *static_cast<const Exchange*>(context);
-  std::swap_ranges(exchange.a + begin, exchange.a + end, exchange.b + begin);
-}
-
 }  // namespace
 
 void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sampling* samplings) {
@@ -141,11 +131,6 @@ void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sam
   const int64_t chunks_a_thread = elements < kWorthThreads ? chunks : 1;
   Work work{segments, rows, samplings, first_chunk.data(), count, chosen};
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, chunks, chunks_a_thread, step_chunks, &work));
-}
-
-void exchange_cpu(void* a, void* b, int64_t bytes) {
-  Exchange exchange{static_cast<char*>(a), static_cast<char*>(b)};
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, bytes, 1 << 18, exchange_bytes, &exchange));
 }
 
 void pull_range_cpu(const Replicated& param, const Pull& pull, int64_t begin, int64_t n) {

@@ -21,28 +21,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) deferred.counts[0] = step;
 }
 
-// Exchanges two ranges, by words of 16 bytes, or by bytes where an address does not allow that.
-template <typename Word>
-__global__ void __launch_bounds__(kThreads) exchange_kernel(Word* a, Word* b, int64_t count) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += stride) {
-    const Word kept = a[i];
-    a[i] = b[i];
-    b[i] = kept;
-  }
-}
-
-template <typename Word>
-const char* exchange(void* a, void* b, int64_t bytes, void* stream) {
-  const int64_t count = bytes / static_cast<int64_t>(sizeof(Word));
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
-  constexpr int64_t kMostBlocks = 1 << 16;
-  if (count == 0) return nullptr;
-  return launch_kernel(exchange_kernel<Word>, blocks < kMostBlocks ? blocks : kMostBlocks, stream,
-                       static_cast<Word*>(a), static_cast<Word*>(b), count);
-}
-
 template <typename S, typename W, typename A, Rule most, bool averaged>
 const char* launch_step(const void* launch, int64_t blocks, void* stream) {
   using T = typename Arithmetic<S>::type;
@@ -96,14 +74,6 @@ const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks
 
 const char* advance_cuda(const Deferred& deferred, void* stream) {
   return launch_kernel(advance_kernel, 1, stream, deferred);
-}
-
-const char* exchange_cuda(void* a, void* b, int64_t bytes, void* stream) {
-  const auto low = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
-  const int64_t by_words = low % sizeof(uint4) == 0 ? bytes - bytes % sizeof(uint4) : 0;
-  if (const char* error = exchange<uint4>(a, b, by_words, stream)) return error;
-  return exchange<unsigned char>(static_cast<char*>(a) + by_words, static_cast<char*>(b) + by_words,
-                                 bytes - by_words, stream);
 }
 
 int cuda_toolkit() { return CUDART_VERSION; }

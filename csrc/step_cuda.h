@@ -78,5 +78,4 @@ struct Streams {
 // Launch<double> for float64.
 const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void* stream);
 const char* advance_cuda(const Deferred& deferred, void* stream);
-const char* exchange_cuda(void* a, void* b, int64_t bytes, void* stream);
 int cuda_toolkit();  // the version it was compiled with, 13000 for 13.0

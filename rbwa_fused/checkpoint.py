@@ -28,7 +28,7 @@ OURS = ("rule", "step", "n_averaged", "implicit_momentum")
 
 def export(opt: Any, state_dict: dict[str, Any]) -> None:
     """The first hook behind ``state_dict()``: adds counters, rule and the policy's repr to the
-    groups, and puts the averages that are live now back where training has them."""
+    groups."""
     opt = opt._itself
     opt._refuse_midway("state_dict")
     waiting = set(opt._settle())
@@ -37,7 +37,6 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
         policy = group["average"]
         group["average"] = None if policy is None else repr(policy)
         group.update(zip(OURS, (opt.rule_name, opt._steps, n_averaged, beta), strict=True))
-    live = opt._evaluating.averages() if opt._evaluating is not None else {}
     params = chain.from_iterable(group["params"] for group in opt.param_groups)
     for key, p in zip(
         chain.from_iterable(group["params"] for group in groups), params, strict=True
@@ -45,8 +44,6 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
         if p in waiting and key in state_dict["state"]:
             held = state_dict["state"][key].items()
             state_dict["state"][key] = {k: v for k, v in held if k not in opt.streams}
-        if p in live:
-            state_dict["state"][key] = {**state_dict["state"][key], "average": live[p]}
 
 
 def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:

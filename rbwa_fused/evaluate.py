@@ -3,91 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from rbwa_fused.flat import same_layout, turns
-from rbwa_fused.ops import exchange_
-from rbwa_fused.sharded import is_sharded, local, reshard
+from rbwa_fused.sharded import is_sharded, reshard
+from rbwa_fused.swap import Swap, averages
 
 if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
-
-
-class Exchange:
-    """The weights of an optimizer while their averages are in their place."""
-
-    def __init__(self, opt: FusedOptimizer) -> None:
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # parameter, average
-        # Other dtypes, and parameters that share memory, where an exchange would put one's average
-        # into another's: parameter, training weights.
-        self.saved: list[tuple[Tensor, Tensor]] = []
-        kept = [(p, average) for p, average in averages(opt) if p.numel() > 0]
-        _, alone = turns([p for p, _ in kept])
-        for (p, average), own in zip(kept, alone, strict=True):
-            if own and p.dtype == average.dtype:
-                self.pairs.append((p, average))
-            else:
-                self.saved.append((p, local(p).detach().clone()))
-        self._swap()
-        for p, _ in self.saved:
-            local(p).copy_(local(opt.state[p]["average"]))
-
-    def undo(self) -> None:
-        """Brings the training weights back, wherever the parameters are by now."""
-        self._swap()
-        for p, weights in self.saved:
-            local(p).copy_(weights)
-
-    def averages(self) -> dict[Tensor, Tensor]:
-        """The averages that are live now instead of in their buffers, as copies."""
-        return {p: p.detach().clone() for p, _ in self.pairs}
-
-    def _swap(self) -> None:
-        pairs = [(local(p), local(average)) for p, average in self.pairs]
-        if all(p.dtype == a.dtype and p.device == a.device and same_layout(p, a) for p, a in pairs):
-            exchange_([p for p, _ in pairs], [average for _, average in pairs])
-        else:  # some are not dense, or were converted or moved since
-            for p, average in pairs:
-                kept = p.detach().clone()
-                p.copy_(average)
-                average.copy_(kept)
-        written = [p for p, _ in self.pairs]
-        torch.autograd.graph.increment_version(written)
-        torch.clear_autocast_cache()  # of 16-bit copies, which does not look at versions
-
-
-def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each parameter that has an average beside it, with that average."""
-    opt._settle()
-    for plan in opt._plan.groups if opt._plan is not None else ():
-        if plan.n_averaged > 0:
-            for p in plan.group["params"]:
-                if plan.buffered(p) and "average" in opt.state.get(p, {}):
-                    yield p, opt.state[p]["average"]
 
 
 @contextmanager
 def averaged(opt: FusedOptimizer, model: nn.Module | None) -> Iterator[None]:
     """See FusedOptimizer.averaged."""
     if opt._evaluating is not None:
-        yield
-        return
+        if not opt._evaluating.over:
+            yield
+            return
+        failure = opt._evaluating.restore()
+        if failure is not None:
+            raise failure
     _free_gathered(opt, model)
-    with torch.no_grad():
-        exchange = Exchange(opt)
-    opt._evaluating = exchange
+    swap = Swap(opt, model)
     try:
+        opt._evaluating = swap
+        swap.put()
         yield
-    finally:
-        opt._evaluating = None
-        reshard(model)
-        with torch.no_grad():
-            exchange.undo()
+    except BaseException as error:
+        failure = swap.restore()
+        if failure is not None:  # what was raised first stays what is raised
+            failure.__context__, error.__context__ = error.__context__, failure
+        raise
+    failure = swap.restore()
+    if failure is not None:
+        raise failure
 
 
 def _free_gathered(opt: FusedOptimizer, model: nn.Module | None) -> None:
@@ -113,7 +66,7 @@ def _free_gathered(opt: FusedOptimizer, model: nn.Module | None) -> None:
 
 def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]:
     """See FusedOptimizer.averaged_state_dict."""
-    return state_dict_with(model, dict(averages(opt)) if opt._evaluating is None else {})
+    return state_dict_with(model, dict(averages(opt)))
 
 
 def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[str, Any]:
@@ -169,11 +122,11 @@ class _Kept:
         self.module = module
         self.training = module.training
         self.momentum = getattr(module, "momentum", None)
-        self.buffers = {
-            name: (buffer, buffer.detach().clone())
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        }
+        with torch.inference_mode(False):
+            self.buffers = {
+                name: (buffer, None if buffer is None else buffer.detach().clone())
+                for name, buffer in module._buffers.items()
+            }
 
     def restore_modes(self) -> None:
         self.module.training = self.training
@@ -181,6 +134,26 @@ class _Kept:
             self.module.momentum = self.momentum
 
     def restore_buffers(self) -> None:
-        with torch.no_grad():
-            for name, (buffer, value) in self.buffers.items():
-                self.module._buffers[name] = buffer.copy_(value)
+        """Each buffer has its values again, in the memory that it had, or where it was converted
+        or moved inside, as parameters are, in its new memory."""
+        buffers = self.module._buffers
+        for name, (buffer, value) in self.buffers.items():
+            if buffer is not None and value is not None:
+                now = buffers.get(name)
+                if now is None or now.is_meta or _kind(now) == _kind(value):
+                    now = buffer
+                buffer = _refilled(now, value)
+            buffers[name] = buffer
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
+def _refilled(buffer: Tensor, value: Tensor) -> Tensor:
+    """The buffer with the value, or the value itself where the buffer cannot take it any more."""
+    with torch.inference_mode(False), torch.no_grad():
+        if buffer.shape == value.shape and not buffer.is_inference():
+            with suppress(RuntimeError):  # such as for memory that several elements share
+                return buffer.copy_(value)
+        return value.to(buffer.device, buffer.dtype)

@@ -73,8 +73,8 @@ class FusedOptimizer(LaidOut):
             with torch.enable_grad():
                 loss = closure()
         grad_enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        try:
+        try:  # around the next line, too, behind which an interrupt may come
+            torch._C._set_grad_enabled(False)
             while not self._update():
                 self._rebuild()
         finally:
@@ -280,10 +280,19 @@ class FusedOptimizer(LaidOut):
     def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """The averaged weights are live inside the context, the training weights again after it.
 
-        Contents are exchanged, not addresses, and come back exactly, also after an exception.
-        Inside, ``step``, ``load_state_dict`` and ``add_param_group`` raise and ``state_dict()``
-        returns the training state. Parameters without an average so far stay as they are, as do
-        those whose average is the parameter itself. Of nested contexts the outermost acts.
+        Contents change, not addresses. The training weights are set aside (as much memory again
+        as the weights that have averages) and come back exactly, also after an exception; in the
+        parameters' new dtype and place where these were converted or moved inside. What is written
+        to the weights inside never reaches the averages. Inside, ``step``, ``load_state_dict`` and
+        ``add_param_group`` raise and ``state_dict()`` returns the training state. Parameters
+        without an average so far stay as they are, as do those whose average is the parameter
+        itself. Of nested contexts the outermost acts.
+
+        All or nothing: where it cannot be entered, the weights are what they were. Where a
+        parameter cannot take its weights on exit, since it has another shape now or no floating
+        dtype, all others do, an error names it, and every ``step`` is refused: give ``p.data`` its
+        shape again and enter and leave ``averaged()`` once more, which brings the weights back, or
+        load a checkpoint.
 
         Args:
             model: what FSDP has gathered of it is freed on entry and on exit, or the next forward
@@ -291,6 +300,9 @@ class FusedOptimizer(LaidOut):
 
         Raises:
             ValueError: for DTensor parameters without their model.
+            RuntimeError: on entry, for a parameter that its average does not fit; on exit, for one
+                that cannot take its training weights. An exception that was raised inside comes
+                first, with this one as its context.
 
         Example:
             >>> with opt.averaged():
@@ -317,9 +329,11 @@ class FusedOptimizer(LaidOut):
                 other shapes or groups. The optimizer is as it was then.
         """
         opt = self._itself
-        opt._refuse_inside_averaged("load_state_dict")
+        if opt._evaluating is not None and not opt._evaluating.over:
+            opt._refuse_inside_averaged("load_state_dict")
         opt._refuse_midway("load_state_dict")
         checkpoint.load(opt, state_dict)
+        opt._evaluating = None  # what averaged() could not bring back is given up
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_averaged("pickle or deepcopy")

@@ -43,7 +43,7 @@ class InBackward:
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._frozen: list[Tensor] = []  # autograd takes no hook for them yet
         self._lock = RLock()  # autograd has a thread for each device
-        self._replicated = False  # whether DistributedDataParallel has been looked for
+        self._replicated = False  # whether DistributedDataParallel was looked for, in vain
         weakref.finalize(opt, remove, self._handles).atexit = False
 
     def attach(self, launches: list[Launch], alone: set[Tensor]) -> None:
@@ -158,18 +158,17 @@ class InBackward:
             torch.distributed.is_available() and torch.distributed.is_initialized()
         ):
             return
-        self._replicated = True
         replicated = torch.nn.parallel.DistributedDataParallel
         for thing in gc.get_objects():
             # isinstance would ask lazy objects for their class, and wake them.
             if replicated in type(thing).__mro__ and any(
                 p in self._launch_of for p in thing.parameters()
             ):
-                self._replicated = False
                 raise RuntimeError(
                     "in_backward=True under DistributedDataParallel: a parameter would step before "
                     "its gradient is averaged over the processes"
                 )
+        self._replicated = True
 
 
 def remove(handles: dict[Tensor, RemovableHandle]) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
+from rbwa_fused import checkpoint, checks, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.in_backward import MIDWAY, InBackward
 from rbwa_fused.plan import GroupPlan, Plan
 from rbwa_fused.sharded import is_sharded, local, shard_of
+from rbwa_fused.swap import Swap
 
 Group = dict[str, Any]
 Counters = list[tuple[int, float | None]]  # of each group: samples, beta of implicit RSGDM
@@ -39,7 +40,7 @@ class LaidOut(Optimizer):
     _step_supports_amp_scaling = True
     _plan: Plan | None = None
     _warned = False  # that the reference runs
-    _evaluating: evaluate.Exchange | None = None
+    _evaluating: Swap | None = None  # inside averaged(), or after one that could not be undone
     _deferred: dict[torch.device, Deferred] | None = None  # where the host does not count
     _early: InBackward | None = None  # the hooks that step inside the backward pass
 
@@ -262,7 +263,7 @@ class LaidOut(Optimizer):
 
     def _refuse_inside_averaged(self, what: str) -> None:
         if self._evaluating is not None:
-            raise RuntimeError(f"{what}() inside averaged(), where the averaged weights are live")
+            self._evaluating.refuse(what)
 
     def _refuse_midway(self, what: str) -> None:
         if self._early is not None and self._early.stepped is not None:

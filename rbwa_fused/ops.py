@@ -144,21 +144,6 @@ CUDA = Backend("cuda", _door(_C_cuda), True, _advance_cuda)
 REFERENCE = Backend("reference", _step_reference, checks=False)
 
 
-def exchange_(a: list[Tensor], b: list[Tensor]) -> None:
-    """Exchanges the contents of each a[i] and b[i]: dense, of one device, dtype and layout."""
-    compiled = {"cpu": _C, "cuda": _C_cuda}
-    fused: dict[str, list[tuple[Tensor, Tensor]]] = {}  # the dispatcher has one kernel for a call
-    for left, right in zip(a, b, strict=True):
-        if compiled.get(left.device.type) is not None:
-            fused.setdefault(left.device.type, []).append((left, right))
-        else:
-            kept = left.clone()
-            left.copy_(right)
-            right.copy_(kept)
-    for pairs in fused.values():
-        torch.ops.rbwa_fused.exchange_.default(*map(list, zip(*pairs, strict=True)))
-
-
 def pull_(replicas: Sequence[Sequence[Tensor]], alpha: float) -> None:
     """Pulls each parameter of K models to its mean: K lists, equal in shapes, dtypes and devices.
 
@@ -245,7 +230,6 @@ def _user_level() -> int:
 
 if _C is not None:
     torch.library.register_fake("rbwa_fused::step_", lambda *tables: None)
-    torch.library.register_fake("rbwa_fused::exchange_", lambda a, b: None)
     torch.library.register_fake("rbwa_fused::pull_", lambda params, replicas, alpha: None)
 if _C_cuda is not None:
     torch.library.register_fake("rbwa_fused::step_deferred_", lambda *tables: None)

@@ -41,9 +41,9 @@ class Table:
 
     def grow(self, rows: int) -> None:
         """Appends rows of zeros; the tensor is another one then."""
-        self._bytes = self._bytes + bytearray(rows * self._row.size)
-        flat = torch.frombuffer(self._bytes, dtype=torch.float64)
-        self.tensor = flat.reshape(-1, self._row.size // 8)
+        grown = self._bytes + bytearray(rows * self._row.size)
+        self.tensor = torch.frombuffer(grown, dtype=torch.float64).reshape(-1, self._row.size // 8)
+        self._bytes = grown
 
     def pack(self, row: int, *values: float) -> None:
         """Writes a row."""
@@ -80,11 +80,12 @@ class Sampler:
         self._next_n_averaged = n
         sampling = (w, due or current, current, self.written_back)
         if sampling != self._packed:
-            self._packed = sampling
+            self._packed = None  # until both rows hold it
             table.pack(self.first_row, *rules.Sampling(1.0, *sampling))
             # Where the average is the parameter itself, the sample's weight multiplies the learning
             # rate and that is all (docs/equivalences.md).
             table.pack(self.first_row + 1, *rules.Sampling(scale=w if due else 1.0))
+            self._packed = sampling
 
     def commit(self) -> None:
         """Counts the sample that `update` prepared."""
@@ -195,11 +196,11 @@ class Plan:
                 break
         else:
             sampler = Sampler(policy, n_averaged, len(self._samplings))
-            self.samplers.append(sampler)
             self._samplings.grow(ROWS_PER_SAMPLER)
+            self.samplers.append(sampler)
         plan = GroupPlan(group, len(self.groups), sampler, beta, self._master_weights)
-        self.groups.append(plan)
         self._rows.grow(ROWS_PER_GROUP)
+        self.groups.append(plan)
         return plan
 
     @property
@@ -250,10 +251,11 @@ class Plan:
                 f'only, and this group started with {plan.beta}; use difference="explicit")'
             )
         if plan.has_momentum != (momentum != 0.0):
-            plan.has_momentum = momentum != 0.0
             self.starting = True
+            plan.has_momentum = momentum != 0.0
         s = (-1.0 if group["maximize"] else 1.0) / scale
         decay, lr = float(group["weight_decay"]), float(group["lr"])
+        plan.rule_inputs = None  # until both rows hold them
         for first in (False, True):
             self._rows.pack(plan.row(first), s, decay, *self._rule(group, first), lr)
         # A tensor may change its value in place: such rows are packed at every step.

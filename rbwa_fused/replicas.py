@@ -97,7 +97,7 @@ class Elastic(Schedule):
 
     Each model is trained by an optimizer of its own. A `FusedSGD`'s momentum and the averages that
     it keeps beside the weights stay what they are, its float32 masters of 16-bit weights follow the
-    pulled weights by themselves; inside its `averaged()` it is the averages that would be pulled.
+    pulled weights by themselves; a pull inside its `averaged()` is undone when that is left.
     There is nothing here to save in a checkpoint. Source: the blog on K models pulled to their
     mean; the shared-gradient update that it also writes is not well defined, and left out.
 

@@ -36,7 +36,6 @@ STEP_CPU: Mutants = [
     ("(segments[i].length + kChunk - 1) / kChunk", "segments[i].length / kChunk"),
     ("work.rows[segment.row]", "work.rows[0]"),
     ("work.samplings[segment.sampling]", "work.samplings[0]"),
-    ("exchange.a + end, exchange.b + begin", "exchange.a + end, exchange.b"),
     ("chosen = &c;", ""),
 ]
 OPS: Mutants = [
@@ -106,7 +105,6 @@ CHECKPOINT: Mutants = [
         "None if policy is None else repr(policy)\n        group.update",
         "policy\n        group.update",
     ),
-    ("        if p in live:", "        if False:"),
     ("state_dict = hook_result", "pass"),
     ("saved_groups = deepcopy(state_dict[", "saved_groups = (state_dict["),
     ("if lengths != [", "if False and lengths != ["),
@@ -131,21 +129,56 @@ CHECKPOINT: Mutants = [
     ("if dtype != expected:", "if False:"),
 ]
 EVALUATE: Mutants = [
-    ("self.saved.append((p, p.detach().clone()))", "self.saved.append((p, p.detach()))"),
-    ("if own and p.dtype == average.dtype", "if p.dtype == average.dtype"),
-    ("torch.clear_autocast_cache()", "pass"),
-    ("torch.autograd.graph.increment_version(written)", "pass"),
-    ("{p: p.detach().clone() for", "{p: p.detach() for"),
-    ("same_layout(p, a) for", "True for"),
-    ("if plan.n_averaged > 0:", "if True:"),
-    ("if plan.buffered(p) and ", "if "),
-    ("if opt._evaluating is not None:", "if False:"),
-    ("        opt._evaluating = None\n", ""),
-    ("if opt._evaluating is None else {}", ""),
+    ("            yield\n            return\n        failure", "            pass\n        failure"),
+    ("failure.__context__, error.__context__ = error.__context__, failure", "pass"),
+    ("        swap.put()\n", ""),
+    ("        if failure is not None:\n            raise failure", "        pass"),
+    ("    failure = swap.restore()\n    if failure", "    failure = None\n    if failure"),
+    (
+        "        failure = swap.restore()\n        if failure",
+        "        failure = None\n        if failure",
+    ),
     ("copy=True", "copy=False"),
     ("restore_modes()\n            yield model", "restore_buffers\n            yield model"),
     ("                module.restore_buffers()\n", ""),
     ("self.module.momentum = self.momentum", "pass"),
+    ("_kind(now) == _kind(value)", "True"),
+    ("buffer.shape == value.shape and ", ""),
+    ("with suppress(RuntimeError):", "if True:"),
+    ("            buffers[name] = buffer\n", ""),
+]
+SWAP: Mutants = [
+    ("local(p).detach().clone()", "local(p).detach()"),
+    ("torch.clear_autocast_cache()", "pass"),
+    ("torch.autograd.graph.increment_version([p", "list([p"),
+    ("            _announce(self._averages)\n\n", "\n"),
+    ("if plan.n_averaged > 0]", "]"),
+    ("if plan.buffered(p) and average is not None:", "if average is not None:"),
+    ("if plan.buffered(p) and average is not None and", "if average is not None and"),
+    ("            checks.params(group, opt._master_weights)\n", ""),
+    ("            checks.state(group, opt.state)\n", ""),
+    ("        self.over = True\n", ""),
+    ("            self._opt._evaluating = None\n", ""),
+    ("if p in members:", "if True:"),
+    (" or shard.dtype not in DTYPES", ""),
+    ("if shard.shape != weights.shape:", "if False:"),
+    ("(foreign or shard.is_inference())", "foreign"),
+    ("address != saved.address and ", ""),
+    ("self._taken = {*addresses, *", "self._taken = {*"),
+    ("*(saved.address for saved in self._saved.values())", ""),
+    ("    taken.add(shard.data_ptr())\n", ""),
+    ("        if not self.over:", "        if True:"),
+]
+INTERRUPTED: Mutants = [
+    (
+        "        try:  # around the next line, too, behind which an interrupt may come\n"
+        "            torch._C._set_grad_enabled(False)\n",
+        "        torch._C._set_grad_enabled(False)\n        try:\n",
+    ),
+]
+PLAN: Mutants = [
+    ("            self._packed = None  # until both rows hold it\n", ""),
+    ("        plan.rule_inputs = None  # until both rows hold them\n", ""),
 ]
 LAYOUT: Mutants = [
     ("            self.param_groups.pop()\n", ""),
@@ -228,6 +261,10 @@ IN_BACKWARD: Mutants = [
     ("            if p in stepped:\n                continue\n", ""),
     ("if found_inf is not None:", "if False:"),
     ("if closure is not None:", "if False:"),
+    (
+        "        replicated = torch.nn",
+        "        self._replicated = True\n        replicated = torch.nn",
+    ),
 ]
 SHARDED: Mutants = [
     ('return shard.wait() if hasattr(shard, "wait") else shard', "return shard"),
@@ -246,10 +283,12 @@ SHARDS_IN_TABLES: Mutants = [
     ("return {i: beside(view, self.params[i]) for i, view in views.items()}", "return views"),
 ]
 SHARDS_IN_EVALUATION: Mutants = [
-    ("        reshard(model)\n        with", "        with"),
     ("    reshard(model)\n    members", "    members"),
     ("if params and model is None:", "if False:"),
     ("    if missing:\n", "    if False:\n"),
+]
+SHARDS_IN_SWAP: Mutants = [
+    ("            reshard(self._model)\n", "            pass\n"),
 ]
 
 STEPS = (
@@ -287,13 +326,27 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
     ("rbwa_fused/fused.py", AFTER_A_LAUNCH, ("test_cuda.py", "-k", "failed"), False),
-    ("rbwa_fused/in_backward.py", IN_BACKWARD, ("test_in_backward.py",), False),
+    (
+        "rbwa_fused/in_backward.py",
+        IN_BACKWARD,
+        ("test_in_backward.py", "test_step_fails.py"),
+        False,
+    ),
     (
         "rbwa_fused/evaluate.py",
         EVALUATE,
-        ("test_averaged.py", "test_outside_edits.py", "test_neighbours.py"),
+        ("test_averaged.py", "test_averaged_fails.py"),
         False,
     ),
+    (
+        "rbwa_fused/swap.py",
+        SWAP,
+        ("test_averaged.py", "test_averaged_fails.py", "test_neighbours.py"),
+        False,
+    ),
+    ("rbwa_fused/swap.py", SHARDS_IN_SWAP, SHARDS, False),
+    ("rbwa_fused/plan.py", PLAN, ("test_step_fails.py",), False),
+    ("rbwa_fused/fused.py", INTERRUPTED, ("test_step_fails.py",), False),
     (
         "rbwa_fused/checkpoint.py",
         CHECKPOINT,

@@ -51,8 +51,6 @@ def test_the_operator_keeps_its_schema() -> None:
     params, grads, *rest = arguments()
     with torch.no_grad():
         torch.library.opcheck(STEP, ([p.detach() for p in params], grads, *rest))
-    pairs = ([torch.randn(5), torch.randn(2, 3)], [torch.randn(5), torch.randn(2, 3)])
-    torch.library.opcheck(torch.ops.rbwa_fused.exchange_.default, pairs)
 
 
 def test_python_and_cpp_agree_on_the_tables() -> None:
@@ -235,22 +233,6 @@ def test_neither_steps_nor_refusals_keep_memory(door: Any) -> None:
         for _ in range(1000):
             call(good, False), call(bad, True)
     assert heap() - before < 1000 * 8  # the smallest piece that malloc gives out is 24 bytes
-
-
-def test_exchange_refuses_tensors_that_differ() -> None:
-    for other in (torch.randn(4), torch.randn(3).double()):
-        a, b = [torch.ones(3), torch.ones(3)], [torch.zeros(3), other]
-        with pytest.raises(RuntimeError, match="pair 1"):
-            torch.ops.rbwa_fused.exchange_.default(a, b)
-        assert torch.equal(a[0], torch.ones(3))
-    with pytest.raises(RuntimeError, match="2 tensors against 1"):
-        torch.ops.rbwa_fused.exchange_.default(a, b[:1])
-
-
-def test_exchange_takes_tensors_without_elements() -> None:
-    a, b = ([torch.full((2,), value), torch.empty(3, 0)] for value in (1.0, 2.0))
-    torch.ops.rbwa_fused.exchange_.default(a, b)
-    assert a[0].tolist() == [2.0, 2.0] and b[0].tolist() == [1.0, 1.0]
 
 
 def narrowed(wanted: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -413,18 +413,3 @@ def test_functions_of_the_same_outer_name_are_different_policies() -> None:
     opts = [rf.FusedSGD(params(3), lr=0.1, average=policy(kind)) for kind in "ab"]
     with pytest.raises(ValueError, match=r"average is.*<locals>\.a"):
         opts[1].load_state_dict(opts[0].state_dict())
-
-
-def test_exchange_refuses_another_layout() -> None:
-    exchange = torch.ops.rbwa_fused.exchange_.default
-    with pytest.raises(RuntimeError, match="layout"):
-        exchange([torch.zeros(2, 3)], [torch.arange(6.0).reshape(3, 2).t()])
-
-
-def test_exchange_refuses_memory_between_its_elements() -> None:
-    exchange = torch.ops.rbwa_fused.exchange_.default
-    gaps = torch.zeros(8)
-    for left in (gaps[::2], torch.zeros(1).expand(4)):
-        with pytest.raises(RuntimeError, match="not dense"):
-            exchange([left], [torch.empty_strided(left.shape, left.stride()).fill_(1.0)])
-    assert not gaps.any()

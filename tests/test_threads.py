@@ -20,7 +20,7 @@ from cases import DTYPES, RULES, policy_for
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import _C, ops
+from rbwa_fused import _C
 
 HERE = Path(__file__).resolve().parent
 LARGE = 100_003  # elements: a step of so many takes torch's thread pool, in unequal parts
@@ -156,22 +156,6 @@ def test_the_number_of_torchs_threads_does_not_change_a_bit(dtype: torch.dtype) 
         torch.set_num_threads(before)
     for seen in ends[1:]:
         assert_same_bits(seen, ends[0])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_and_averages_are_exchanged_whole_on_any_number_of_threads(
-    dtype: torch.dtype,
-) -> None:
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            a, b = ((torch.arange(7 * LARGE) % prime).to(dtype) for prime in (997, 991))
-            kept = a.clone(), b.clone()
-            ops.exchange_([a], [b])
-            assert torch.equal(a, kept[1]) and torch.equal(b, kept[0])
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- processes ---------------------------------------------------------------------------------

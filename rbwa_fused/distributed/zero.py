@@ -173,16 +173,15 @@ def averaged(opt: optim.ZeroRedundancyOptimizer) -> Iterator[None]:
     if not isinstance(local, FusedOptimizer):
         raise TypeError(f"Invalid opt: {type(opt).__name__} over {type(local).__name__}")
     shares = _shares(opt)
-    error = None
-    with local.averaged():
-        _broadcast(opt, shares)
-        try:
+    live = False
+    try:
+        with local.averaged():
+            _broadcast(opt, shares)
+            live = True
             yield
-        except BaseException as raised:
-            error = raised
-    _broadcast(opt, shares)
-    if error is not None:
-        raise error
+    finally:
+        if live:
+            _broadcast(opt, shares)
 
 
 def _progress(group: dict[str, Any]) -> tuple[int, int, bool]:

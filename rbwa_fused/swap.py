@@ -1,0 +1,172 @@
+"""The averages in the place of the weights: all or nothing, and how the weights come back.
+
+The training weights are set aside and the averages copied over them. The averages themselves are
+only read, so whatever is written to the weights meanwhile never reaches them; and bringing the
+training weights back may be tried again and again, as it is where something stood in the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rbwa_fused import checks
+from rbwa_fused.flat import DTYPES
+from rbwa_fused.sharded import is_sharded, local, reshard, shard_of
+
+if TYPE_CHECKING:
+    from rbwa_fused.fused import FusedOptimizer
+    from rbwa_fused.plan import GroupPlan
+
+MEND = (
+    "once every parameter has its shape, a floating dtype and memory of its own again, enter and "
+    "leave averaged() once more; or load a checkpoint of model and optimizer"
+)
+
+
+class Saved(NamedTuple):
+    """A parameter's name, the address that it had, and its training weights."""
+
+    name: str
+    address: int
+    weights: Tensor
+
+
+class Swap:
+    """The training weights of an optimizer, from the moment that averages take their place.
+
+    Attributes:
+        over: the context has been left; if the optimizer still has this, weights are missing.
+
+    Args:
+        model: whose gathered weights are freed when the weights come back, if FSDP has any.
+
+    Raises:
+        RuntimeError: for a parameter that its average does not fit, or that cannot be written.
+            Nothing has been changed then, nor if memory runs out.
+    """
+
+    def __init__(self, opt: FusedOptimizer, model: nn.Module | None) -> None:
+        self.over = False
+        self._missing = "averaged() was interrupted on exit"
+        self._opt = opt
+        self._model = model
+        with _plain():
+            fitting = list(_fitting(opt))
+            self._averages = {p: average for _, p, average in fitting}
+            self._saved = {
+                p: Saved(name, local(p).data_ptr(), local(p).detach().clone())
+                for name, p, _ in fitting
+            }
+        addresses = [average.data_ptr() for average in self._averages.values()]
+        self._taken = {*addresses, *(saved.address for saved in self._saved.values())}
+
+    def put(self) -> None:
+        """Copies the averages over the weights."""
+        with _plain():
+            for p, average in self._averages.items():
+                local(p).copy_(average)
+            _announce(self._averages)
+
+    def restore(self) -> RuntimeError | None:
+        """Brings back all training weights that can be, wherever the parameters are by now.
+
+        Returns None where nothing is left to be done; otherwise the error that says what is, which
+        another call tries again.
+        """
+        self.over = True
+        wrong: dict[str, Exception] = {}
+        try:
+            reshard(self._model)
+        except Exception as error:
+            wrong["FSDP could not free what it has gathered"] = error
+        members = {p for group in self._opt.param_groups for p in group["params"]}
+        with _plain():
+            for p, saved in list(self._saved.items()):
+                try:
+                    if p in members:  # or nobody will train it
+                        _bring_back(p, saved, self._taken)
+                    del self._saved[p]
+                except Exception as error:
+                    wrong[f"parameter {saved.name}"] = error
+            _announce(self._averages)
+        if not wrong:
+            self._opt._evaluating = None
+            return None
+        self._missing = "; ".join(f"{where}: {error}" for where, error in wrong.items())
+        failure = RuntimeError(f"averaged() could not bring back all weights: {self}")
+        failure.__cause__ = next(iter(wrong.values()))
+        return failure
+
+    def __str__(self) -> str:
+        return f"{self._missing} ({MEND})"
+
+    def refuse(self, what: str) -> None:
+        """Raises inside the context, and after it for as long as weights are missing."""
+        if not self.over:
+            raise RuntimeError(f"{what}() inside averaged(), where the averaged weights are live")
+        raise RuntimeError(f"{what}() with averaged weights for training weights: {self}")
+
+
+def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter that has an average beside it, with that average."""
+    for plan in _sampled(opt):
+        for p in plan.group["params"]:
+            average = opt.state.get(p, {}).get("average")
+            if plan.buffered(p) and average is not None:
+                yield p, average
+
+
+def _sampled(opt: FusedOptimizer) -> list[GroupPlan]:
+    """The groups whose averages have at least one sample."""
+    opt._settle()
+    return [plan for plan in opt._plan.groups if plan.n_averaged > 0] if opt._plan else []
+
+
+def _fitting(opt: FusedOptimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, parameter and average (its shard) of all that is to be put in place, checked."""
+    for plan in _sampled(opt):
+        group = plan.group
+        try:
+            checks.params(group, opt._master_weights)
+            checks.state(group, opt.state)
+        except (TypeError, ValueError) as error:
+            raise RuntimeError(f"averaged() left the weights as they are: {error}") from error
+        for i, p in enumerate(group["params"]):
+            average = opt.state.get(p, {}).get("average")
+            if plan.buffered(p) and average is not None and p.numel() > 0:
+                name = f"{checks.name_of(group, i)} of group {plan.index}"
+                yield name, p, shard_of(average, p)
+
+
+def _bring_back(param: Tensor, saved: Saved, taken: set[int]) -> None:
+    """Writes a parameter's weights, wherever it is by now; not where others are."""
+    shard, weights = local(param), saved.weights
+    if shard.layout != torch.strided or shard.dtype not in DTYPES or shard.is_meta:
+        raise ValueError(f"it is {shard.layout}, {shard.dtype} on {shard.device}")
+    if shard.shape != weights.shape:
+        raise ValueError(f"it has shape {tuple(shard.shape)} (expected {tuple(weights.shape)})")
+    address = shard.data_ptr()
+    foreign = address != saved.address and address in taken
+    if (foreign or shard.is_inference()) and not is_sharded(param):  # `p.data = ...` inside
+        param.data = torch.empty_like(shard)
+        shard = param
+    shard.copy_(weights)
+    taken.add(shard.data_ptr())
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Neither records gradients nor makes tensors that only inference may use."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _announce(written: Iterable[Tensor]) -> None:
+    """Tells those who keep what they have derived from parameters that these were written."""
+    torch.autograd.graph.increment_version([p for p in written if not p.is_inference()])
+    torch.clear_autocast_cache()  # of 16-bit copies, which does not look at versions

@@ -1,0 +1,135 @@
+"""A step that fails or is interrupted leaves no memo of what it had not done yet."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from runs import METHODS, STEPS, build, feed, result, train
+from torch import nn
+
+import rbwa_fused as rf
+from rbwa_fused import plan
+from rbwa_fused.fused import FusedOptimizer
+
+
+class Failing:
+    """A function whose n-th call from now on is interrupted, before it does anything."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.left = 0
+
+    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
+        return lambda *args: self(instance, *args)
+
+    def __call__(self, *args: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.function(*args)
+
+
+@pytest.fixture
+def pack(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    failing = Failing(plan.Table.pack)
+    monkeypatch.setattr(plan.Table, "pack", failing)
+    return failing
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_repeated_after_its_rows_were_half_packed_is_the_step(
+    method: str, nth: int, pack: Failing
+) -> None:
+    plain, opt2 = build(method)
+    train(plain, opt2, 1, STEPS)
+    model, opt = build(method)
+    failed = 0
+    for step in range(1, STEPS + 1):
+        feed(model, step)
+        pack.left = nth
+        try:
+            opt.step()
+        except KeyboardInterrupt:
+            failed += 1
+            opt.step()
+    assert failed > 0
+    assert result(opt) == result(opt2)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_hyperparameter_taken_back_after_a_failed_step_is_taken_back(
+    nth: int, pack: Failing
+) -> None:
+    (model, opt), (plain, opt2) = build("momentum"), build("momentum")
+    train(model, opt, 1, 3)
+    feed(model, 4)
+    for changed in ({"lr": 5.0}, {"momentum": 0.0}):
+        usual = {key: opt.param_groups[0][key] for key in changed}
+        opt.param_groups[0].update(changed)
+        pack.left = nth
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+        opt.param_groups[0].update(usual)
+    train(model, opt, 4, STEPS)
+    train(plain, opt2, 1, STEPS)
+    assert result(opt) == result(opt2)
+
+
+def test_gradients_count_again_wherever_a_step_was_interrupted() -> None:
+    """At each line but the last, which enables them."""
+    code = FusedOptimizer._step.__code__
+    numbers = sorted({line for *_, line in code.co_lines() if line})
+    enabling = [line for line in numbers if line > code.co_firstlineno][-2]
+    reached = 0
+    for number in numbers:
+        if number == enabling:
+            continue
+        model, opt = build("momentum")
+        feed(model, 1)
+
+        def trace(frame: FrameType, event: str, arg: Any, number: int = number) -> Any:
+            if frame.f_code is not code:
+                return None
+            if event == "line" and frame.f_lineno == number:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            opt.step()
+        except KeyboardInterrupt:
+            reached += 1
+        finally:
+            sys.settrace(before)
+            enabled = torch.is_grad_enabled()
+            torch.set_grad_enabled(True)
+        assert enabled, number
+    assert reached >= 5
+
+
+def test_replicas_are_looked_for_again_after_a_search_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Replicated(nn.Linear):
+        pass
+
+    net = Replicated(2, 2)
+    opt = rf.FusedSGD(net.parameters(), 0.1, in_backward=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Replicated)
+    with monkeypatch.context() as patch:
+        patch.setattr(gc, "get_objects", Failing(gc.get_objects))
+        gc.get_objects.left = 1  # type: ignore[attr-defined]
+        with pytest.raises(KeyboardInterrupt):
+            net(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        net(torch.ones(1, 2)).sum().backward()
+    assert opt.n_averaged == 0
