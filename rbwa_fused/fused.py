@@ -298,7 +298,12 @@ class FusedOptimizer(LaidOut):
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """A plain state dict of the model holding the averaged weights, in the weights' dtypes.
 
-        Buffers are the model's own; every tensor is a copy.
+        Buffers are the model's own; every tensor is a copy. Where ``model.state_dict()`` returns
+        something else than parameters and buffers, such as copies that a hook makes, the averaged
+        weights are live while it is asked, as in ``averaged()``.
+
+        Raises:
+            ValueError: for a model none of whose parameters is the optimizer's.
         """
         self._itself._refuse_midway("averaged_state_dict")
         return evaluate.averaged_state_dict(self._itself, model)

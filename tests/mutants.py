@@ -150,10 +150,23 @@ EVALUATE: Mutants = [
     ("if opt._evaluating is not None:", "if False:"),
     ("        opt._evaluating = None\n", ""),
     ("if opt._evaluating is None else {}", ""),
-    ("copy=True", "copy=False"),
+    (".isdisjoint(model.parameters())", ".isdisjoint(())"),
     ("restore_modes()\n            yield model", "restore_buffers\n            yield model"),
     ("                module.restore_buffers()\n", ""),
     ("self.module.momentum = self.momentum", "pass"),
+]
+MODEL_STATE: Mutants = [
+    ("value if value in other else members", "members"),
+    ("None in sources.values() or ", ""),
+    ("len(sources) < len(result) or ", ""),
+    (" or found != other.keys()", ""),
+    ("other[source].to(source.dtype)", "other[source]"),
+    ("t.detach().clone()", "t.detach()"),
+    (", tensor.is_neg()", ""),
+    (" or memory.numel() == 0", ""),
+    (".data.copy_(local(value))", ".copy_(local(value))"),
+    ("local(p).detach().clone() for p", "local(p).detach() for p"),
+    ("        _write(own)\n", ""),
 ]
 LAYOUT: Mutants = [
     ("            self.param_groups.pop()\n", ""),
@@ -297,14 +310,21 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     (
         "rbwa_fused/evaluate.py",
         EVALUATE,
-        ("test_averaged.py", "test_outside_edits.py", "test_neighbours.py"),
+        (
+            "test_averaged.py",
+            "test_averaged_state_dict.py",
+            "test_outside_edits.py",
+            "test_neighbours.py",
+        ),
         False,
     ),
+    ("rbwa_fused/model_state.py", MODEL_STATE, ("test_averaged_state_dict.py",), False),
     (
         "rbwa_fused/checkpoint.py",
         CHECKPOINT,
         (
             "test_checkpoint.py",
+            "test_foreign_checkpoints.py",
             "test_bad_input.py",
             "test_averaged.py",
             "test_distributed_checkpoint.py",
