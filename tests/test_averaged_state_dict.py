@@ -1,4 +1,4 @@
-"""`averaged_state_dict` is what `state_dict()` says inside `averaged()`, for every kind of model."""
+"""`averaged_state_dict` is what `state_dict()` says inside `averaged()`, whatever the model."""
 
 from __future__ import annotations
 
