@@ -13,10 +13,11 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
+from rbwa_fused.fingerprint import alike, fingerprint
 from rbwa_fused.flat import DTYPES
 from rbwa_fused.rules import number
 
@@ -94,12 +95,16 @@ class Average:
             start + 1 as the first sample (default: ``"first_sample"``).
         dtype (torch.dtype, optional): of the average; None is the parameter's own for float32 and
             float64 and float32 for bfloat16 and float16 (default: None).
+        name (str, optional): of the function, by which a checkpoint knows it again wherever it is
+            defined; without ``,()=``. None is where it is defined, as in ``module.function``, which
+            all lambdas of a module have in common (default: None). Of two functions of one name
+            loading warns, as of a changed decay (fingerprint.py).
 
     Raises:
         ValueError, TypeError: naming the argument and the value received.
 
     Example:
-        >>> Average(lambda n, step: 1 - min(0.999, step / (step + 10)), start=100)
+        >>> Average(lambda n, step: 10 / (step + 10), start=100, name="ramp")
     """
 
     weight: Weight
@@ -108,6 +113,7 @@ class Average:
     write_back_every: int = 0
     initial: Literal["first_sample", "current"] = "first_sample"
     dtype: torch.dtype | None = None
+    name: str | None = None
 
     def __init__(
         self,
@@ -118,6 +124,7 @@ class Average:
         write_back_every: int = 0,
         initial: Literal["first_sample", "current"] = "first_sample",
         dtype: torch.dtype | None = None,
+        name: str | None = None,
     ) -> None:
         named = isinstance(weight, Mean | Ema | Algorithm2)
         if isinstance(weight, type) or not (named or callable(weight)):
@@ -140,6 +147,12 @@ class Average:
         start = _integer("start", start, least=0)
         if isinstance(weight, Algorithm2) and start < weight.steps_per_epoch * weight.start_epoch:
             raise ValueError(f"Invalid start: {start} (expected no sample before {weight} starts)")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"Invalid name: {name!r} (expected a text or None)")
+        if name is not None and not re.fullmatch(r"[^,()=\n]+", name):
+            raise ValueError(f"Invalid name: {name!r} (expected a text without ',()=')")
+        if name is not None and named:
+            raise ValueError(f"Invalid name: {name!r} (expected None: {weight} names itself)")
         values: dict[str, Any] = {
             "weight": weight,
             "start": start,
@@ -147,25 +160,34 @@ class Average:
             "write_back_every": write_back_every,
             "initial": initial,
             "dtype": dtype,
+            "name": name,
         }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        for field, value in values.items():
+            object.__setattr__(self, field, value)
 
     @property
     def custom(self) -> bool:
         """Whether the weight is a function of the user's."""
         return not isinstance(self.weight, Mean | Ema | Algorithm2)
 
+    @property
+    def by_step(self) -> bool:
+        """Whether it makes a difference after which step a sample is taken, and not only how many
+        there were before."""
+        every = self.start == 0 and self.every == 1 and self.write_back_every <= 1
+        return not (every and isinstance(self.weight, Mean | Ema))
+
     def __repr__(self) -> str:
-        weight = repr(self.weight)
+        weight, code, function = repr(self.weight), "", cast(Any, self.weight)
         if self.custom:
-            kind = type(self.weight)
-            name = getattr(self.weight, "__qualname__", kind.__qualname__)
-            weight = f"<{getattr(self.weight, '__module__', kind.__module__)}.{name}>"
+            kind = type(function)
+            name = getattr(function, "__qualname__", kind.__qualname__)
+            where = f"{getattr(function, '__module__', kind.__module__)}.{name}"
+            weight, code = f"<{self.name or where}>", f", code={fingerprint(function)}"
         return (
             f"Average({weight}, start={self.start}, every={self.every}, "
             f"write_back_every={self.write_back_every}, initial={self.initial!r}, "
-            f"dtype={self.dtype})"
+            f"dtype={self.dtype}{code})"
         )
 
     def due(self, step: int) -> bool:
@@ -214,6 +236,13 @@ def structure(policy: str | None) -> tuple[str | None, ...]:
     if written_back == fields["every"]:
         when = "at each sample"
     return kind.group(1), when, fields["initial"], fields["dtype"]
+
+
+def same(saved: str, policy: str) -> bool:
+    """Whether the ``repr`` of a checkpoint's policy is that of the code's, as far as one can tell:
+    older ones do not say what a function is made of."""
+    parts = [text.removesuffix(")").partition(", code=") for text in (saved, policy)]
+    return parts[0][0] == parts[1][0] and alike(parts[0][2], parts[1][2])
 
 
 def mean(start: int = 0, every: int = 1, write_back_every: int = 0) -> Average:

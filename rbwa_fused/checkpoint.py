@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rbwa_fused import form
-from rbwa_fused.average import Average, structure
+from rbwa_fused.average import Average, _integer, same, structure
 from rbwa_fused.flat import DTYPES, STREAMS
 
 if TYPE_CHECKING:
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 # the keys too, with None for a value: torch.distributed.checkpoint, taking a flattened state dict
 # apart, looks for the keys of live groups and no others.
 OURS = ("rule", "step", "n_averaged", "implicit_momentum")
+# What torch.optim.SGD has in the groups of its checkpoints, and ours never have: they mean nothing
+# here. torch keeps what it does not know, so a checkpoint with these and with ours is one of ours
+# that torch went on with.
+TORCHS = ("foreach", "differentiable", "fused")
 
 
 def export(opt: Any, state_dict: dict[str, Any]) -> None:
     """The first hook behind ``state_dict()``: adds counters, rule and the policy's repr to the
-    groups."""
+    groups, without torch's own keys."""
     opt = opt._itself
     opt._refuse_midway("state_dict")
     waiting = set(opt._settle())
@@ -37,6 +41,8 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
         policy = group["average"]
         group["average"] = None if policy is None else repr(policy)
         group.update(zip(OURS, (opt.rule_name, opt._steps, n_averaged, beta), strict=True))
+        for key in TORCHS:
+            group.pop(key, None)
     params = chain.from_iterable(group["params"] for group in opt.param_groups)
     for key, p in zip(
         chain.from_iterable(group["params"] for group in groups), params, strict=True
@@ -46,8 +52,9 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
             state_dict["state"][key] = {k: v for k, v in held if k not in opt.streams}
 
 
-def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> None:
     """Loads a state dict after checking all of it; hooks as in torch.optim.Optimizer."""
+    step = None if step is None else _integer("step", step, least=0)
     form.mapping("state_dict", state_dict)
     state_dict = dict(state_dict)
     for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
@@ -66,14 +73,17 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             "that doesn't match the size of optimizer's group"
         )
     merged = []
-    changed: dict[str, None] = {}
-    for group, saved in zip(groups, saved_groups, strict=True):
+    notes: dict[str, None] = {}
+    for saved in saved_groups:
         _check_counters(opt, saved)
-        _check_policy(group["average"], saved, changed)
-        new = {k: v for k, v in saved.items() if k not in (*OURS, "params", "average")}
+    outdated = _leave_out_outdated(saved_groups, notes)
+    for group, saved in zip(groups, saved_groups, strict=True):
+        _check_policy(group["average"], saved, notes)
+        new = {k: v for k, v in saved.items() if k not in (*OURS, *TORCHS, "params", "average")}
         new = {**group, **new}
         opt._check_hyperparameters(new)
         merged.append(new)
+    taken = _steps_taken(opt, saved_groups, step, not outdated, notes)
 
     ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     params = chain.from_iterable(group["params"] for group in groups)
@@ -85,6 +95,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
                 name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
                 for name, value in held.items()
                 if not (name in STREAMS and _absent(value))
+                and not (name == "average" and key in outdated)
             }
         else:
             state[key] = held
@@ -97,12 +108,13 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             n_averaged = saved.get("n_averaged") or 0
             _check_state(name, p, state.get(p, {}), opt.streams, plan, n_averaged)
 
-    if changed:
-        warnings.warn("; ".join(changed), stacklevel=3)
+    if notes:
+        warnings.warn("; ".join(notes), stacklevel=3)
     for group, new in zip(groups, merged, strict=True):
         group.update(new)
     opt.state = state
-    opt._steps = max((saved.get("step") or 0 for saved in saved_groups), default=0)
+    opt._steps = taken
+    opt._deferred = None  # counters on the device are those of the run that ends here
     opt._rebuild(
         [(saved.get("n_averaged") or 0, saved.get("implicit_momentum")) for saved in saved_groups]
     )
@@ -136,16 +148,61 @@ def _check_counters(opt: FusedOptimizer, saved: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {key} in the checkpoint: {count!r} (expected a count)")
 
 
-def _check_policy(policy: Average | None, saved: dict[str, Any], changed: dict[str, None]) -> None:
+def _leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, None]) -> set[Any]:
+    """Takes averages and counts of samples out of the groups that torch.optim.SGD went on with: it
+    has moved the weights and not the averages. Returns the parameters whose averages they are."""
+    outdated: set[Any] = set()
+    for saved in saved_groups:
+        if saved.get("step") is None or not any(key in saved for key in TORCHS):
+            continue
+        outdated.update(saved["params"])
+        if saved.get("n_averaged"):
+            notes[
+                "torch.optim.SGD went on with this checkpoint: its weights have left its average "
+                f"of {saved['n_averaged']} samples behind, which starts again"
+            ] = None
+        saved.update(average=None, n_averaged=None)
+    return outdated
+
+
+def _steps_taken(
+    opt: FusedOptimizer,
+    saved_groups: list[dict[str, Any]],
+    step: int | None,
+    counted: bool,
+    notes: dict[str, None],
+) -> int:
+    """Where the run stands: what the caller says, or the checkpoint, which then must agree."""
+    counts = [saved["step"] for saved in saved_groups if saved.get("step") is not None]
+    counted = counted and len(counts) > 0
+    taken: int = max(counts, default=0)
+    if counted and step not in (None, taken):
+        raise ValueError(f"Invalid step: {step} (the checkpoint has counted {taken})")
+    policies = [group["average"] for group in opt.param_groups]
+    policy = next((p for p in policies if p is not None and p.by_step), None)
+    if step is None and not counted and policy is not None:
+        notes[
+            f"the checkpoint does not say how many steps were taken, and {policy} goes by them; "
+            f"counting from {taken} on (load_state_dict(state_dict, step=...) says where it stands)"
+        ] = None
+    return taken if step is None else step
+
+
+def _check_policy(policy: Average | None, saved: dict[str, Any], notes: dict[str, None]) -> None:
     theirs = saved.get("average")
     ours = None if policy is None else repr(policy)
     if theirs is None or theirs == ours:
         return
     if not isinstance(theirs, str):
         raise TypeError(f"Invalid average in the checkpoint: {theirs!r} (expected a repr)")
-    if structure(theirs) != structure(ours):
-        raise ValueError(f"the checkpoint's average is {theirs}, the optimizer's {ours}")
-    changed[f"the checkpoint's average was {theirs}; going on with the optimizer's {ours}"] = None
+    kind, own_kind = structure(theirs), structure(ours)
+    if kind != own_kind:
+        hint = ""
+        if policy is not None and policy.custom and kind[1:] == own_kind[1:]:
+            hint = f"; if the function is the same, name={str(kind[0])[1:-1]!r} says so"
+        raise ValueError(f"the checkpoint's average is {theirs}, the optimizer's {ours}{hint}")
+    if ours is not None and not same(theirs, ours):
+        notes[f"the checkpoint's average was {theirs}; going on with the optimizer's {ours}"] = None
 
 
 def _check_state(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from rbwa_fused.model_state import state_dict_with
 from rbwa_fused.sharded import is_sharded, reshard
 from rbwa_fused.swap import Swap, averages
 
@@ -66,17 +67,11 @@ def _free_gathered(opt: FusedOptimizer, model: nn.Module | None) -> None:
 
 def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]:
     """See FusedOptimizer.averaged_state_dict."""
+    reshard(model)  # or its parameters are what FSDP has gathered
+    if {p for group in opt.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
+        name = type(model).__name__
+        raise ValueError(f"Invalid model: none of {name}'s parameters is the optimizer's")
     return state_dict_with(model, dict(averages(opt)))
-
-
-def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[str, Any]:
-    """The model's state dict with others in place of some parameters; every tensor is a copy."""
-    result = model.state_dict(keep_vars=True)  # with the metadata that loading asks for
-    for name, tensor in result.items():
-        if isinstance(tensor, Tensor):
-            source = other.get(tensor, tensor).detach()
-            result[name] = source.to(tensor.dtype, copy=True)
-    return result
 
 
 @contextmanager

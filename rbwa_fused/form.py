@@ -8,6 +8,10 @@ from typing import Any
 
 from rbwa_fused.flat import STREAMS
 
+# What torch.optim.SGD has had in its groups from its first version on, and no other class of torch
+# has all of.
+OF_SGD = ("lr", "momentum", "dampening", "weight_decay")
+
 
 def check(state_dict: Any) -> None:
     """Raise ValueError or TypeError for what no optimizer's ``state_dict()`` returns."""
@@ -29,6 +33,7 @@ def check(state_dict: Any) -> None:
             if param in known:
                 raise ValueError(f"Invalid params of {name}: {short(param)} is named twice")
             known.add(param)
+        _kind(name, group)
         _numbers(group)
     for key, held in state.items():
         if key in known:
@@ -67,6 +72,17 @@ def _params(name: str, group: Mapping[str, Any]) -> list[int | str]:
                 f"Invalid param_names of {name}: {short(names)} (expected {len(params)} texts)"
             )
     return list(params)
+
+
+def _kind(name: str, group: Mapping[str, Any]) -> None:
+    """Raise for a group of another class of optimizer. Ours say what rule they follow."""
+    missing = [key for key in OF_SGD if key not in group]
+    if group.get("rule") is None and missing:
+        keys = [key for key in group if key not in ("params", "param_names")]
+        raise ValueError(
+            f"Invalid {name}: another optimizer's, with {', '.join(map(str, keys)) or 'no keys'} "
+            f"and without {', '.join(missing)} (expected one of rbwa_fused's or of torch.optim.SGD)"
+        )
 
 
 def _numbers(group: Mapping[str, Any]) -> None:

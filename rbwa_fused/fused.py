@@ -314,25 +314,39 @@ class FusedOptimizer(LaidOut):
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """A plain state dict of the model holding the averaged weights, in the weights' dtypes.
 
-        Buffers are the model's own; every tensor is a copy.
+        Buffers are the model's own; every tensor is a copy. Where ``model.state_dict()`` returns
+        something else than parameters and buffers, such as copies that a hook makes, the averaged
+        weights are live while it is asked, as in ``averaged()``.
+
+        Raises:
+            ValueError: for a model none of whose parameters is the optimizer's.
         """
         self._itself._refuse_midway("averaged_state_dict")
         return evaluate.averaged_state_dict(self._itself, model)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
         """Loads a checkpoint of this class or of torch.optim.SGD; tensors are copied.
 
+        Where torch.optim.SGD went on with a checkpoint of this class, the averages in it are older
+        than the weights: they are left out, with a warning, and start again.
+
+        Args:
+            step (int, steps, >= 0): how many were taken when the checkpoint was written. Ours say
+                it themselves; torch's do not, and without it counting starts at 0, with a warning
+                where a policy goes by the step (default: None).
+
         Raises:
-            ValueError: for another rule, another kind of policy, write-back, ``initial`` or dtype,
-                other shapes or groups. The optimizer is as it was then.
+            ValueError: for another optimizer's checkpoint, another rule, another kind of policy,
+                write-back, ``initial`` or dtype, other shapes or groups, or another ``step`` than
+                the checkpoint's. The optimizer is as it was then.
         """
         opt = self._itself
         if opt._evaluating is not None and not opt._evaluating.over:
             opt._refuse_inside_averaged("load_state_dict")
         opt._refuse_midway("load_state_dict")
-        checkpoint.load(opt, state_dict)
+        checkpoint.load(opt, state_dict, step)
         opt._evaluating = None  # what averaged() could not bring back is given up
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from rbwa_fused import checks, evaluate, flat, ops, reference
+from rbwa_fused import checks, flat, ops, reference
 from rbwa_fused.average import _integer
+from rbwa_fused.model_state import state_dict_with
 from rbwa_fused.rules import number
 from rbwa_fused.sharded import is_sharded
 
@@ -165,7 +166,7 @@ def state_dict_with_means(model: nn.Module, mean_of: Mapping[Tensor, Tensor]) ->
     """See Elastic.averaged_state_dict."""
     if not any(p in mean_of for p in model.parameters()):
         raise ValueError(f"Invalid model: none of the parameters of {model!r} is pulled")
-    return evaluate.state_dict_with(model, mean_of)
+    return state_dict_with(model, mean_of)
 
 
 def tensors(replica: Replica) -> list[Tensor]:

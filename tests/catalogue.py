@@ -95,7 +95,7 @@ def _info(cls: Any, inputs: Any, *later: str) -> OptimizerInfo:
     )
 
 
-SGD = _info(rf.FusedSGD, _inputs_of_sgd, "nesterov", "dampening", "rule")
+SGD = _info(rf.FusedSGD, _inputs_of_sgd, "nesterov", "rule")
 INFOS = [SGD, _info(rf.RSGDM, _inputs_of_rsgdm, "implicit_momentum")]
 
 

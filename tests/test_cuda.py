@@ -283,6 +283,28 @@ def test_a_first_step_that_was_skipped_is_first_again_after_a_checkpoint() -> No
     assert_same_bits(*ends)
 
 
+def scaled(skips: list[bool]) -> rf.FusedSGD:
+    """Whose device has counted these steps."""
+    p = nn.Parameter(torch.ones(5))
+    opt = rf.FusedSGD([p], lr=0.1, momentum=0.5, average=rf.ema(0.5), backend="cuda")
+    for skip in skips:
+        p.grad = torch.ones_like(p)
+        Scaler(opt, 1.0).step(skip)
+    return opt
+
+
+@pytest.mark.parametrize("before", [[False] * 5, [True]], ids=["further", "all skipped"])
+def test_what_a_device_has_counted_is_forgotten_where_a_checkpoint_is_loaded(
+    before: list[bool],
+) -> None:
+    saved = scaled([False] * 2).state_dict()
+    opt = scaled(before)
+    opt.load_state_dict(saved)
+    loaded = opt.state_dict()
+    assert loaded["param_groups"] == saved["param_groups"]
+    assert loaded["state"][0].keys() == saved["state"][0].keys()
+
+
 def test_a_first_step_that_was_skipped_is_first_again_in_a_copy() -> None:
     ends = []
     for copied in (False, True):

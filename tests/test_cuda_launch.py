@@ -28,7 +28,6 @@ calls = {
     "step": (kernels._Z9step_cudaRK7StreamsPKvlPv, (some[0], some[1], 1, None), 1),
     "advance": (kernels._Z12advance_cudaRK8DeferredPv, (some[0], None), 1),
     "pull": (kernels._Z9pull_cuda5DtypePKvlPv, (0, some[0], 1, None), 1),
-    "exchange": (kernels._Z13exchange_cudaPvS_lS_, (*some, 33, None), 2),
 }
 for name, (function, arguments, launches) in calls.items():
     function.restype = ctypes.c_char_p
@@ -67,7 +66,7 @@ def test_an_error_that_another_library_left_is_neither_ours_nor_taken_away(
     said: list[tuple[str, int, bool, int, int]],
 ) -> None:
     whole = [line for line in said if line[1] == 0]
-    assert [line[0] for line in whole] == ["step", "advance", "pull", "exchange"]
+    assert [line[0] for line in whole] == ["step", "advance", "pull"]
     assert all(fine and left == LEFT_BEHIND for _, _, fine, _, left in whole), whole
 
 
@@ -75,6 +74,6 @@ def test_a_launch_that_failed_is_told_once_and_nothing_is_launched_behind_it(
     said: list[tuple[str, int, bool, int, int]],
 ) -> None:
     failed = [line for line in said if line[1] > 0]
-    assert len(failed) == 5
+    assert len(failed) == 3
     for name, failing, fine, launches, left in failed:
         assert not fine and launches == failing and left == 0, name

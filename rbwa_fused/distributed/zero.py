@@ -122,8 +122,11 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         ]
         return result
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
         """Loads this rank's part of a state dict; a FusedSGD's or torch.optim.SGD's will do.
+
+        Args:
+            step: as `FusedSGD.load_state_dict`'s.
 
         Raises:
             ValueError: as `FusedSGD.load_state_dict`; nothing was changed then on this rank.
@@ -143,7 +146,7 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         ]
         wanted = set(chain.from_iterable(group["params"] for group in own))
         state = {k: held for k, held in state_dict["state"].items() if k in wanted and held}
-        self.optim.load_state_dict({"state": state, "param_groups": own})
+        self.optim.load_state_dict({"state": state, "param_groups": own}, step=step)
         for group, loaded in zip(self.param_groups, self.optim.param_groups, strict=True):
             group.update(_without("params", loaded))
 

@@ -1,0 +1,211 @@
+"""A policy's own function: what a checkpoint remembers of it, and what it can tell from another."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import scheduled
+from torch import nn
+
+import rbwa_fused as rf
+from rbwa_fused.average import same, structure
+from rbwa_fused.fingerprint import INTERPRETER, alike, fingerprint
+
+RATE = 0.5
+
+
+def by_global(n: int, step: int) -> float:
+    """What is written here is no part of it."""
+    return RATE / n
+
+
+def by_default(n: int, step: int, rate: float = 0.5) -> float:
+    return rate / n
+
+
+def closing(rate: Any) -> Callable[[int, int], float]:
+    def weight(n: int, step: int) -> float:
+        return rate[min(n, len(rate) - 1)] if isinstance(rate, list) else rate / n
+
+    return weight
+
+
+def recursive(rate: float) -> Callable[[int, int], float]:
+    def weight(n: int, step: int) -> float:
+        return rate if n < 2 else weight(n - 1, step) / 2
+
+    return weight
+
+
+class Ramp:
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def __call__(self, n: int, step: int) -> float:
+        return self.rate / n
+
+
+class Trainer:
+    """Goes on changing while its method stays the same function."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def weight(self, n: int, step: int) -> float:
+        return 0.5
+
+
+def renamed(function: Callable[[int, int], float], name: str) -> Callable[[int, int], float]:
+    function.__qualname__ = name
+    return function
+
+
+PAIRS: dict[str, tuple[Any, Any]] = {
+    "lambdas": (lambda n, step: 0.5, lambda n, step: 0.25),
+    "operators": (lambda n, step: n / step, lambda n, step: n % step),
+    "attributes": (lambda n, step: n.real / 9, lambda n, step: n.imag / 9),
+    "inner functions": (
+        lambda n, step: max([i / 9 for i in range(n)]),
+        lambda n, step: max([i / 8 for i in range(n)]),
+    ),
+    "closures": (closing(0.5), closing(0.25)),
+    "tables": (closing([1.0, 0.5]), closing([1.0, 0.25])),
+    "recursive": (recursive(0.5), recursive(0.25)),
+    "decorated": (functools.wraps(scheduled)(closing(0.5)), functools.wraps(scheduled)(closing(1))),
+    "partials": (functools.partial(by_default, rate=0.5), functools.partial(by_default, rate=1.0)),
+    "instances": (Ramp(0.5), Ramp(0.25)),
+    "options": (by_default, renamed(lambda n, step, rate=0.25: rate / n, by_default.__qualname__)),
+}
+
+
+def fingerprints() -> list[str]:
+    return [fingerprint(weight) for pair in PAIRS.values() for weight in pair]
+
+
+def average(weight: Any, name: str | None = "ramp") -> rf.Average:
+    return rf.Average(weight, name=name)
+
+
+def loaded(source: Any, into: Any) -> list[str]:
+    """The warnings of a checkpoint that is loaded under another policy."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = rf.FusedSGD([p], lr=0.1, average=source)
+    p.grad = torch.ones(3)
+    opt.step()
+    again = rf.FusedSGD([q], lr=0.1, average=into)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        again.load_state_dict(opt.state_dict())
+    assert again.n_averaged == 1
+    return [str(w.message) for w in seen]
+
+
+@pytest.mark.parametrize("name", ["ramp", None])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_another_function_of_the_same_name_warns_once(pair: str, name: str | None) -> None:
+    left, right = (average(weight, name) for weight in PAIRS[pair])
+    assert loaded(left, left) == [] and loaded(right, right) == []
+    seen = loaded(left, right)
+    assert len(seen) == 1 and repr(left) in seen[0] and repr(right) in seen[0]
+
+
+def test_a_global_that_a_function_reads_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = repr(average(by_global))
+    monkeypatch.setattr(sys.modules[__name__], "RATE", 0.25)
+    assert not same(before, repr(average(by_global)))
+    monkeypatch.setattr(sys.modules[__name__], "OTHER", 0.25, raising=False)
+    monkeypatch.setattr(sys.modules[__name__], "RATE", 0.5)
+    assert same(before, repr(average(by_global)))
+
+
+def test_a_function_is_the_same_whatever_was_done_with_it_before() -> None:
+    before = fingerprint(by_global)
+    for n in range(1, 2000):  # the interpreter specialises its code
+        by_global(n, n)
+    assert fingerprint(by_global) == before
+    trainer = Trainer()
+    before = fingerprint(trainer.weight)
+    trainer.epoch = 7
+    assert fingerprint(trainer.weight) == before
+
+
+def test_a_function_is_the_same_in_another_process() -> None:
+    code = "import test_custom_weights as t; print(t.fingerprints())"
+    path = os.pathsep.join([str(Path(rf.__file__).parents[1]), str(Path(__file__).parent)])
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "7"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+    assert printed.strip() == str(fingerprints())
+
+
+def test_a_name_finds_a_function_that_was_moved() -> None:
+    before, after = average(renamed(closing(0.5), "old.place")), average(closing(0.5))
+    assert loaded(before, after) == []
+    unnamed = rf.Average(renamed(closing(0.5), "old.place"))
+    with pytest.raises(ValueError, match=r"name='test_custom_weights\.old\.place' says so"):
+        loaded(unnamed, after)
+    assert loaded(unnamed, average(closing(0.5), "test_custom_weights.old.place")) == []
+    with pytest.raises(ValueError, match=r"<test_custom_weights\.closing\.<locals>\.weight>"):
+        loaded(rf.ema(0.5), rf.Average(closing(0.5)))
+
+
+def test_checkpoints_that_say_nothing_of_the_code_are_believed() -> None:
+    policy = rf.Average(scheduled, start=2)
+    older = (
+        "Average(<runs.scheduled>, start=2, every=1, write_back_every=0, "
+        "initial='first_sample', dtype=None)"
+    )
+    assert structure(older) == structure(repr(policy)) and same(older, repr(policy))
+    assert not same(older.replace("start=2", "start=3"), repr(policy))
+    p = nn.Parameter(torch.ones(3))
+    opt = rf.FusedSGD([p], lr=0.1, average=policy)
+    saved = opt.state_dict()
+    saved["param_groups"][0]["average"] = older
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(saved)
+
+
+def test_digests_of_another_interpreter_say_nothing() -> None:
+    assert alike(f"{INTERPRETER}-00000000", "cpython310-11111111")
+    assert not alike(f"{INTERPRETER}-00000000", f"{INTERPRETER}-11111111")
+
+
+@pytest.mark.parametrize("name", ["", "a,b", "f(x)", "a=1", "two\nlines", 3])
+def test_a_name_that_a_checkpoint_could_not_give_back_is_refused(name: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="Invalid name"):
+        rf.Average(scheduled, name=name)
+
+
+def test_only_a_function_takes_a_name() -> None:
+    with pytest.raises(ValueError, match=r"Invalid name: 'mine' .*Mean\(\) names itself"):
+        rf.Average(rf.mean().weight, name="mine")
+
+
+@pytest.mark.parametrize("name", ["ramp", "a <b> c", "läuft.langsam-1"])
+def test_a_name_is_read_back_from_a_checkpoint(name: str) -> None:
+    policy = rf.Average(scheduled, start=3, write_back_every=4, name=name)
+    assert structure(repr(policy)) == (f"<{name}>", "rarely", "'first_sample'", "None")
+    assert f"Average(<{name}>, start=3" in repr(policy)
+
+
+def test_a_named_policy_is_pickled_and_compared_whole() -> None:
+    policy = rf.Average(scheduled, name="ramp")
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert policy != rf.Average(scheduled, name="other") and policy != rf.Average(scheduled)
+    assert len({policy, rf.Average(scheduled, name="ramp")}) == 1
