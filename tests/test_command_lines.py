@@ -143,6 +143,14 @@ def test_all_ranks_end_where_the_first_cannot_write_and_go_on_where_nobody_reads
     assert ranks(2).run(command_jobs.printed, False) == [["went on", "went on"]] * 2
 
 
+def test_a_checkpoint_of_shards_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "epoch-001"
+    first, other = ranks(2).run(command_jobs.saved, folder)
+    assert first.startswith(f"fsdp2.py: error: {folder}: [Errno 20] Not a directory")
+    assert len(first.splitlines()) == 1 and other == 1
+
+
 def test_a_process_group_is_destroyed_only_after_all_are_done() -> None:
     """torch 2.14 aborts about one process in eight that leaves while another still talks to it."""
     found = 0

@@ -21,10 +21,11 @@ pytest.importorskip("rbwa_fused._C")
 
 SOURCES = Path(rf.__file__).parent
 INSTALLED = "install with `pip install --no-build-isolation --no-deps -e .`"
-# Without editable installs, which would lend a copy their own modules.
+# Without installs, which would lend a copy their own modules.
 START = """
-import runpy, sys
+import os, runpy, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path = [entry for entry in sys.path if not os.path.exists(os.path.join(entry, "rbwa_fused"))]
 sys.path[:0] = {folders}
 """
 CHECK = START + "sys.argv = ['rbwa_fused']; runpy.run_module('rbwa_fused', run_name='__main__')"
