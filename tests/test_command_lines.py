@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import command_jobs
+import mutate
 import pytest
+import sanitize
 from command_jobs import full, gone
 from ranks import ranks
 
@@ -79,6 +81,19 @@ def test_an_unknown_argument_is_one_line(
     said = capsys.readouterr().err + (status if isinstance(status, str) else "")
     assert status != 0 and len(said.splitlines()) == 1
     assert "--no-such-option" in said or "COMMAND" in said
+
+
+@pytest.mark.parametrize(
+    ("tool", "argument"), [(mutate, "--help-me"), (mutate, "no_such_file"), (sanitize, "quickly")]
+)
+def test_a_tool_does_not_run_for_minutes_where_it_is_asked_for_something_else(
+    tool: Any, argument: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "Workspace", lambda *_: pytest.fail("it runs"))
+    with pytest.raises(SystemExit) as ended:
+        tool.main([argument])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and argument in line
 
 
 @needs_full
