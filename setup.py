@@ -1,19 +1,26 @@
 """Builds the extensions; everything else stands in pyproject.toml.
 
-With a C++ compiler the CPU kernels are built, with nvcc and a CUDA build of torch the CUDA kernels
+With a C++ compiler the CPU kernels are built, with the nvcc of torch's CUDA major the CUDA kernels
 too, GPU or not (RBWA_CUDA=0 leaves them out, TORCH_CUDA_ARCH_LIST chooses architectures); an error
-in them is an error of the install. Without a compiler the package still installs: it then runs the
-plain PyTorch reference and says so.
+in them is an error of the install. What is left out is said in a line. Without a compiler the
+package still installs: it then runs the plain PyTorch reference and says so.
 """
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from glob import glob
 
-import torch
 from setuptools import setup
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    sys.exit(f"rbwa_fused: needs torch >= 2.10 where it is built ({error})")
+if torch.__version__ < "2.10":
+    sys.exit(f"rbwa_fused: needs torch >= 2.10, found {torch.__version__}")
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10: one build runs on all later
 FLAGS = [
@@ -34,14 +41,41 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xfatbin", "-compress-all", "
 ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 
+def told_by(*command: str) -> str:
+    """What a program writes, or nothing where it cannot be run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr if done.returncode == 0 else ""
+
+
 def cuda_home() -> str | None:
     """The toolkit's folder: nvcc itself knows it best, as it may be a wrapper on PATH."""
     nvcc = shutil.which("nvcc")
     if "CUDA_HOME" in os.environ or nvcc is None:
         return os.environ.get("CUDA_HOME")
-    said = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True).stderr
-    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    found = re.search(r"^#\$ TOP=(.+)$", told_by(nvcc, "--dryrun", "none.cu"), re.MULTILINE)
     return os.path.normpath(found[1]) if found else None
+
+
+def without_cuda() -> str | None:
+    """Why the CUDA kernels are left out, or None where they are built."""
+    if os.environ.get("RBWA_CUDA", "1") == "0":
+        return "RBWA_CUDA=0"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is no CUDA build"
+    if not home:
+        return "CUDA_HOME is empty" if home == "" else "no nvcc that works on PATH, no CUDA_HOME"
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if nvcc is None:
+        return f"no nvcc in {os.path.join(home, 'bin')}"
+    release = re.search(r"release (\d+)\.\d+", told_by(nvcc, "--version"))
+    if release is None:
+        return f"{nvcc} --version fails"
+    if release[1] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {release[0].split()[1]}, torch of CUDA {torch.version.cuda}"
+    return None
 
 
 def pybind11() -> list[str]:
@@ -54,7 +88,10 @@ def pybind11() -> list[str]:
 
 
 def extensions() -> list:
-    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+    compiler = os.environ.get("CXX", "").split()
+    if not compiler:
+        os.environ.pop("CXX", None)  # torch's build tools take an empty one as a name
+    if shutil.which(compiler[0] if compiler else "c++") is None:
         print("rbwa_fused: no C++ compiler found; installing without compiled kernels")
         return []
     depends = glob("csrc/*.h")
@@ -68,8 +105,13 @@ def extensions() -> list:
             extra_compile_args=FLAGS,
         )
     ]
-    if home and torch.version.cuda and os.environ.get("RBWA_CUDA", "1") != "0":
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    why = without_cuda()
+    if why is not None:
+        print(f"rbwa_fused: without CUDA kernels: {why}")
+    else:
+        given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+        # torch fails on an empty list, and on an empty entry, which a blank too many is.
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(given) or ARCHITECTURES
         told = f'-DRBWA_ARCHITECTURES="{architectures}"'
         names = ["ops_cuda.cpp", "tables.cpp", "cuda_tables.cpp", "launches.cpp", "step_cuda.cu"]
         names += ["replica_tables.cpp", "replicas_launches.cpp", "replicas_cuda.cu"]

@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import step, training, training_report
 from benchmarks.process import fresh
 from benchmarks.progress import bar
+from rbwa_fused.command import Parser, run
 
 NEEDED = ("torchvision", "matplotlib", "scipy", "rbwa_fused._C")
 BATCH_SIZES, FULL_BATCH_SIZES = (1, 8), (1, 8, 32)
@@ -27,9 +28,7 @@ BATCH_SIZES, FULL_BATCH_SIZES = (1, 8), (1, 8, 32)
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--full",
         action="store_true",
@@ -122,4 +121,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("python -m benchmarks", main))

@@ -6,15 +6,18 @@ knows AVX2 and no AVX-512: the kernels choose AVX2 under it, as torch's do.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.report import table
+from rbwa_fused.command import Parser, run
 
 TENSORS, SIZE = 62, 20_000
 STEPS = 2
@@ -81,12 +84,14 @@ def measure(folder: Path) -> dict[str, float]:
     return {name: total(dump) / counted for name, dump in zip(names, dumps, strict=True)}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Counts and prints the table."""
-    if sys.argv[1:] == ["--count"]:
+    parser = Parser(
+        prog="python -m benchmarks.instructions", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_args(argv).count:
         count()
-    if sys.argv[1:]:
-        sys.exit("benchmarks.instructions takes no arguments")
     if shutil.which("valgrind") is None:
         sys.exit("benchmarks.instructions: valgrind is not installed")
     with TemporaryDirectory() as folder:
@@ -100,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("python -m benchmarks.instructions", main))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -26,6 +27,7 @@ from benchmarks.progress import bar
 from benchmarks.report import spread, table
 from benchmarks.shapes import MODELS, Weights
 from benchmarks.timing import Times, switches
+from rbwa_fused.command import Parser, run
 
 ALPHA = 0.3
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -161,7 +163,7 @@ def report(args: argparse.Namespace, results: Sequence[dict[str, float]]) -> str
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.replicas", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--replicas", type=int, default=3, help="models, at least 2")
@@ -192,4 +194,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("python -m benchmarks.replicas", main))

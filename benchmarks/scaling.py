@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from benchmarks import (
 )
 from benchmarks.process import ROOT
 from benchmarks.progress import bar
+from rbwa_fused.command import Parser, run
 
 TABLES: dict[str, Callable[[], str]] = {
     "answers": scaling_answers.answers,
@@ -90,9 +92,7 @@ def measured() -> dict[str, Any]:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m benchmarks.scaling", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--measure", action="store_true", help="measure, write --out and print it")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/…)")
     parser.add_argument("--results", type=Path, help="print what such a file has")
@@ -126,4 +126,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("python -m benchmarks.scaling", main))

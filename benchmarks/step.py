@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from benchmarks.progress import bar
+from rbwa_fused.command import run
 
 if TYPE_CHECKING:
     from benchmarks import gpu
@@ -226,4 +228,4 @@ def on_cpu(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("benchmarks.step", main))

@@ -17,14 +17,15 @@ import argparse
 import gc
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from time import perf_counter
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchvision.models import ResNet, list_models
 
 from benchmarks import graph_training
 from benchmarks.device import Clock, Cpu, Cuda, Device
@@ -36,6 +37,7 @@ from benchmarks.provider import Provider
 from benchmarks.providers import CAPTURED, ON_GPU, TRAINED, Row, named, selected
 from benchmarks.timing import switches
 from benchmarks.training_report import Measured, Sample, Samples, report, timed_rows, wrong_rows
+from rbwa_fused.command import Parser, run
 
 CLASSES = 1000  # of torchvision's networks
 SMALL = 64  # pixels, at which a ResNet's own stem leaves no image
@@ -99,6 +101,8 @@ def replayed(graphs: graph_training.Graphs, device: Device) -> Sample:
 def network(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """torchvision's network; a ResNet gets the usual stem for small images, a 3x3 convolution of
     stride 1 without max-pool, or BatchNorm would see one number a channel of a single image."""
+    from torchvision.models import ResNet
+
     model = torchvision_model(args.model, torch.float32)
     if isinstance(model, ResNet) and args.side <= SMALL:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -186,7 +190,7 @@ def peak(args: argparse.Namespace, row: str) -> float:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.training", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--model", default="resnet18", help="a classifier of torchvision")
@@ -208,6 +212,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--no-memory", dest="memory", action="store_false", help="leave out the column peak MB"
     )
     args = parser.parse_args(argv)
+    from torchvision.models import list_models
+
     for name in ("batch_size", "side", "threads", "processes", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -228,6 +234,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table; ends with status 1 if a row of ours was wrong."""
     args = arguments(argv)
+    if find_spec("scipy") is None:
+        sys.exit("benchmarks.training: scipy is needed, for the intervals")
     results, peaks = [], {}
     with bar(args.processes + args.memory * len(args.rows), "process") as progress:
         for seed in range(args.processes):
@@ -242,4 +250,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("python -m benchmarks.training", main))

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
 from benchmarks.providers import BASELINE, IN_BACKWARD
 from benchmarks.report import NONE, table
 
@@ -52,6 +49,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the median; nan of a single value."""
     if len(values) < 2:
         return math.nan, math.nan
+    import numpy as np
+    from scipy import stats
+
     found = stats.bootstrap(
         (np.array(values),), np.median, n_resamples=2000, method="percentile", rng=0
     ).confidence_interval

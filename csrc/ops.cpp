@@ -71,7 +71,11 @@ STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CPU, library) {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Facts of this build; importing it registers torch.ops.rbwa_fused.";
-  module.attr("COMPILER") = __VERSION__;
+#if defined(__GNUC__) && !defined(__clang__)
+  module.attr("COMPILER") = "gcc " __VERSION__;
+#else
+  module.attr("COMPILER") = __VERSION__;  // clang's names it
+#endif
   module.attr("ROW_COLUMNS") = kRowColumns;
   module.attr("SAMPLING_COLUMNS") = kSamplingColumns;
   module.attr("SEGMENT_COLUMNS") = static_cast<int>(kSegmentColumns);

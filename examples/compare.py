@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"train.py: interrupted: {kept(given, files, start)}", file=sys.stderr)
         return 130
-    except (OSError, UnusableError) as error:
+    except UnusableError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
     results = start.results

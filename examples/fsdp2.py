@@ -1,8 +1,8 @@
 """Trains a small transformer on real digit images, sharded over processes by FSDP2, with an EMA.
 
-    torchrun --nproc-per-node 2 -m examples.fsdp2
-    torchrun --nproc-per-node 2 -m examples.fsdp2 --epochs 10 --checkpoint digits
-    torchrun --nproc-per-node 4 -m examples.fsdp2 --epochs 20 --checkpoint digits   # goes on, on 4
+    torchrun --nproc-per-node 2 examples/fsdp2.py
+    torchrun --nproc-per-node 2 examples/fsdp2.py --epochs 10 --checkpoint digits
+    torchrun --nproc-per-node 4 examples/fsdp2.py --epochs 20 --checkpoint digits   # goes on, on 4
 
 Needs scikit-learn beside PyTorch. Processes take a GPU each, or a core where there are none. With
 --checkpoint every epoch leaves a folder in that one, and a start goes on from the last, on however
@@ -11,10 +11,11 @@ many processes.
 
 from __future__ import annotations
 
-import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,8 +26,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+if __package__ is None:  # run as a file: the folder above holds the package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import rbwa_fused as rf
 from examples import data
+from examples.ranks import on_first
+from rbwa_fused.command import Parser, run
 
 WIDTH, LAYERS = 32, 2
 BATCH_SIZE = 32  # of each process
@@ -83,23 +89,30 @@ def load(model: nn.Module, opt: rf.FusedSGD, folder: Path) -> int:
     return int(complete[-1].parent.name.removeprefix("epoch-"))
 
 
-def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="examples.fsdp2", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER")
-    return parser.parse_args(argv)
+def save(held: dict[str, Any], folder: Path) -> None:
+    """Writes a checkpoint. Where a rank cannot, the first one says why, and all end."""
+    try:
+        dcp.save(held, checkpoint_id=folder)
+    except dcp.CheckpointException as error:  # on all ranks, with the traceback of each that failed
+        why, _ = next(iter(error.failures.values()))
+        if not isinstance(why, OSError):
+            raise
+        sys.exit(f"fsdp2.py: error: {folder}: {why}" if distributed.get_rank() == 0 else 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = options(argv)
+    parser = Parser(prog="fsdp2.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("start it with torchrun --nproc-per-node 2 examples/fsdp2.py")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else 0)
     if kind == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-    rank, world = distributed.get_rank(), distributed.get_world_size()
+    world = distributed.get_world_size()
 
     digits = data.load()
     images = TensorDataset(digits.train_images, digits.train_labels)
@@ -115,16 +128,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     opt = rf.FusedSGD(model.parameters(), lr=0.05, momentum=0.9, average=rf.ema(0.95))
 
     finished = load(model, opt, args.checkpoint) if args.checkpoint is not None else 0
-    if rank == 0 and finished:
-        print(f"{args.checkpoint}: {finished} epochs, gone on with on {world} processes")
+    if finished:
+        on_first(print, f"{args.checkpoint}: {finished} epochs, gone on with on {world} processes")
     for epoch in range(finished + 1, args.epochs + 1):
         sampler.set_epoch(epoch)
         train(model, opt, loader, device)
         trained = accuracy(model, digits.test_images, digits.test_labels, device)
         with opt.averaged(model):  # communicates nothing; the next forward gathers averages
             averaged = accuracy(model, digits.test_images, digits.test_labels, device)
-        if rank == 0:
-            print(f"epoch {epoch:2}: {trained:.1f} % right, averaged weights {averaged:.1f} %")
+        on_first(
+            print, f"epoch {epoch:2}: {trained:.1f} % right, averaged weights {averaged:.1f} %"
+        )
         if args.checkpoint is not None:
             weights, state = get_state_dict(model, opt)
             held = {
@@ -132,9 +146,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "optim": state,
                 "averaged": opt.averaged_state_dict(model),  # a plain model loads these
             }
-            dcp.save(held, checkpoint_id=args.checkpoint / f"epoch-{epoch:03}")
+            save(held, args.checkpoint / f"epoch-{epoch:03}")
+    distributed.barrier()  # torch 2.14 may abort a process that destroys its group before the rest
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("fsdp2.py", main))

@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from examples.data import TRAIN_IMAGES
+from rbwa_fused.command import Parser
 
 MOST_SEEDS = 1000
 
@@ -53,13 +54,6 @@ class Given(NamedTuple):
     settings: Settings
     out: Path
     checkpoint_every: int
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse(argv: Sequence[str] | None, methods: Iterable[str], models: Iterable[str]) -> Given:

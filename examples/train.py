@@ -24,15 +24,20 @@ if __package__ is None:  # run as a file: the folder above holds the package
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison. Exit code 0; 130 after Ctrl-C; 1 if a result cannot be written, or a
-    file in the output folder not be gone on with."""
+    file in the output folder not be gone on with; 141 if nobody reads what it prints."""
     listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if listening:
         signal.signal(signal.SIGINT, leave)
-    from examples import compare  # seconds, in which a KeyboardInterrupt confuses numpy's imports
+    from rbwa_fused.command import run
 
-    if listening:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return compare.main(argv)
+    def compared() -> int:
+        from examples import compare  # seconds, in which Ctrl-C confuses numpy's imports
+
+        if listening:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return compare.main(argv)
+
+    return run("train.py", compared)
 
 
 def leave(number: int, frame: FrameType | None) -> None:

@@ -1,36 +1,38 @@
-"""``python -m rbwa_fused``: what a bug report needs, and a check of each backend."""
+"""Prints what a bug report needs, and checks each kernel against the plain PyTorch reference."""
 
 from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 import rbwa_fused as rf
 from rbwa_fused import ops
+from rbwa_fused.command import Parser, run
 
+PROG = "python -m rbwa_fused"
 STEPS = 5
 
 
 def facts() -> dict[str, str]:
     """Versions and what was compiled, in the order in which they are printed."""
     cpu, cuda = ops._C, ops._C_cuda
-    missing = f"{ops.CUDA_HINT} ({ops._missing_cuda})"
     return {
         "rbwa_fused": rf.__version__,
         "torch": f"{torch.__version__} (built with CUDA {torch.version.cuda})",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
-        "cpu kernels": f"built with {cpu.COMPILER}" if cpu is not None else ops.CPU_HINT,
+        "cpu kernels": f"built with {cpu.COMPILER}" if cpu is not None else ops._missing,
         "cpu instruction set": cpu.cpu_capability() if cpu is not None else "-",
         "direct call": "yes" if hasattr(cpu, "step") else "no (all goes through the dispatcher)",
         "cuda kernels": (
             f"built with CUDA {cuda.TOOLKIT / 1000:.1f} for {cuda.ARCHITECTURES}"
             if cuda is not None
-            else missing
+            else ops._missing_cuda
         ),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
@@ -66,11 +68,17 @@ def _processor() -> str:
         return platform.processor() or "unknown"
 
 
-def main() -> int:
-    """Prints the facts and checks each backend; the exit status is 0 if all agree."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the facts and checks each backend.
+
+    Returns:
+        The exit status: 0 if a kernel was checked and all that were agree with the reference.
+    """
+    status = "Exit status 0: a kernel was checked, and all that were agree; 1: none was, or not."
+    Parser(prog=PROG, description=__doc__, epilog=status).parse_args(argv)
     for name, value in facts().items():
         print(f"{name:20} {value}")
-    status = 0
+    verdicts = []
     for backend in ops.BACKENDS:
         if backend == "reference":
             continue  # the yardstick
@@ -82,10 +90,10 @@ def main() -> int:
             continue
         difference = disagreement(backend, device)
         verdict = "ok" if difference == 0.0 else "WRONG"
-        status |= difference != 0.0
+        verdicts.append(verdict)
         print(f"{'check ' + backend:20} {verdict}, differs from the reference by {difference:g}")
-    return status
+    return 0 if set(verdicts) == {"ok"} else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(PROG, main))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,31 +10,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rbwa_fused import reference
+from rbwa_fused import compiled, reference
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.flat import is_dense, same_layout
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MOST_REPLICAS = 4000  # whose addresses are kernel arguments of one launch
 OWN = ("rbwa_fused", "torch")  # whose frames are not the user's
-BUILD_HINT = (
-    "the {} kernels are not built; with {} at hand run "
-    "`pip install --no-build-isolation --force-reinstall --no-deps .` in rbwa_fused's folder"
-)
-
-
-def _load(module: str) -> tuple[Any, str]:
-    """A compiled module, or None and why not."""
-    try:
-        return importlib.import_module(f"rbwa_fused.{module}"), ""
-    except ImportError as error:
-        return None, str(error)
-
-
-_C, _missing = _load("_C")
-_C_cuda, _missing_cuda = _load("_C_cuda") if _C is not None else (None, _missing)
-CPU_HINT = BUILD_HINT.format("CPU", "a C++ compiler")
-CUDA_HINT = BUILD_HINT.format("CUDA", "nvcc and a CUDA build of torch")
+_C, _missing = compiled.load("_C")
+_C_cuda, _missing_cuda = compiled.load("_C_cuda") if _C is not None else (None, _missing)
 
 Grads = list[Tensor | None]
 
@@ -201,22 +184,24 @@ def choose(backend: str, device: torch.device) -> Backend:
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot serve tensors of a device, or None if it can."""
     if backend == "triton":
-        from rbwa_fused.triton_kernels.step import available
-
+        try:
+            from rbwa_fused.triton_kernels.step import available
+        except ModuleNotFoundError:  # it gets into the package by an install
+            return f"{compiled.in_source_folder()}, where there is no rbwa_fused.triton_kernels"
         return available(device)
     if backend in ("cpu", "cuda") and device.type != backend:
         return f"it does not serve parameters on {device}"
     if backend == "cpu" and _C is None:
-        return f"{CPU_HINT} ({_missing})"
+        return _missing
     if backend == "cuda" and _C_cuda is None:
-        return f"{CUDA_HINT} ({_missing_cuda})"
+        return _missing_cuda
     return None
 
 
 def warn_of_reference(device: torch.device) -> None:
     """Says why ``"auto"`` came down to the reference."""
-    hints = {"cpu": CPU_HINT, "cuda": f"{CUDA_HINT}, and Triton is not installed"}
-    why = hints.get(device.type, f"Triton does not serve {device.type}")
+    asked = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ("triton",))
+    why = "; ".join(str(unavailable(name, device)) for name in asked)
     warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=_user_level())
 
 

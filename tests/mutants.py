@@ -313,6 +313,14 @@ SHARDS_IN_SWAP: Mutants = [
     ("            reshard(self._model)\n", "            pass\n"),
 ]
 
+COMPILED: Mutants = [
+    ("isinstance(error, ModuleNotFoundError) and error.name == name", "True"),
+    ("is not None:  # of another", "is None:  # of another"),
+    ('torch.__version__ < "2.10"', 'torch.__version__ < "2.9"'),
+    ("torch.version.cuda is None", "torch.version.cuda is not None"),
+    ("str(toolkit // 1000) ==", "str(toolkit // 1000) !="),
+]
+CHECKED: Mutants = [('set(verdicts) == {"ok"}', 'set(verdicts) <= {"ok"}')]
 STEPS = (
     "test_outside_edits.py",
     "test_optimizer.py",
@@ -332,6 +340,8 @@ BITS = (
 SHARDS = ("test_fsdp.py", "test_tensor_parallel.py")
 # file, mutants, tests, whether the CPU module must be compiled
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
+    ("rbwa_fused/compiled.py", COMPILED, ("test_compiled.py",), False),
+    ("rbwa_fused/__main__.py", CHECKED, ("test_compiled.py",), False),
     ("csrc/step_cpu_loop.h", CPU_LOOP, BITS, True),
     ("csrc/step_cpu.cpp", STEP_CPU, BITS, True),
     ("csrc/ops.cpp", OPS, ("test_ops.py", "test_outside_edits.py", "test_threads.py"), True),

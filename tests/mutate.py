@@ -15,12 +15,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import mutants
 import mutants_distributed
 from workspace import ROOT, Workspace
+
+from rbwa_fused.command import Parser
 
 UPDATE = [
     ("T g = k.s * e.g;", "T g = e.g;"),
@@ -256,16 +259,20 @@ class Worker:
                 return False
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the mutants, a few at a time."""
+    parser = Parser(prog="mutate.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("part", nargs="*", help="of a file's name (default: all files)")
+    wanted = parser.parse_args(argv).part or [""]
     start = time.monotonic()
-    wanted = sys.argv[1:] or [""]
     edits = [
         (file, old, new, tests, compiled)
         for file, changes, tests, compiled in CASES
         for old, new in changes
         if any(part in file for part in wanted)
     ]
+    if not edits:
+        parser.error(f"no file that has mutants is named {' or '.join(wanted)}")
     count = int(os.environ.get("RBWA_MUTATE_WORKERS", "2"))
     free: SimpleQueue[Worker] = SimpleQueue()
     for number in range(count):

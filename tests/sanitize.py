@@ -14,9 +14,12 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from workspace import ROOT, Edit, Workspace
+
+from rbwa_fused.command import Parser
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 TESTS = (
@@ -121,8 +124,9 @@ def run(workspace: Workspace, tests: tuple[str, ...]) -> tuple[bool, str]:
     return done.returncode == 0, said
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tests, then the canaries; the exit status counts what went wrong."""
+    Parser(prog="sanitize.py", description=(__doc__ or "").split("\n")[0]).parse_args(argv)
     start = time.monotonic()
 
     def tell(words: str) -> None:

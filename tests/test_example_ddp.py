@@ -25,12 +25,12 @@ def start(file: Path) -> subprocess.Popen[str]:
     """The command of the docstring, with another port than other runs of it have."""
     docstring = (ROOT / "examples" / "ddp.py").read_text()
     command = next(line for line in docstring.splitlines() if "torchrun" in line).split()
-    assert command == ["torchrun", "--nproc-per-node", "2", "-m", "examples.ddp"]
+    assert command == ["torchrun", "--nproc-per-node", "2", "examples/ddp.py"]
     options = ["--standalone", *command[1:], "--epochs", EPOCHS, "--checkpoint", str(file)]
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "torch.distributed.run", *options],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

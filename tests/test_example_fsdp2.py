@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(world: int, epochs: int, folder: Path) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
-    command += ["--standalone", "-m", "examples.fsdp2", f"--epochs={epochs}"]
+    command += ["--standalone", "examples/fsdp2.py", f"--epochs={epochs}"]
     done = subprocess.run(
         [*command, "--checkpoint", str(folder)],
         cwd=ROOT,

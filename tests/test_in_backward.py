@@ -389,6 +389,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

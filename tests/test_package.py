@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rbwa_fused as rf
+from rbwa_fused.__main__ import main
 
 ROOT = Path(rf.__file__).parent.parent
 
@@ -58,6 +59,25 @@ def test_the_command_prints_what_a_bug_report_needs_and_checks_the_build() -> No
     assert result.returncode == 0, result.stderr
     for word in (torch.__version__, "cpu instruction set", "check cpu            ok"):
         assert word in result.stdout
+    assert re.search(
+        r"^cpu kernels +built with (gcc|.*[Cc]lang) \d+\.\d+", result.stdout, re.MULTILINE
+    )
+
+
+def test_the_commands_help_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "checks each kernel against" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+def test_readme_installs_in_place_and_with_a_setuptools_that_reads_pyproject() -> None:
+    """Without -e README's next command would run the sources, which hold no kernels."""
+    text = (ROOT / "README.md").read_text()
+    installs = [line for line in text.splitlines() if "pip install" in line]
+    assert len(installs) == 1 and installs[0].endswith("pip install --no-build-isolation -e .")
+    asked = re.search(r'requires = \["(setuptools[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert asked is not None and f"'{asked[1]}'" in installs[0]
 
 
 def python_blocks() -> list[str]:

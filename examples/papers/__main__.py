@@ -22,15 +22,20 @@ from types import FrameType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """See main.py."""
+    """See main.py. Exit code 1 also for what cannot be written, 141 if nobody reads it."""
     listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if listening:
         signal.signal(signal.SIGINT, leave)
-    from examples.papers import main  # seconds, in which Ctrl-C confuses numpy's imports
+    from rbwa_fused.command import run
 
-    if listening:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return main.main(argv)
+    def performed() -> int:
+        from examples.papers import main  # seconds, in which Ctrl-C confuses numpy's imports
+
+        if listening:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return main.main(argv)
+
+    return run("papers", performed)
 
 
 def leave(number: int, frame: FrameType | None) -> None:

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from examples.options import Parser
 from examples.papers.datasets import Part, Source, training_images
 from examples.papers.jobs import Where
 from examples.papers.options import add_options
 from examples.papers.plan import Plan
 from examples.papers.settings import GRID, QUICK_GRID, TABLES, Setting, Table
 from examples.papers.systems import NEED_MOMENTUM, SYSTEMS
+from rbwa_fused.command import Parser
 
 
 class Command(NamedTuple):

@@ -13,7 +13,7 @@ from examples.papers.store import Store, StoreError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1: a run, archive or file fails; 2: bad command; 130: Ctrl-C."""
+    """Exit code 0; 1: a run or archive fails; 2: bad command; 130: Ctrl-C."""
     command = cli.parse(argv)
     plan, path = command.plan, command.out / "results.json"
     extra = {"directions": plan.directions, "rays": plan.rays} if plan.rays else {}
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return interrupted(command, store)
     except StoreError as error:
         command.parser.error(str(error))
-    except (DataError, JobError, OSError) as error:
+    except (DataError, JobError) as error:
         print(f"{command.parser.prog}: error: {error}", file=sys.stderr)
         return 1
     print(f"Written: {', '.join(written)}")

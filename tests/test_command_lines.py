@@ -1,0 +1,180 @@
+"""Programs end in one line, with a status that says so, where the world around them is at fault."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import command_jobs
+import mutate
+import pytest
+import sanitize
+from command_jobs import full, gone
+from ranks import ranks
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("torchvision")
+
+import examples.ddp
+import examples.fsdp2
+from rbwa_fused.command import run
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = "benchmarks.process"  # whose reader is the program that started it
+
+
+def programs() -> Iterator[str]:
+    """All that `python -m` starts."""
+    for package in ("rbwa_fused", "examples", "benchmarks"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            if '\nif __name__ == "__main__":\n' in file.read_text():
+                name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+                if name != WORKER:
+                    yield name.removesuffix(".__main__")
+
+
+PROGRAMS = list(programs())
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+
+
+def test_all_programs_are_found() -> None:
+    assert {"rbwa_fused", "examples.train", "examples.papers", "benchmarks"} < set(PROGRAMS)
+
+
+def started(module: str, argument: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The exit status of `python -m module argument`, in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [module, argument])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    return ended.value.code
+
+
+@needs_full
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules after import")
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_a_full_disk_is_one_line_and_a_gone_reader_none(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stdout, status in ((full(), 1), (gone(), 141)):
+        with monkeypatch.context() as patch, stdout:
+            patch.setattr(sys, "stdout", stdout)
+            assert started(module, "--help", patch) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("error: [Errno 28] No space left on device")
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules after import")
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_an_unknown_argument_is_one_line(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = started(module, "--no-such-option", monkeypatch)
+    said = capsys.readouterr().err + (status if isinstance(status, str) else "")
+    assert status != 0 and len(said.splitlines()) == 1
+    assert "--no-such-option" in said or "COMMAND" in said
+
+
+@pytest.mark.parametrize(
+    ("tool", "argument"), [(mutate, "--help-me"), (mutate, "no_such_file"), (sanitize, "quickly")]
+)
+def test_a_tool_does_not_run_for_minutes_where_it_is_asked_for_something_else(
+    tool: Any, argument: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "Workspace", lambda *_: pytest.fail("it runs"))
+    with pytest.raises(SystemExit) as ended:
+        tool.main([argument])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and argument in line
+
+
+@needs_full
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nothing_is_said_at_pythons_end_about_output_that_was_lost(unbuffered: str) -> None:
+    command = [sys.executable, "-m", "rbwa_fused"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    for stdout, status, words in (
+        (full(), 1, "python -m rbwa_fused: error: [Errno 28] No space left"),
+        (gone(), 141, ""),
+    ):
+        with stdout:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == status
+        assert done.stderr.startswith(words) and len(done.stderr.splitlines()) == bool(words)
+
+
+def test_a_package_that_is_missing_is_one_line_and_a_module_of_ours_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def of_others() -> None:
+        import no_such_package.part  # type: ignore[import-not-found]  # noqa: F401
+
+    def of_ours() -> None:
+        import rbwa_fused.no_such_module  # noqa: F401
+
+    assert run("name", of_others) == 1
+    assert capsys.readouterr().err == "name: error: no_such_package is not installed\n"
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        run("name", of_ours)
+
+
+def test_the_benchmarks_name_all_that_is_missing_before_anything_is_imported() -> None:
+    missing = ("torchvision", "matplotlib", "scipy")
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); "
+        "sys.argv = ['benchmarks']; runpy.run_module('benchmarks', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"benchmarks: {', '.join(missing)} not installed: make .venv/dev\n"
+
+
+@pytest.mark.parametrize("example", [examples.ddp, examples.fsdp2])
+def test_an_example_of_several_processes_says_how_it_is_started(
+    example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit):
+        example.main([])
+    (line,) = capsys.readouterr().err.splitlines()
+    command = line.split("start it with ")[1]
+    assert command in example.__doc__ and command in (ROOT / "README.md").read_text()
+
+
+@needs_full
+def test_all_ranks_end_where_the_first_cannot_write_and_go_on_where_nobody_reads() -> None:
+    first, other = ranks(2).run(command_jobs.printed, True)
+    assert first == ["OSError [Errno 28] No space left on device"] and other == ["SystemExit 1"]
+    assert ranks(2).run(command_jobs.printed, False) == [["went on", "went on"]] * 2
+
+
+def test_a_checkpoint_of_shards_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "epoch-001"
+    first, other = ranks(2).run(command_jobs.saved, folder)
+    assert first.startswith(f"fsdp2.py: error: {folder}: [Errno 20] Not a directory")
+    assert len(first.splitlines()) == 1 and other == 1
+
+
+def test_a_process_group_is_destroyed_only_after_all_are_done() -> None:
+    """torch 2.14 aborts about one process in eight that leaves while another still talks to it."""
+    found = 0
+    for folder in ("examples", "tests", "benchmarks", "docs"):
+        for file in (ROOT / folder).rglob("*.*"):
+            if file.suffix in (".py", ".md") and file != Path(__file__).resolve():
+                lines = file.read_text().splitlines()
+                for before, line in pairwise(lines):
+                    if re.search(r"\bdestroy_process_group\(\)", line):
+                        found += 1
+                        assert ".barrier()" in before, f"{file}: {before}"
+    assert found >= 3
