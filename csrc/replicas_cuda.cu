@@ -1,6 +1,7 @@
 // The CUDA pull: one block a chunk, the work of a thread in replicas_cuda_body.h. No torch header.
 #include <cuda_runtime.h>
 
+#include "cuda_launch.h"
 #include "replicas_cuda.h"
 #include "replicas_cuda_body.h"
 
@@ -13,20 +14,23 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename S>
-void run(const void* launch, int64_t blocks, cudaStream_t stream) {
+const char* run(const void* launch, int64_t blocks, void* stream) {
   using T = typename Arithmetic<S>::type;
-  pull_kernel<S, T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      *static_cast<const PullLaunch<T>*>(launch));
+  return launch_kernel(pull_kernel<S, T>, blocks, stream,
+                       *static_cast<const PullLaunch<T>*>(launch));
 }
 
 }  // namespace
 
 const char* pull_cuda(Dtype dtype, const void* launch, int64_t blocks, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (dtype == Dtype::kFloat32) run<float>(launch, blocks, on);
-  if (dtype == Dtype::kFloat64) run<double>(launch, blocks, on);
-  if (dtype == Dtype::kBfloat16) run<Bfloat16>(launch, blocks, on);
-  if (dtype == Dtype::kFloat16) run<Float16>(launch, blocks, on);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return run<float>(launch, blocks, stream);
+    case Dtype::kFloat64:
+      return run<double>(launch, blocks, stream);
+    case Dtype::kBfloat16:
+      return run<Bfloat16>(launch, blocks, stream);
+    default:
+      return run<Float16>(launch, blocks, stream);
+  }
 }

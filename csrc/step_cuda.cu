@@ -1,13 +1,15 @@
 // The CUDA kernels: one block a chunk, the work of a thread in step_cuda_body.h. No torch header.
 #include <cuda_runtime.h>
 
+#include "cuda_launch.h"
 #include "step_cuda.h"
 #include "step_cuda_body.h"
 
 namespace {
 
-template <typename S, typename W, typename A, Rule most, bool averaged, typename T>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Launch<T> launch) {
+template <typename S, typename W, typename A, Rule most, bool averaged, typename T, int bytes>
+__global__ void __launch_bounds__(kThreads)
+    step_kernel(const __grid_constant__ Launch<T, bytes> launch) {
   step_thread<S, W, A, most, averaged>(launch, blockIdx.x, threadIdx.x);
 }
 
@@ -33,42 +35,42 @@ __global__ void __launch_bounds__(kThreads) exchange_kernel(Word* a, Word* b, in
 }
 
 template <typename Word>
-void exchange(void* a, void* b, int64_t bytes, cudaStream_t stream) {
+const char* exchange(void* a, void* b, int64_t bytes, void* stream) {
   const int64_t count = bytes / static_cast<int64_t>(sizeof(Word));
   const int64_t blocks = (count + kThreads - 1) / kThreads;
   constexpr int64_t kMostBlocks = 1 << 16;
-  if (count == 0) return;
-  exchange_kernel<<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0,
-                    stream>>>(static_cast<Word*>(a), static_cast<Word*>(b), count);
-}
-
-const char* words(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (count == 0) return nullptr;
+  return launch_kernel(exchange_kernel<Word>, blocks < kMostBlocks ? blocks : kMostBlocks, stream,
+                       static_cast<Word*>(a), static_cast<Word*>(b), count);
 }
 
 template <typename S, typename W, typename A, Rule most, bool averaged>
-const char* launch_kernel(const void* launch, int64_t blocks, cudaStream_t stream) {
+const char* launch_step(const void* launch, int64_t blocks, void* stream) {
   using T = typename Arithmetic<S>::type;
-  step_kernel<S, W, A, most, averaged, T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      *static_cast<const Launch<T>*>(launch));
-  return words(cudaGetLastError());
+  if constexpr (kHasSmall<S, W, A>) {
+    if (static_cast<const Launch<T>*>(launch)->end <= kSmallTableBytes) {
+      return launch_kernel(step_kernel<S, W, A, most, averaged, T, kSmallTableBytes>, blocks,
+                           stream, *static_cast<const Launch<T, kSmallTableBytes>*>(launch));
+    }
+  }
+  return launch_kernel(step_kernel<S, W, A, most, averaged, T, kTableBytes>, blocks, stream,
+                       *static_cast<const Launch<T>*>(launch));
 }
 
 template <typename S, typename W, typename A, bool averaged>
-const char* with_rule(Rule rule, const void* launch, int64_t blocks, cudaStream_t stream) {
+const char* with_rule(Rule rule, const void* launch, int64_t blocks, void* stream) {
   switch (rule) {
     case Rule::kDifference:
-      return launch_kernel<S, W, A, Rule::kDifference, averaged>(launch, blocks, stream);
+      return launch_step<S, W, A, Rule::kDifference, averaged>(launch, blocks, stream);
     case Rule::kMomentum:
-      return launch_kernel<S, W, A, Rule::kMomentum, averaged>(launch, blocks, stream);
+      return launch_step<S, W, A, Rule::kMomentum, averaged>(launch, blocks, stream);
     default:
-      return launch_kernel<S, W, A, Rule::kPlain, averaged>(launch, blocks, stream);
+      return launch_step<S, W, A, Rule::kPlain, averaged>(launch, blocks, stream);
   }
 }
 
 template <typename S>
-const char* with_average(const Streams& s, const void* launch, int64_t blocks,
-                         cudaStream_t stream) {
+const char* with_average(const Streams& s, const void* launch, int64_t blocks, void* stream) {
   if constexpr (sizeof(S) == 2) {
     if (s.theta_dtype == Dtype::kFloat32) {
       if (!s.averaged) return with_rule<S, float, float, false>(s.rule, launch, blocks, stream);
@@ -87,32 +89,28 @@ const char* with_average(const Streams& s, const void* launch, int64_t blocks,
 }  // namespace
 
 const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
   switch (streams.dtype) {
     case Dtype::kFloat32:
-      return with_average<float>(streams, launch, blocks, on);
+      return with_average<float>(streams, launch, blocks, stream);
     case Dtype::kFloat64:
-      return with_average<double>(streams, launch, blocks, on);
+      return with_average<double>(streams, launch, blocks, stream);
     case Dtype::kBfloat16:
-      return with_average<Bfloat16>(streams, launch, blocks, on);
+      return with_average<Bfloat16>(streams, launch, blocks, stream);
     default:
-      return with_average<Float16>(streams, launch, blocks, on);
+      return with_average<Float16>(streams, launch, blocks, stream);
   }
 }
 
 const char* advance_cuda(const Deferred& deferred, void* stream) {
-  advance_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(deferred);
-  return words(cudaGetLastError());
+  return launch_kernel(advance_kernel, 1, stream, deferred);
 }
 
 const char* exchange_cuda(void* a, void* b, int64_t bytes, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
   const auto low = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
   const int64_t by_words = low % sizeof(uint4) == 0 ? bytes - bytes % sizeof(uint4) : 0;
-  exchange<uint4>(a, b, by_words, on);
-  exchange<unsigned char>(static_cast<char*>(a) + by_words, static_cast<char*>(b) + by_words,
-                          bytes - by_words, on);
-  return words(cudaGetLastError());
+  if (const char* error = exchange<uint4>(a, b, by_words, stream)) return error;
+  return exchange<unsigned char>(static_cast<char*>(a) + by_words, static_cast<char*>(b) + by_words,
+                                 bytes - by_words, stream);
 }
 
 int cuda_toolkit() { return CUDART_VERSION; }

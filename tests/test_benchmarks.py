@@ -45,6 +45,7 @@ from benchmarks import (
     today,
     training,
     training_report,
+    variants,
 )
 from benchmarks.check import Average, Maths
 from benchmarks.gpu_timing import LEAST_ROUNDS, Series, copy_bandwidth
@@ -315,6 +316,13 @@ def known_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_measure, "copy_bandwidth", lambda device: 100.0)
 
 
+@pytest.fixture
+def emulated_forms(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
+    """The emulated kernels, also by the launches of benchmarks.variants."""
+    monkeypatch.setattr(variants, "launch_form", emulated_cuda.launch_form)
+    return emulated_cuda
+
+
 GPU_ROWS = gpu_rows.rows(("cuda",), Host())
 GPU_NAMES = [row.name for row in GPU_ROWS]
 TINY = shapes.Layout([(8, 3, 3, 3), (8,), (33, 129)], [(8,), ()])
@@ -353,7 +361,7 @@ def test_built_in_weights_have_the_dtype_and_their_counters_are_integers() -> No
     assert all(p.std() > 0.05 for p in model.parameters())
 
 
-@pytest.mark.usefixtures("emulated_cuda")
+@pytest.mark.usefixtures("emulated_forms")
 @pytest.mark.parametrize("row", GPU_ROWS, ids=GPU_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_gpu_row_computes_what_it_says(row: Row, dtype: torch.dtype) -> None:
@@ -376,6 +384,28 @@ def test_the_table_has_ours_on_both_backends_and_captures_where_it_can() -> None
     for method in gpu_rows.OURS_CAPTURED:
         assert f"{method}, cuda, graph" in names and f"{method}, triton, graph" not in names
     assert {f"{row.name}, graph" for row in gpu_rows.TODAY} <= names
+
+
+def test_a_variant_is_launched_in_its_form_and_the_others_as_usual(emulated_forms: Any) -> None:
+    emulated_forms.small_launches(), emulated_forms.tabled_launches()
+    problem = tiny_on()
+    seen = {}
+    for name in ("EMA, cuda, 32 KB, block table", "EMA, cuda, 32 KB", "EMA, cuda"):
+        provider = gpu_row(name).build(problem, name)
+        provider.prepare()
+        provider.step()
+        seen[name] = emulated_forms.small_launches(), emulated_forms.tabled_launches()
+    assert list(seen.values()) == [(0, 1), (0, 0), (1, 0)]
+
+
+def test_a_triton_variant_plans_with_its_block_and_warps() -> None:
+    from rbwa_fused.triton_kernels import step as triton_step
+
+    usual = triton_step.CHUNK, triton_step.WARPS
+    for name, setting in variants.VARIANTS["triton"]:
+        with setting():
+            assert f"{triton_step.WARPS[1]} warps of {triton_step.CHUNK}" == name
+    assert usual == (triton_step.CHUNK, triton_step.WARPS)
 
 
 def test_a_step_is_captured_once_for_each_set_of_gradients_and_replayed_with_it() -> None:
@@ -445,7 +475,7 @@ def test_a_wrong_baseline_stops_the_run() -> None:
         measured(Host(), [Row(BASELINE, "ours", broken)])
 
 
-@pytest.mark.usefixtures("emulated_cuda")
+@pytest.mark.usefixtures("emulated_forms")
 def test_a_gpu_run_prints_its_tables_and_writes_every_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -150,7 +150,7 @@ class Launch:
     Attributes:
         members: of each segment its number in the segment table, and its columns there.
         chunks: (n, 2) int32 on the device: each program's segment, and which part of it.
-        block, parts, warps: elements that a program takes at once, how often, by how many warps.
+        parts, block, warps: how often a program takes how many elements, by how many warps.
         key: what the tables on the device were made of: addresses, and coefficients.
         used: which rows move momentum, and which samplings sample: all that the segments' table
             depends on of the coefficients.
@@ -162,13 +162,16 @@ class Launch:
     average_dtype: torch.dtype
     members: list[tuple[int, list[int]]]
     chunks: Tensor
-    block: int
     parts: int
-    warps: int
+    block: int = field(init=False)
+    warps: int = field(init=False)
     key: tuple[Any, ...] = ()
     used: Used = ((), ())
     upload: Upload | None = None
     captured: list[Upload] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.block, self.warps = CHUNK, WARPS[self.parts]  # as `chunks` was made for
 
     def run(
         self,
@@ -308,8 +311,7 @@ def _plan(segments: Tensor, state: Sequence[Tensor], device: torch.device) -> li
     parts = PARTS if sum(columns[LENGTH] for columns in table) >= LARGE else 1
     return [
         Launch(
-            *(kind[0], kind[1], kind[2], members, _chunks(members, parts * CHUNK).to(device)),
-            *(CHUNK, parts, WARPS[parts]),
+            kind[0], kind[1], kind[2], members, _chunks(members, parts * CHUNK).to(device), parts
         )
         for kind, members in kinds.items()
     ]
