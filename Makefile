@@ -43,19 +43,11 @@ soak: .venv/dev
 	RBWA_PROFILE=long $(BIN)/python -m pytest -q tests/test_triton_compiled.py
 	RBWA_KILLS=50 $(BIN)/python -m pytest -q -s tests/test_crash.py
 
-# On a machine with a GPU: needs torch, Triton, pytest and nvcc in PYTHON's environment, no network.
-# memcheck sees overruns inside torch's cached blocks only without the cache.
-SANITIZE := compute-sanitizer --error-exitcode 1 --print-limit 20
+# On a machine with a GPU, in stages, all that needs one: tests/gpu_run.py, which needs no make.
+OUT ?= build/gpu
 gpu:
-	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; \
-		print("%d.%d" % torch.cuda.get_device_capability())') \
-		$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PYTHON) -m rbwa_fused
-	$(PYTHON) -m pytest -q -m gpu tests/test_gpu.py
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(PYTHON) tests/gpu_smoke.py
-	$(SANITIZE) --tool racecheck $(PYTHON) tests/gpu_smoke.py
-	$(SANITIZE) --tool initcheck $(PYTHON) tests/gpu_smoke.py
-	$(PYTHON) -m benchmarks.step --device cuda
+	$(PYTHON) tests/gpu_run.py --out $(OUT) $(if $(STAGES),--stages $(STAGES)) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(WHEELS),--wheels $(WHEELS))
 
 # One build runs on every torch from 2.10 on: built against the newest, tested under an older one,
 # and with the oldest Triton that the kernels are meant for.

@@ -37,6 +37,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/…)")
+    models = "cuda: models to step (default: all)"
+    parser.add_argument("--model", action="extend", nargs="+", metavar="NAME", help=models)
+    seconds = "cuda: begin no training run that would end after so many (default: 570)"
+    parser.add_argument("--seconds", type=float, help=seconds)
+    drawn = "cuda: draw nothing; python -m benchmarks.pictures draws a JSON file"
+    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help=drawn)
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, not {args.threads}")
@@ -78,10 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if torch.cuda.is_available():
         from benchmarks import gpu_suite
 
-        plan = step.gpu_plan(step.arguments(["--device", "cuda"]))
+        models = ["--model", *args.model] if args.model else []
+        plan = step.gpu_plan(step.arguments(["--device", "cuda", *models]))
         name = f"{plan.device.slug()}-{date.today()}.json"
         out = step.writable(args.out or step.RESULTS / name)
-        if gpu_suite.main(plan, args.full, out) != 0:
+        if gpu_suite.main(plan, args.full, out, args.seconds, args.pictures) != 0:
             raise SystemExit(1)
         return
     from benchmarks import machine, pictures, report, sizes

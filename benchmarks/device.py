@@ -61,6 +61,9 @@ class Device(Clock, Protocol):
     def spin(self, seconds: float) -> None:
         """Keeps the device busy for at least so long, so that the host can queue work ahead."""
 
+    def nothing(self) -> None:
+        """Queues a kernel that does nothing."""
+
     def evict(self) -> None:
         """Writes more memory than the caches hold."""
 
@@ -139,6 +142,9 @@ class Cuda:
     def spin(self, seconds: float) -> None:
         if seconds > 0:
             torch.cuda._sleep(int(min(seconds, LONGEST_SPIN) * FASTEST_CLOCK))
+
+    def nothing(self) -> None:
+        torch.cuda._sleep(0)
 
     def evict(self) -> None:
         self._cold.zero_()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,35 +74,47 @@ def planned(args: argparse.Namespace) -> Plan:
 
 
 def run(plan: Plan, write: Callable[[list[dict[str, Any]]], object]) -> list[dict[str, Any]]:
-    """Measures every model. `write` gets the results twice, first without launches."""
-    device, results = plan.device, []
+    """Measures every model. `write` gets the results so far after every row, and again as their
+    launches are counted."""
+    device = plan.device
+    results: list[dict[str, Any]] = []
     gc.collect()
-    gc.freeze()  # what exists now is not looked at again whenever a group is freed
+    gc.freeze()  # what exists now is not looked at again whenever a row is freed
     try:
         with bar(len(plan.layouts) * (len(plan.rows) - 1), "row") as progress:
+
+            def done(result: dict[str, Any]) -> None:
+                progress.update()
+                write([*results, {"model": name, **result}])
+
             for name, layout in plan.layouts.items():
-                found = measure(device, layout, plan.dtype, plan.rows, plan.rounds, progress.update)
+                found = measure(device, layout, plan.dtype, plan.rows, plan.rounds, done)
                 results.append({"model": name, **found})
+                write(results)
                 device.release()
-        write(results)
         for layout, result in zip(plan.layouts.values(), results, strict=True):
             if result["rows"]:
-                count_launches(device, layout, plan.rows, result)
+                count_launches(device, layout, plan.rows, result, lambda: write(results))
                 device.release()
-        write(results)
     finally:
         gc.unfreeze()
     return results
 
 
+def write_json(out: Path, results: dict[str, Any]) -> None:
+    """Writes results so that whoever reads them, or ends this process, finds all of some state."""
+    whole = out.with_suffix(".part")
+    whole.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(whole, out)
+
+
 def main(plan: Plan, out: Path) -> int:
     """Measures, prints the tables, writes the results; 1 if a row of ours was wrong."""
     description = plan.device.description()
-    settings = {"rounds": plan.rounds, "seconds a group": LIMIT}
+    settings = {"rounds": plan.rounds, "seconds a row": LIMIT}
 
     def write(problems: list[dict[str, Any]]) -> None:
-        measured = {"machine": description, "settings": settings, "problems": problems}
-        out.write_text(json.dumps(measured, indent=1) + "\n")
+        write_json(out, {"machine": description, "settings": settings, "problems": problems})
 
     results = run(plan, write)
     print(gpu_report.tables(description, results, plan.rows))

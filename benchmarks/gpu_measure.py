@@ -1,12 +1,11 @@
-"""One problem on a GPU: every row proves itself, is timed, and is freed.
+"""One problem on a GPU: every row proves itself, is timed beside the baseline, and is freed.
 
-Rows are taken in groups that fit into the device's memory together, the baseline in each of them,
-and a ratio is to the baseline of its own group.
+A ratio is to the baseline in the same rounds. What is known is handed on after every row, since a
+row may hang, or leave the device in a state in which no other can run.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,12 +14,12 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.device import Device
-from benchmarks.gpu_timing import copy_bandwidth, interleaved
+from benchmarks.gpu_timing import copy_bandwidth, empty_ms, interleaved
 from benchmarks.problem import Problem
 from benchmarks.provider import Provider, check
 from benchmarks.providers import BASELINE, Row
 
-LIMIT = 8.0  # seconds of timing for a group of rows
+LIMIT = 1.0  # seconds of timing for a row
 USABLE = 0.9  # of the free memory; the rest goes to the allocator's gaps
 TEMPORARY_COPIES = 3  # of the parameters, by passes that do not work in place
 
@@ -49,28 +48,10 @@ def copies(row: Row, dtype: torch.dtype) -> int:
     return 2 + average + (2 if row.captured else 0)
 
 
-def in_groups(
-    rows: Sequence[Row], dtype: torch.dtype, numel: int, free: int
-) -> tuple[list[list[Row]], list[Row]]:
-    """The rows but the baseline in groups that fit beside it into free bytes, and those that
-    fit into none."""
-    capacity = math.floor(USABLE * free / (numel * dtype.itemsize)) - TEMPORARY_COPIES
-    baseline, *others = rows
-    alone = copies(baseline, dtype)
-    groups: list[list[Row]] = [[]] if not others and alone <= capacity else []
-    too_large = []
-    used = capacity
-    for row in others:
-        size = copies(row, dtype)
-        if alone + size > capacity:
-            too_large.append(row)
-            continue
-        if used + size > capacity:
-            groups.append([])
-            used = alone
-        groups[-1].append(row)
-        used += size
-    return groups, too_large
+def fits(rows: Sequence[Row], dtype: torch.dtype, numel: int, free: int) -> bool:
+    """Whether rows fit into free bytes together."""
+    needed = TEMPORARY_COPIES + sum(copies(row, dtype) for row in rows)
+    return needed * numel * dtype.itemsize <= USABLE * free
 
 
 def reason(error: BaseException) -> str:
@@ -116,11 +97,17 @@ def each(rows: Sequence[Row], prove: Callable[[Row], Proven], skipped: Skipped) 
 
 
 def figures(
-    times: dict[str, Any], provider: Provider, numel: int, copy: float, baseline_ms: float
+    times: dict[str, Any],
+    provider: Provider,
+    numel: int,
+    copy: float,
+    empty: float,
+    baseline_ms: float,
 ) -> dict[str, Any]:
-    """What a row's JSON says: its times, and what follows from them."""
-    moved = provider.bytes_per_element()
-    bandwidth = None if moved is None else moved * numel / times["cold ms"] / 1e6
+    """What a row's JSON says: its times, and what follows from them. The bandwidth is that of the
+    time beyond an empty kernel's (`empty`, ms), None where there is none."""
+    moved, net = provider.bytes_per_element(), times["cold ms"] - empty
+    bandwidth = None if moved is None or net <= 0 else moved * numel / net / 1e6
     return {
         **times,
         "ratio": times["cold ms"] / baseline_ms,
@@ -138,16 +125,23 @@ def measure(
     dtype: torch.dtype,
     rows: Sequence[Row],
     rounds: int,
-    done: Callable[[int], object] = lambda count: None,
+    done: Callable[[dict[str, Any]], object] = lambda result: None,
     limit: float = LIMIT,
 ) -> dict[str, Any]:
-    """Times the rows on one problem, all but their launches. `rows` begin with the baseline."""
+    """Times the rows on one problem, all but their launches. `rows` begin with the baseline.
+
+    Ours come first, and `done` gets the result so far after every row but the baseline.
+
+    Raises:
+        RuntimeError: if the device does nothing any more after a row.
+    """
     numel, skipped = layout.numel, Skipped()
+    found: dict[str, Any] = {}
     result: dict[str, Any] = {
         "parameters": numel,
         "tensors": len(layout.parameters),
         "dtype": str(dtype).removeprefix("torch."),
-        "rows": {},
+        "rows": found,
         "baseline cold ms": [],
         "skipped": skipped.reasons,
         "wrong": skipped.wrong,
@@ -155,33 +149,42 @@ def measure(
     for row in rows:
         if not row.available():
             skipped.reasons[row.name] = f"{row.needs} is not installed"
-    present = [row for row in rows if row.available()]
+    baseline, *others = (row for row in rows if row.available())
     own = 3 * numel * dtype.itemsize  # weights and two sets of gradients
-    groups, too_large = in_groups(present, dtype, numel, device.free_bytes() - own)
-    for row in too_large:
-        skipped.reasons[row.name] = f"does not fit into {device.free_bytes() / 1e9:.0f} GB"
-    if not groups:
+    free = device.free_bytes() - own
+    for row in others:
+        if not fits([baseline, row], dtype, numel, free):
+            skipped.reasons[row.name] = f"does not fit into {device.free_bytes() / 1e9:.0f} GB"
+    if not fits([baseline], dtype, numel, free):
         return result
     result["copy GB/s"] = copy = copy_bandwidth(device)
+    result["empty ms"] = empty = empty_ms(device)
     problem = shapes.problem(layout, dtype, device.device)
-    found: dict[str, Any] = {}
-    for seed, group in enumerate(groups):
+    base = proven(baseline, problem)
+    alone = interleaved(device, [base], rounds, 0, limit)[BASELINE]
+    found[BASELINE] = figures(alone, base, numel, copy, empty, alone["cold ms"])
+    result["baseline cold ms"].append(alone["cold ms"])
+    others = [row for row in others if row.name not in skipped.reasons]
+    for seed, row in enumerate(sorted(others, key=lambda row: row.kind != "ours"), 1):
         device.release()
-        providers = prepared([present[0], *group], problem, skipped)
-        times = interleaved(device, providers, rounds, seed, limit)
-        baseline_ms = times[BASELINE]["cold ms"]
-        result["baseline cold ms"].append(baseline_ms)
-        for provider in providers:
-            row_figures = figures(times[provider.name], provider, numel, copy, baseline_ms)
-            found.setdefault(provider.name, {**row_figures, "group": seed})
-        del providers, provider
-        done(len(group))
-    result["rows"] = {row.name: found[row.name] for row in present if row.name in found}
+        for provider in prepared([row], problem, skipped):
+            times = interleaved(device, [base, provider], rounds, seed, limit)
+            baseline_ms = times[BASELINE]["cold ms"]
+            result["baseline cold ms"].append(baseline_ms)
+            found[row.name] = figures(times[row.name], provider, numel, copy, empty, baseline_ms)
+            del provider
+        device.synchronize()  # raises after an error that nothing on this device survives
+        done(result)
+    result["rows"] = {row.name: found[row.name] for row in rows if row.name in found}
     return result
 
 
 def count_launches(
-    device: Device, layout: shapes.Layout, rows: Sequence[Row], result: dict[str, Any]
+    device: Device,
+    layout: shapes.Layout,
+    rows: Sequence[Row],
+    result: dict[str, Any],
+    done: Callable[[], object] = lambda: None,
 ) -> None:
     """Puts the launches of a step into a result's rows, one row in memory at a time."""
     problem = shapes.problem(layout, getattr(torch, result["dtype"]), device.device)
@@ -195,3 +198,4 @@ def count_launches(
             provider.prepare()
             result["rows"][row.name]["launches"] = device.launches(provider.step)
             del provider
+            done()

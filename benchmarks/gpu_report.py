@@ -55,12 +55,13 @@ def heading(result: Result) -> str:
     """What stands above a problem's table."""
     rounds = sorted({row["rounds"] for row in result["rows"].values()})
     made = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
-    baselines = [f"{1e3 * ms:.1f}" for ms in result["baseline cold ms"]]
-    groups = f"; {BASELINE} in each group: {', '.join(baselines)} us" if baselines[1:] else ""
+    ends = [f"{1e3 * end(result['baseline cold ms']):.1f}" for end in (min, max)]
     return (
         f"{result['model']}, {result['parameters'] / 1e6:.1f}M parameters in {result['tensors']} "
         f"tensors, {result['dtype']}; {made} rounds; a copy on the device "
-        f"moves {result['copy GB/s']:.0f} GB/s{groups}"
+        f"moves {result['copy GB/s']:.0f} GB/s, an empty kernel takes "
+        f"{1e3 * result['empty ms']:.1f} us; {BASELINE}, by itself and beside each row: "
+        f"{' to '.join(ends)} us"
     )
 
 
@@ -70,9 +71,9 @@ def tables(
     """Everything that is printed."""
     parts = [
         ", ".join(f"{name}: {value}" for name, value in description.items()),
-        f"Medians of one process, rows interleaved; ratio to {BASELINE} with momentum and weight "
-        "decay; GB/s and ratio from the cold time; launches are kernels, also those of a graph; "
-        "host time on an idle device",
+        f"Medians of one process, each row interleaved with {BASELINE} with momentum and weight "
+        "decay, which its ratio is to; both from the cold time, GB/s without that of an empty "
+        "kernel; launches are kernels, also those of a graph; host time on an idle device",
     ]
     for result in results:
         if result["rows"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks import today
+from benchmarks import today, variants
 from benchmarks.device import Device
 from benchmarks.graph import captured
 from benchmarks.providers import BASELINE, BY_HAND, METHODS, Row, ours
@@ -36,6 +36,7 @@ def rows(backends: Sequence[str], device: Device) -> list[Row]:
         for name in OURS:
             build = ours(*METHODS[name], backend=backend)
             table.append(Row(f"{name}, {backend}", "ours", build))
+    table += variants.rows(backends)
     for name in OURS_CAPTURED if CAPTURED_BACKEND in backends else ():
         build = ours(*METHODS[name], backend=CAPTURED_BACKEND, capturable=True)
         table.append(under_graph(Row(f"{name}, {CAPTURED_BACKEND}", "ours", build), device))

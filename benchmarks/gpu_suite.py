@@ -4,12 +4,12 @@
 of ResNet-18, eager and under a CUDA graph, each run in a fresh process. Everything is written as
 soon as it is there, and a part that fails is named and leaves the others.
 
-Seconds, as planned and not yet measured. Steps: groups of at most 8, one for each smaller model and
-4 (on 140 GB) to 15 (80 GB) for a billion parameters, and some 60 for proofs, captures and counting
-launches: 120 to 200. Sizes: six of 2, a process and proofs: 30. Training: 8 runs, 24 with --full,
-of some 10 to start and to prove 16 rows, and 4 or LEAST_ROUNDS rounds: 112 or 336. Together at most
-570. Since no plan knows every GPU, a run is begun only if the longest one so far would end in
-BUDGET; what is left out is said.
+Seconds, as planned and not yet measured. Steps: some 35 rows of at most 1 for each model, fewer for
+the smaller ones, and some 60 for proofs, captures and counting launches: 120 to 200. Sizes: six of
+2, a process and proofs: 30. Training: 8 runs, 24 with --full, of some 10 to start and to prove 16
+rows, and 4 or LEAST_ROUNDS rounds: 112 or 336. Together at most 570. Since no plan knows every GPU,
+a run is begun only if the longest one so far would end in its seconds (BUDGET if none are given);
+what is left out is said.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH_SIZES, FULL_BATCH_SIZES = (32, 256), (32, 128, 512, 1024)
 PRECISIONS = ((), ("--amp", "--channels-last"))
 FULL_PRECISIONS = (*PRECISIONS, ("--amp",))
 SECONDS = 4.0  # of rounds in a training run
-SECONDS_A_SIZE = 2.0
+SECONDS_A_ROW = 0.2  # of a size
 ROUNDS = 40
 BUDGET = 570.0  # seconds for everything
 FAILURES = (RuntimeError, gpu_measure.WrongError)  # of a part; the others go on
@@ -47,7 +47,7 @@ def by_size() -> dict[str, Any]:
     for count in sizes.COUNTS:
         layout = Layout([(count // sizes.TENSORS,)] * sizes.TENSORS)
         result = gpu_measure.measure(
-            device, layout, torch.float32, rows, ROUNDS, limit=SECONDS_A_SIZE
+            device, layout, torch.float32, rows, ROUNDS, limit=SECONDS_A_ROW
         )
         found.setdefault("copy GB/s", result["copy GB/s"])
         found["wrong"] += result["wrong"]
@@ -87,8 +87,15 @@ def trained(argv: list[str]) -> dict[str, Any]:
     }
 
 
-def main(plan: gpu.Plan, full: bool, out: Path) -> int:
+def main(
+    plan: gpu.Plan,
+    full: bool,
+    out: Path,
+    seconds: float | None = None,
+    draw: bool = True,
+) -> int:
     """Measures, prints, writes, draws; 1 if a row of ours was wrong or a part has failed."""
+    budget = BUDGET if seconds is None else seconds
     start = perf_counter()
     status = gpu.main(plan, out)
     plan.device.release()
@@ -101,12 +108,13 @@ def main(plan: gpu.Plan, full: bool, out: Path) -> int:
             results |= fresh(by_size)
         except FAILURES as error:
             results["not measured"]["sizes"] = gpu_measure.reason(error)
+        gpu.write_json(out, results)
         progress.update()
         for line in lines:
             name = f"training {' '.join(line)}"
             begun = perf_counter()
-            if begun - start + longest > BUDGET:
-                results["not measured"][name] = f"{BUDGET:.0f} s would not have been enough"
+            if begun - start + longest > budget:
+                results["not measured"][name] = f"{budget:.0f} s would not have been enough"
                 continue
             try:
                 run = trained(line)
@@ -115,13 +123,13 @@ def main(plan: gpu.Plan, full: bool, out: Path) -> int:
             except FAILURES as error:
                 results["not measured"][name] = gpu_measure.reason(error)
             longest = max(longest, perf_counter() - begun)
-            out.write_text(json.dumps(results, indent=1) + "\n")
+            gpu.write_json(out, results)
             progress.update()
     for name, why in results["not measured"].items():
         print(f"not measured: {name} ({why})")
     results["seconds"] = perf_counter() - start
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    files = pictures.draw(results, out.with_suffix(""))
+    gpu.write_json(out, results)
+    files = pictures.draw(results, out.with_suffix("")) if draw else []
     print(f"\nwritten: {', '.join(map(str, [out, *files]))}")
     wrong = results["wrong"] or any(run["wrong"] for run in results["training"])
     return int(bool(status or wrong or results["not measured"]))

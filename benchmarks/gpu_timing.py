@@ -24,6 +24,8 @@ from benchmarks.provider import Provider, over_period
 
 COPY_BYTES = 2**30
 COPIES = 20
+EMPTY_KERNELS = 50
+EMPTY_LEAD = 0.005  # seconds, more than the host takes to queue them
 LEAST_ROUNDS = 10  # visits of three steps until every tenth step was each of the three
 LEAD = 1.5  # spins in units of the time that the host takes to queue a visit
 CLOCKS = ("host", "cold", "warm")
@@ -136,3 +138,17 @@ def copy_bandwidth(device: Device, size: int = COPY_BYTES) -> float:
         marks.append((before, device.mark()))
     device.synchronize()
     return 2 * size / median(device.seconds(*pair) for pair in marks) / 1e9
+
+
+def empty_ms(device: Device) -> float:
+    """Milliseconds between two marks with an empty kernel between them: what a launch costs the
+    device beside its work; median."""
+    device.synchronize()
+    device.spin(EMPTY_LEAD)
+    marks = []
+    for _ in range(EMPTY_KERNELS):
+        before = device.mark()
+        device.nothing()
+        marks.append((before, device.mark()))
+    device.synchronize()
+    return 1e3 * median(device.seconds(*pair) for pair in marks)

@@ -1,7 +1,9 @@
-"""The suite's four pictures, drawn from its results alone."""
+"""The suite's four pictures, from its results: ``python -m benchmarks.pictures FILE.json``."""
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -262,3 +264,8 @@ def panel(axes: Axes, names: list[str], runs: list[Results]) -> None:
         f"% of the training step with {BASELINE}, {runs[0]['model']}; lines: the table's range"
     )
     axes.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    for file in map(Path, sys.argv[1:]):
+        print(*draw(json.loads(file.read_text()), file.with_suffix("")))

@@ -43,8 +43,11 @@ class Packer {
     launch_.groups_at = static_cast<int32_t>(at - launch_.tables);
     at = put(at, groups_);
     launch_.samplings_at = static_cast<int32_t>(at - launch_.tables);
-    put(at, samplings_);
+    at = put(at, samplings_);
     launch_.segment_count = static_cast<int32_t>(segments_.size());
+    launch_.blocks_at = 0;
+    if (launch_form.block_table) at = put_blocks(at);
+    launch_.end = launch_form.small ? static_cast<int32_t>(at - launch_.tables) : kTableBytes;
     const char* error = step_cuda(streams_, &launch_, chunks_, step_.stream);
     segments_.clear(), groups_.clear(), samplings_.clear();
     group_of_.clear(), sampling_of_.clear();
@@ -94,6 +97,19 @@ class Packer {
     return std::copy(from, from + bytes, at);
   }
 
+  // Each block's segment, if all of them fit.
+  unsigned char* put_blocks(unsigned char* at) {
+    const int64_t left = launch_.tables + kTableBytes - at;
+    if (chunks_ * static_cast<int64_t>(sizeof(uint16_t)) > left) return at;
+    launch_.blocks_at = static_cast<int32_t>(at - launch_.tables);
+    auto* blocks = reinterpret_cast<uint16_t*>(at);
+    for (size_t i = 0; i < segments_.size(); ++i) {
+      const int64_t after = i + 1 < segments_.size() ? segments_[i + 1].first_chunk : chunks_;
+      blocks = std::fill_n(blocks, after - segments_[i].first_chunk, static_cast<uint16_t>(i));
+    }
+    return reinterpret_cast<unsigned char*>(blocks);
+  }
+
   Streams streams_;
   const CudaStep& step_;
   Launch<T> launch_;
@@ -116,6 +132,8 @@ const char* pack(const Streams& streams, const std::vector<Segment>& segments,
 }
 
 }  // namespace
+
+LaunchForm launch_form;
 
 const char* step_in_launches(const std::vector<Segment>& segments, const CudaStep& step) {
   std::map<std::tuple<Dtype, Dtype, Dtype>, std::vector<int32_t>> kinds;

@@ -20,5 +20,12 @@ struct CudaStep {
   void* stream;
 };
 
+// How steps are launched, for benchmarks to compare; the bits are the same.
+struct LaunchForm {
+  bool small = true;         // with arguments of 8 KB where they suffice, not always of 32
+  bool block_table = false;  // each block's segment in the arguments where they fit, not bisection
+};
+extern LaunchForm launch_form;
+
 // Takes the step for every segment. Returns null or CUDA's words for what went wrong.
 const char* step_in_launches(const std::vector<Segment>& segments, const CudaStep& step);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda_tables.h"
+#include "launches.h"
 #include "python_tensors.h"
 #include "replica_tables.h"
 #include "replicas_cuda.h"
@@ -139,6 +140,9 @@ PYBIND11_MODULE(_C_cuda, module) {
   module.attr("ARCHITECTURES") = RBWA_ARCHITECTURES;
   module.attr("TOOLKIT") = cuda_toolkit();
   module.attr("POLICY_COLUMNS") = kPolicyColumns;
+  module.def(
+      "launch_form", [](bool small, bool block_table) { launch_form = {small, block_table}; },
+      "How steps are launched from now on, for benchmarks (csrc/launches.h).");
   if (find_exchange_table()) {
     module.def("step", &step_python, "torch.ops.rbwa_fused.step_ without the dispatcher.");
     module.def("step_deferred", &step_deferred_python,

@@ -7,8 +7,9 @@
 
 namespace {
 
-template <typename S, typename W, typename A, Rule most, bool averaged, typename T>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Launch<T> launch) {
+template <typename S, typename W, typename A, Rule most, bool averaged, typename T, int bytes>
+__global__ void __launch_bounds__(kThreads)
+    step_kernel(const __grid_constant__ Launch<T, bytes> launch) {
   step_thread<S, W, A, most, averaged>(launch, blockIdx.x, threadIdx.x);
 }
 
@@ -24,7 +25,13 @@ __global__ void __launch_bounds__(kThreads)
 template <typename S, typename W, typename A, Rule most, bool averaged>
 const char* launch_step(const void* launch, int64_t blocks, void* stream) {
   using T = typename Arithmetic<S>::type;
-  return launch_kernel(step_kernel<S, W, A, most, averaged, T>, blocks, stream,
+  if constexpr (kHasSmall<S, W, A>) {
+    if (static_cast<const Launch<T>*>(launch)->end <= kSmallTableBytes) {
+      return launch_kernel(step_kernel<S, W, A, most, averaged, T, kSmallTableBytes>, blocks,
+                           stream, *static_cast<const Launch<T, kSmallTableBytes>*>(launch));
+    }
+  }
+  return launch_kernel(step_kernel<S, W, A, most, averaged, T, kTableBytes>, blocks, stream,
                        *static_cast<const Launch<T>*>(launch));
 }
 

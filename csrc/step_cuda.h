@@ -18,6 +18,9 @@ constexpr int64_t kLargeModel = 100'000'000;  // elements
 // Kernel arguments may take 32,764 bytes (CUDA 12.1 and later, compute capability 7.0 and later).
 constexpr int kLaunchBytes = 32'764;
 constexpr int kTableBytes = 32'688;  // beside the rest of Launch
+// What a launch hands over is fixed when its kernel is compiled, and is copied at every launch: a
+// model of up to 100 tensors in float32 takes a kernel that gets 8 KB.
+constexpr int kSmallTableBytes = 8'128;
 
 // A segment as the kernel sees it. `first_chunk` counts the launch's chunks before it.
 struct CudaSegment {
@@ -53,7 +56,7 @@ struct CudaSampling {
   T scale, w, sample, current, write_back;
 };
 
-template <typename T>
+template <typename T, int table_bytes = kTableBytes>
 struct Launch {
   const T* samplings;       // the device's rows of CudaSampling, or null: the launch has them
   int32_t* marks;           // as in Deferred, or null: `first` says it
@@ -63,9 +66,18 @@ struct Launch {
   int32_t segment_count;
   int32_t groups_at;  // bytes into `tables`; segments stand at 0
   int32_t samplings_at;
-  alignas(16) unsigned char tables[kTableBytes];
+  int32_t blocks_at;  // uint16_t for each block: its segment; or 0: it is found by bisection
+  int32_t end;        // of what stands in `tables`
+  alignas(16) unsigned char tables[table_bytes];
 };
 static_assert(sizeof(Launch<float>) <= kLaunchBytes && sizeof(Launch<double>) <= kLaunchBytes);
+// A small launch is the beginning of a large one.
+static_assert(sizeof(Launch<float>) - kTableBytes ==
+              sizeof(Launch<float, kSmallTableBytes>) - kSmallTableBytes);
+
+// The kernels that are compiled for small launches as well.
+template <typename S, typename W, typename A>
+constexpr bool kHasSmall = sizeof(S) == 4 && sizeof(W) == 4 && sizeof(A) == 4;
 
 // What distinguishes one compiled kernel from another: the streams of memory.
 struct Streams {

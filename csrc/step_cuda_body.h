@@ -253,15 +253,18 @@ RBWA_INLINE X* place(void* stream, int64_t element) {
 
 // The work of one thread. `most` is the rule with most buffers among the launch's segments; a
 // segment that lacks a stream takes the branch that does without, which is the same for a block.
-template <typename S, typename W, typename A, Rule most, bool averaged,
-          typename T = typename Arithmetic<S>::type>
-RBWA_INLINE void step_thread(const Launch<T>& launch, int64_t block, int thread) {
+template <typename S, typename W, typename A, Rule most, bool averaged, typename T, int bytes>
+RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int thread) {
   if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
   const auto* segments = reinterpret_cast<const CudaSegment*>(launch.tables);
   int low = 0;
-  for (int high = launch.segment_count; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    (segments[middle].first_chunk <= block ? low : high) = middle;
+  if (launch.blocks_at != 0) {
+    low = reinterpret_cast<const uint16_t*>(launch.tables + launch.blocks_at)[block];
+  } else {
+    for (int high = launch.segment_count; high - low > 1;) {
+      const int middle = (low + high) / 2;
+      (segments[middle].first_chunk <= block ? low : high) = middle;
+    }
   }
   const CudaSegment& s = segments[low];
   const int64_t begin = (block - s.first_chunk) * launch.chunk;

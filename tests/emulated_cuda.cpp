@@ -3,9 +3,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <memory>
 #include <utility>
 
 #include "cuda_tables.h"
+#include "launches.h"
 #include "python_tensors.h"
 #include "replica_tables.h"
 #include "replicas_cuda.h"
@@ -19,6 +22,8 @@ namespace py = pybind11;
 
 constexpr DLDevice kCpu{kDLCPU, 0};
 int64_t launches = 0;
+int64_t small_launches = 0;   // those of a kernel for small tables
+int64_t tabled_launches = 0;  // those with a table of blocks
 int64_t threads_run = 0;
 int64_t failing = 0;  // the launch that fails, counted from now; 0: none
 
@@ -28,15 +33,31 @@ const char* launched() {
   return failing > 0 && --failing == 0 ? "out of luck" : nullptr;
 }
 
-template <typename S, typename W, typename A, Rule most, bool averaged>
-void run_all(const void* launch, int64_t blocks) {
+// A kernel gets a copy of as many bytes as it was compiled for.
+template <typename S, typename W, typename A, Rule most, bool averaged, int bytes>
+void run_with(const void* launch, int64_t blocks) {
   using T = typename Arithmetic<S>::type;
+  const auto given = std::make_unique<Launch<T, bytes>>();
+  std::memcpy(given.get(), launch, sizeof(*given));
+  small_launches += bytes == kSmallTableBytes;
+  tabled_launches += given->blocks_at != 0;
   for (int64_t block = 0; block < blocks; ++block) {
     for (int thread = 0; thread < kThreads; ++thread) {
-      step_thread<S, W, A, most, averaged>(*static_cast<const Launch<T>*>(launch), block, thread);
+      step_thread<S, W, A, most, averaged>(*given, block, thread);
       ++threads_run;
     }
   }
+}
+
+template <typename S, typename W, typename A, Rule most, bool averaged>
+void run_all(const void* launch, int64_t blocks) {
+  using T = typename Arithmetic<S>::type;
+  if constexpr (kHasSmall<S, W, A>) {
+    if (static_cast<const Launch<T>*>(launch)->end <= kSmallTableBytes) {
+      return run_with<S, W, A, most, averaged, kSmallTableBytes>(launch, blocks);
+    }
+  }
+  run_with<S, W, A, most, averaged, kTableBytes>(launch, blocks);
 }
 
 template <typename S, typename W, typename A, bool averaged>
@@ -136,6 +157,10 @@ PYBIND11_MODULE(emulated_cuda, module) {
                      nullptr);
   });
   module.def("fail", [](int64_t launch) { failing = launch; });
+  module.def("launch_form",
+             [](bool small, bool block_table) { launch_form = {small, block_table}; });
+  module.def("small_launches", [] { return std::exchange(small_launches, 0); });
+  module.def("tabled_launches", [] { return std::exchange(tabled_launches, 0); });
   module.def("launches", [] { return std::exchange(launches, 0); });
   module.def("threads_run", [] { return std::exchange(threads_run, 0); });
 }

@@ -34,6 +34,9 @@ class Host:
     def spin(self, seconds: float) -> None:
         self.spins += 1
 
+    def nothing(self) -> None:
+        pass
+
     def evict(self) -> None:
         self.evictions += 1
 

@@ -31,6 +31,7 @@ from benchmarks import (
     gpu_measure,
     gpu_report,
     gpu_rows,
+    gpu_timing,
     graph,
     instructions,
     pictures,
@@ -44,6 +45,7 @@ from benchmarks import (
     today,
     training,
     training_report,
+    variants,
 )
 from benchmarks.check import Average, Maths
 from benchmarks.gpu_timing import LEAST_ROUNDS, Series, copy_bandwidth
@@ -314,6 +316,13 @@ def known_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_measure, "copy_bandwidth", lambda device: 100.0)
 
 
+@pytest.fixture
+def emulated_forms(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
+    """The emulated kernels, also by the launches of benchmarks.variants."""
+    monkeypatch.setattr(variants, "launch_form", emulated_cuda.launch_form)
+    return emulated_cuda
+
+
 GPU_ROWS = gpu_rows.rows(("cuda",), Host())
 GPU_NAMES = [row.name for row in GPU_ROWS]
 TINY = shapes.Layout([(8, 3, 3, 3), (8,), (33, 129)], [(8,), ()])
@@ -352,7 +361,7 @@ def test_built_in_weights_have_the_dtype_and_their_counters_are_integers() -> No
     assert all(p.std() > 0.05 for p in model.parameters())
 
 
-@pytest.mark.usefixtures("emulated_cuda")
+@pytest.mark.usefixtures("emulated_forms")
 @pytest.mark.parametrize("row", GPU_ROWS, ids=GPU_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_gpu_row_computes_what_it_says(row: Row, dtype: torch.dtype) -> None:
@@ -375,6 +384,28 @@ def test_the_table_has_ours_on_both_backends_and_captures_where_it_can() -> None
     for method in gpu_rows.OURS_CAPTURED:
         assert f"{method}, cuda, graph" in names and f"{method}, triton, graph" not in names
     assert {f"{row.name}, graph" for row in gpu_rows.TODAY} <= names
+
+
+def test_a_variant_is_launched_in_its_form_and_the_others_as_usual(emulated_forms: Any) -> None:
+    emulated_forms.small_launches(), emulated_forms.tabled_launches()
+    problem = tiny_on()
+    seen = {}
+    for name in ("EMA, cuda, 32 KB, block table", "EMA, cuda, 32 KB", "EMA, cuda"):
+        provider = gpu_row(name).build(problem, name)
+        provider.prepare()
+        provider.step()
+        seen[name] = emulated_forms.small_launches(), emulated_forms.tabled_launches()
+    assert list(seen.values()) == [(0, 1), (0, 0), (1, 0)]
+
+
+def test_a_triton_variant_plans_with_its_block_and_warps() -> None:
+    from rbwa_fused.triton_kernels import step as triton_step
+
+    usual = triton_step.CHUNK, triton_step.WARPS
+    for name, setting in variants.VARIANTS["triton"]:
+        with setting():
+            assert f"{triton_step.WARPS[1]} warps of {triton_step.CHUNK}" == name
+    assert usual == (triton_step.CHUNK, triton_step.WARPS)
 
 
 def test_a_step_is_captured_once_for_each_set_of_gradients_and_replayed_with_it() -> None:
@@ -444,7 +475,7 @@ def test_a_wrong_baseline_stops_the_run() -> None:
         measured(Host(), [Row(BASELINE, "ours", broken)])
 
 
-@pytest.mark.usefixtures("emulated_cuda")
+@pytest.mark.usefixtures("emulated_forms")
 def test_a_gpu_run_prints_its_tables_and_writes_every_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -463,7 +494,78 @@ def test_a_gpu_run_prints_its_tables_and_writes_every_row(
             assert row["launches"] == 7 and row["rounds"] == LEAST_ROUNDS
             assert row["cold ms"] > 0 and row["warm ms"] > 0 and row["host ms"] > 0
         assert problem["rows"][BASELINE]["ratio"] == 1.0
-    assert host.spins == host.evictions == 2 * (LEAST_ROUNDS + 1) * len(rows)
+    # Two models: the baseline by itself, then once more beside every other row, and that row.
+    visits = 2 * (2 * len(rows) - 1)
+    assert host.evictions == visits * (LEAST_ROUNDS + 1)
+    assert host.spins == host.evictions + 2  # and before the empty kernels
+
+
+def test_a_row_that_ends_the_process_leaves_the_rows_before_it_written(tmp_path: Path) -> None:
+    def dying(problem: Problem, name: str) -> Provider:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "result.json"
+    rows = [gpu_row(BASELINE), gpu_row("torch SGD foreach"), Row("dies", "today", dying)]
+    plan = gpu.Plan(Host(), {"tiny": TINY}, torch.float32, rows, LEAST_ROUNDS)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(plan, out)
+    (problem,) = json.loads(out.read_text())["problems"]
+    assert set(problem["rows"]) == {BASELINE, "torch SGD foreach"}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_device_that_a_row_has_broken_is_not_measured_on() -> None:
+    class Breaking(Host):
+        broken = False
+
+        def synchronize(self) -> None:
+            if self.broken:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    host = Breaking()
+
+    def breaking(problem: Problem, name: str) -> Provider:
+        host.broken = True
+        host.synchronize()
+        raise AssertionError
+
+    written: list[Any] = []
+    rows = [gpu_row(BASELINE), Row("breaks", "ours", breaking), gpu_row("torch SGD foreach")]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        gpu_measure.measure(host, TINY, torch.float32, rows, LEAST_ROUNDS, written.append)
+    assert not written  # torch's row was not tried
+
+
+def test_ours_are_timed_before_the_others() -> None:
+    order: list[list[str]] = []
+    rows = [gpu_row(BASELINE), gpu_row("torch SGD foreach"), replace(gpu_row(BASELINE), name="own")]
+    rows[2] = replace(rows[2], kind="ours")
+    result = gpu_measure.measure(
+        Host(),
+        TINY,
+        torch.float32,
+        rows,
+        LEAST_ROUNDS,
+        lambda so_far: order.append(list(so_far["rows"])),
+    )
+    assert order == [[BASELINE, "own"], [BASELINE, "own", "torch SGD foreach"]]
+    assert list(result["rows"]) == [row.name for row in rows]  # the table's order
+
+
+def test_an_empty_kernel_is_not_charged_as_bandwidth() -> None:
+    class Slow(Host):
+        def seconds(self, start: float, end: float) -> float:
+            return 3e-6
+
+    assert gpu_timing.empty_ms(Slow()) == pytest.approx(0.003)
+    provider = gpu_row(BASELINE).build(tiny_on(), BASELINE)  # 20 bytes a parameter
+    times = {"cold ms": 0.5, "warm ms": 0.1, "host ms": 9.0}
+
+    def bandwidth(empty: float) -> Any:
+        return gpu_measure.figures(times, provider, 10**8, 5000.0, empty, 0.25)["GB/s"]
+
+    assert bandwidth(0.1) == pytest.approx(5000.0)
+    assert bandwidth(0.5) is None
 
 
 def test_every_clock_sees_every_tenth_step() -> None:
@@ -506,7 +608,7 @@ def test_rare_samples_weigh_as_they_occur() -> None:
 def test_a_share_of_the_copy_follows_from_stated_bytes_and_the_cold_time() -> None:
     provider = gpu_row(BASELINE).build(tiny_on(), BASELINE)  # 20 bytes a parameter
     times = {"cold ms": 0.5, "warm ms": 0.1, "host ms": 9.0}
-    row = gpu_measure.figures(times, provider, 100_000_000, 5000.0, baseline_ms=0.25)
+    row = gpu_measure.figures(times, provider, 100_000_000, 5000.0, 0.0, baseline_ms=0.25)
     assert row["GB/s"] == pytest.approx(4000.0)
     assert row["of copy"] == pytest.approx(0.8)
     assert row["ratio"] == 2.0
@@ -526,17 +628,17 @@ def test_launches_are_the_kernels_of_a_trace() -> None:
     assert device.kernels(json.dumps({"traceEvents": events[1:2]})) is None
 
 
-def test_groups_fit_beside_the_baseline() -> None:
-    baseline, ema = gpu_row(BASELINE), gpu_row("EMA, cuda")
-    replayed = gpu_row("EMA, cuda, graph")
-    rows = [baseline, ema, ema, replayed, ema]
-    # 14 copies: 3 temporary, 3 of the baseline, 3 a row and 5 of a captured one.
-    groups, too_large = gpu_measure.in_groups(rows, torch.float32, 1000, free=62_300)
-    assert groups == [[ema, ema], [replayed, ema]] and not too_large
-    groups, too_large = gpu_measure.in_groups(rows, torch.float32, 1000, free=40_000)
-    assert groups == [[ema], [ema], [ema]] and too_large == [replayed]
-    assert gpu_measure.in_groups([baseline], torch.float32, 1000, 40_000) == ([[]], [])
-    assert gpu_measure.in_groups([baseline], torch.float32, 1000, 20_000) == ([], [])
+def test_a_row_has_to_fit_beside_the_baseline() -> None:
+    baseline, ema, replayed = map(gpu_row, (BASELINE, "EMA, cuda", "EMA, cuda, graph"))
+
+    def fits(rows: list[Row], copies: float) -> bool:
+        free = int(copies * 4000 / gpu_measure.USABLE) + 1
+        return gpu_measure.fits(rows, torch.float32, 1000, free)
+
+    # 3 temporary copies, 3 of the baseline, 3 of a row and 5 of a captured one.
+    assert fits([baseline], 6) and not fits([baseline], 5.9)
+    assert fits([baseline, ema], 9) and not fits([baseline, ema], 8.9)
+    assert fits([baseline, replayed], 11) and not fits([baseline, replayed], 10.9)
 
 
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -571,7 +673,8 @@ def test_the_gpu_table_shows_what_was_measured() -> None:
         "tensors": 62,
         "dtype": "float32",
         "copy GB/s": 4696.0,
-        "baseline cold ms": [0.0524, 0.0531],
+        "empty ms": 0.0023,
+        "baseline cold ms": [0.0531, 0.0524],
         "rows": {BASELINE: row, "EMA, cuda": unknown},
         "skipped": {"apex FusedSGD": "amp_C is not installed"},
         "wrong": [],
@@ -581,7 +684,8 @@ def test_the_gpu_table_shows_what_was_measured() -> None:
     assert [BASELINE, "52.4", "40.0", "15.1", "20", "4466", "95%", "1", "1.00"] in lines
     assert ["EMA, cuda", "52.4", "40.0", "15.1", "-", "-", "-", "-", "1.00"] in lines
     assert "resnet18, 11.7M parameters in 62 tensors, float32; 50 rounds" in printed
-    assert "torch SGD fused in each group: 52.4, 53.1 us" in printed
+    assert "torch SGD fused, by itself and beside each row: 52.4 to 53.1 us" in printed
+    assert "an empty kernel takes 2.3 us" in printed
     assert "skipped: apex FusedSGD (amp_C is not installed)" in printed
 
 

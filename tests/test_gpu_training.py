@@ -32,6 +32,7 @@ from benchmarks import (
     step,
     training,
     training_report,
+    variants,
 )
 from benchmarks.check import Maths
 from benchmarks.problem import Problem
@@ -69,6 +70,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, emulated_cuda: Any) -> Iterator[R
     monkeypatch.setattr(ops, "choose", pick)
     monkeypatch.setattr(training, "torchvision_model", tiny)
     monkeypatch.setattr(training, "Cuda", lambda: device)
+    monkeypatch.setattr(variants, "launch_form", emulated_cuda.launch_form)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_measure, "copy_bandwidth", lambda device: 100.0)
     yield device
@@ -358,7 +360,7 @@ def test_the_suite_goes_to_the_gpu_where_there_is_one(
 ) -> None:
     called: list[Any] = []
 
-    def main(plan: Any, full: bool, out: Path) -> int:
+    def main(plan: Any, full: bool, out: Path, *how: Any) -> int:
         called.append((plan.device, full, out))
         return 1
 

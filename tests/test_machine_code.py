@@ -21,8 +21,10 @@ if ops._C_cuda is None:
 ARCHITECTURES = [
     name for name in ("sm_80", "sm_90") if f"{name[-2]}.{name[-1]}" in ops._C_cuda.ARCHITECTURES
 ]
-# As g++ mangles it: storage of the parameter, of theta, of the average; S1_ repeats the first.
-NAME = r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)(f|d|S1_)L4Rule(\d)ELb(\d)"
+# As g++ mangles it: storage of the parameter, of theta, of the average, where
+# S1_ repeats the first; rule, averaged, arithmetic; bytes of tables.
+NAME = r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)(f|d|S1_)L4Rule(\d)ELb(\d)E[fd]Li(\d+)E"
+TABLE_BYTES, SMALL_TABLE_BYTES = 32688, 8128
 SIZES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
 PLAIN, MOMENTUM, DIFFERENCE = 1, 2, 3  # enum Rule
 THREADS = 256
@@ -33,13 +35,14 @@ IN_FLIGHT = 64 * 1024  # bytes of loads a multiprocessor needs to hide the memor
 
 class Kernel(NamedTuple):
     """One compiled step: storage of the parameter, of theta (another for a master) and of the
-    average, enum Rule, averaged, registers, code."""
+    average, enum Rule, averaged, bytes of the launch's tables, registers, code."""
 
     storage: str
     theta: str
     average: str
     rule: int
     averaged: bool
+    table_bytes: int
     registers: int
     code: str
 
@@ -73,24 +76,47 @@ def kernels(architecture: str) -> list[Kernel]:
         name = part.split(maxsplit=1)[0]
         kind = re.search(NAME, name)
         if kind is not None:
-            storage, theta, average, rule, averaged = kind.groups()
+            storage, theta, average, rule, averaged, table_bytes = kind.groups()
             dtypes = storage, *(storage if s == "S1_" else s for s in (theta, average))
-            found.append(Kernel(*dtypes, int(rule), averaged == "1", int(registers[name]), part))
+            sizes = int(table_bytes), int(registers[name])
+            found.append(Kernel(*dtypes, int(rule), averaged == "1", *sizes, part))
     return found
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_there_is_a_kernel_for_every_set_of_streams(architecture: str) -> None:
-    kinds = {kernel[:5] for kernel in kernels(architecture)}
+    kinds = {kernel[:6] for kernel in kernels(architecture)}
     expected = {
-        (storage, theta, average, rule, averaged)
+        (storage, theta, average, rule, averaged, table_bytes)
         for storage, size in SIZES.items()
         for theta in ({storage, "f"} if size == 2 else {storage})
         for rule in (PLAIN, MOMENTUM, DIFFERENCE)
         for averaged in (False, True)
         for average in ({theta, "f"} if averaged and size == 2 else {theta})
+        for table_bytes in {TABLE_BYTES, SMALL_TABLE_BYTES if storage == "f" else TABLE_BYTES}
     }
-    assert kinds == expected and len(kernels(architecture)) == len(expected) == 42
+    assert kinds == expected and len(kernels(architecture)) == len(expected) == 48
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_kernel_for_small_launches_is_the_same_with_less_to_hand_over(architecture: str) -> None:
+    usage = cuobjdump("-res-usage", "-arch", architecture)
+    handed = {
+        name: int(size)
+        for name, size in re.findall(r"Function (\S+):\s+REG:\d+.*?CONSTANT\[0\]:(\d+)", usage)
+    }
+    small = {name: size for name, size in handed.items() if f"Li{SMALL_TABLE_BYTES}E" in name}
+    assert len(small) == 6
+    for name, size in small.items():
+        large = name.replace(f"Li{SMALL_TABLE_BYTES}E", f"Li{TABLE_BYTES}E")
+        twins = [
+            handed[other] for other in handed if other.split("EEv")[0] == large.split("EEv")[0]
+        ]
+        assert twins == [size + TABLE_BYTES - SMALL_TABLE_BYTES], name
+    by_kind = {kernel[:6]: kernel.registers for kernel in kernels(architecture)}
+    for kind, registers in by_kind.items():
+        if kind[5] == SMALL_TABLE_BYTES:
+            assert registers == by_kind[(*kind[:5], TABLE_BYTES)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

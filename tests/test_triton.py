@@ -261,6 +261,40 @@ class TestInterpreted:
         gc.collect()
         assert len(triton_step._launches) == 0
 
+    @pytest.mark.parametrize("average", ["rbwa", "mean-write-back", "swa"])
+    def test_a_step_that_only_changes_weights_copies_a_few_numbers(
+        self, monkeypatch: pytest.MonkeyPatch, average: str
+    ) -> None:
+        """A mean's weight is another one each step, and an lr may be."""
+        both, copied = Twice(), []
+        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", both.step, False))
+        copy = triton_step._copied
+
+        def spy(pieces: Any, device: Any) -> Any:
+            copied.append(sum(piece.nbytes for piece in pieces))
+            return copy(pieces, device)
+
+        monkeypatch.setattr(triton_step, "_copied", spy)
+        ps = [nn.Parameter(torch.linspace(-1, 1, 3 + i)) for i in range(20)]
+        policy = {
+            "rbwa": rf.rbwa(steps_per_epoch=100, start_epoch=0),
+            "mean-write-back": rf.mean(write_back_every=3),
+            "swa": rf.swa(start=0, every=1),
+        }[average]
+        opt = rf.FusedSGD(ps, 0.1, 0.9, average=policy, backend="reference")
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        steady = []
+        for step in range(12):
+            opt.param_groups[0]["lr"] = 0.1 / (1 + step // 6)
+            copied.clear()
+            opt.step()
+            steady.append(list(copied))
+        table = len(ps) * 13 * 8
+        assert sum(steady[0]) > table
+        alone = 4 * (9 * 2 + 5 * 2)  # two rows of a group, two of a sampler
+        assert steady[2:] == [[alone]] * 10
+
     @pytest.mark.parametrize("name", NAMED)
     def test_the_device_counts_and_weighs_as_the_host_does(self, name: str) -> None:
         policy = AVERAGES[name]

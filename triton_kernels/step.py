@@ -5,8 +5,8 @@ Its table has a row of ENTRY_COLUMNS numbers for each segment: the addresses of 
 previous and a (0: not touched), the length, the rows of both coefficient tables, the rule, the
 address of a tensor learning rate (0: none), the segment's number, and the address of the parameter
 that theta is the master of (0: theta is the parameter). The coefficient tables, rounded to the
-arithmetic's dtype, follow in the same memory, so that a step costs at most one copy to the device,
-and none where nothing changed.
+arithmetic's dtype, follow in the same memory, so that a step costs at most one copy to the device:
+none where nothing changed, and that of the coefficients alone where only their values did.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,9 @@ MARKS_BLOCK = 1024  # segments whose marks one program advances
 MU, SAMPLE = 2, 2  # columns of the coefficient tables
 
 Grads = Sequence[Tensor | None]
+# Of theta, gradients, state and tensor learning rates (None where the host knows those).
+Addresses = tuple[list[int], list[int | None], list[int], list[int] | None]
+Used = tuple[tuple[bool, ...], tuple[bool, ...]]  # rows and samplings
 
 
 def available(device: torch.device) -> str | None:
@@ -128,7 +131,7 @@ class Upload:
     """A launch's tables on the device, and what they ask of the kernel.
 
     Attributes:
-        staging: the memory that they were copied from.
+        staging: the memory that the latest of them were copied from.
         rule: the most demanding one, None where no segment has anything to do.
     """
 
@@ -147,7 +150,10 @@ class Launch:
     Attributes:
         members: of each segment its number in the segment table, and its columns there.
         chunks: (n, 2) int32 on the device: each program's segment, and which part of it.
-        key: all that `upload` depends on.
+        parts, block, warps: how often a program takes how many elements, by how many warps.
+        key: what the tables on the device were made of: addresses, and coefficients.
+        used: which rows move momentum, and which samplings sample: all that the segments' table
+            depends on of the coefficients.
         captured: what captured graphs read at each replay.
     """
 
@@ -157,9 +163,15 @@ class Launch:
     members: list[tuple[int, list[int]]]
     chunks: Tensor
     parts: int
+    block: int = field(init=False)
+    warps: int = field(init=False)
     key: tuple[Any, ...] = ()
+    used: Used = ((), ())
     upload: Upload | None = None
     captured: list[Upload] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.block, self.warps = CHUNK, WARPS[self.parts]  # as `chunks` was made for
 
     def run(
         self,
@@ -177,76 +189,74 @@ class Launch:
         if deferred is not None:
             samplings = samplings[:0]
             lrs = [0 if lr is None else lr.data_ptr() for lr in deferred.lrs]
-        key = (theta, g, addresses, rows.tolist(), samplings.tolist(), lrs)
+        at = theta, g, addresses, lrs
+        values = rows.tolist(), samplings.tolist()
         capturing = _capturing(self.chunks.device)
         upload = self.upload
-        if upload is None or key != self.key:
-            self.upload = upload = self._upload(rows, samplings, *key)
-            self.key = () if capturing else key  # a captured copy happens only at a replay
+        if upload is None or (at, values) != self.key:
+            moving = tuple(row[MU] != 0 for row in values[0])
+            used = moving, tuple(sampling[SAMPLE] != 0 for sampling in values[1])
+            if upload is None or not self.key or (at, used) != (self.key[0], self.used):
+                upload = self._upload(rows, samplings, at, used)
+            else:
+                upload = self._with_coefficients(upload, rows, samplings)
+            self.upload, self.used = upload, used
+            self.key = () if capturing else (at, values)  # a captured copy happens at replays only
         if capturing:
             self.captured.append(upload)
         if upload.rule is not None:
             self._launch(upload, deferred)
 
-    def _upload(
-        self,
-        rows: Tensor,
-        samplings: Tensor,
-        theta: list[int],
-        g: list[int | None],
-        addresses: list[int],
-        row_values: list[list[float]],
-        sampling_values: list[list[float]],
-        lrs: list[int] | None,
-    ) -> Upload:
+    def _upload(self, rows: Tensor, samplings: Tensor, at: Addresses, used: Used) -> Upload:
         """Packs the table and the coefficients, and copies them to the device."""
         from .update import DIFFERENCE, MOMENTUM, PLAIN
         from .update import SAMPLE as NO_GRADIENT
 
+        theta, g, addresses, lrs = at
         entries, rules = [], []
         averaged = False
         for (number, columns), theta_at, g_at in zip(self.members, theta, g, strict=True):
             row, sampling = columns[ROW], columns[SAMPLING]
-            moving = g_at is not None and row_values[row][MU] != 0
+            moving = g_at is not None and used[0][row]
             # Where the device counts, it decides itself whether a sample is due.
-            sampled = lrs is not None or sampling_values[sampling][SAMPLE] != 0
-            at = {}
+            sampled = lrs is not None or used[1][sampling]
+            streams_at = {}
             for name, column in STREAMS.items():
                 buffer, offset = columns[column : column + 2]
                 dtype = self.average_dtype if name == "average" else self.theta_dtype
                 touched = {"average": sampled, "master_param": True}.get(name, moving)
                 if buffer != -1 and touched:
-                    at[name] = addresses[buffer] + offset * dtype.itemsize
+                    streams_at[name] = addresses[buffer] + offset * dtype.itemsize
             if g_at is None:
                 rule = NO_GRADIENT.value
-            elif "difference_buffer" in at and "previous_gradient" in at:
+            elif "difference_buffer" in streams_at and "previous_gradient" in streams_at:
                 rule = DIFFERENCE.value
             else:
-                rule = (MOMENTUM if "momentum_buffer" in at else PLAIN).value
-            averaged = averaged or "average" in at
-            if g_at is not None or "average" in at:
+                rule = (MOMENTUM if "momentum_buffer" in streams_at else PLAIN).value
+            averaged = averaged or "average" in streams_at
+            if g_at is not None or "average" in streams_at:
                 rules.append(rule)
             streams = ("momentum_buffer", "difference_buffer", "previous_gradient", "average")
-            master = at.get("master_param", 0)
-            entries += [master or theta_at, g_at or 0, *(at.get(name, 0) for name in streams)]
+            master = streams_at.get("master_param", 0)
+            entries += [master or theta_at, g_at or 0]
+            entries += [streams_at.get(name, 0) for name in streams]
             lr = lrs[row // 2] if lrs else 0
             entries += [columns[LENGTH], row, sampling, rule, lr, number]
             entries += [theta_at if master else 0]
 
+        pieces = [torch.tensor(entries, device="cpu"), *self._coefficients(rows, samplings)]
+        staging, (table, *coefficients) = _copied(pieces, self.chunks.device)
+        return Upload(staging, table, *coefficients, max(rules, default=None), averaged)
+
+    def _with_coefficients(self, upload: Upload, rows: Tensor, samplings: Tensor) -> Upload:
+        """The same table of segments with other coefficients, which alone are copied."""
+        pieces = self._coefficients(rows, samplings)
+        staging, (row_table, sampling_table) = _copied(pieces, self.chunks.device)
+        return replace(upload, staging=staging, rows=row_table, samplings=sampling_table)
+
+    def _coefficients(self, rows: Tensor, samplings: Tensor) -> list[Tensor]:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        coefficients = rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)
-        pieces = [torch.tensor(entries, device="cpu"), *coefficients]
-        device = self.chunks.device
-        staging = torch.empty(
-            sum(piece.nbytes for piece in pieces),
-            dtype=torch.uint8,
-            device="cpu",
-            pin_memory=device.type != "cpu",
-        )
-        for piece, part in zip(pieces, _split(staging, pieces), strict=True):
-            part.copy_(piece)
-        table, row_table, sampling_table = _split(staging.to(device, non_blocking=True), pieces)
-        return Upload(staging, table, row_table, sampling_table, max(rules, default=None), averaged)
+        return [rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)]
 
     def _launch(self, upload: Upload, deferred: Deferred | None) -> None:
         from . import update
@@ -270,9 +280,9 @@ class Launch:
             AVERAGE_DTYPE=_triton_dtype(self.average_dtype),
             RULE=max(upload.rule or 0, update.PLAIN.value),
             AVERAGED=upload.averaged,
-            BLOCK=CHUNK,
+            BLOCK=self.block,
             PARTS=self.parts,
-            num_warps=WARPS[self.parts],
+            num_warps=self.warps,
             num_stages=1,
             enable_fp_fusion=False,
         )
@@ -315,6 +325,19 @@ def _chunks(members: list[tuple[int, list[int]]], chunk: int) -> Tensor:
     first = programs.cumsum(0) - programs
     within = torch.arange(len(member), device="cpu") - first[member]
     return torch.stack([member, within], dim=1).int()
+
+
+def _copied(pieces: list[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Pieces in one memory from which they can be copied while the host goes on, and there."""
+    staging = torch.empty(
+        sum(piece.nbytes for piece in pieces),
+        dtype=torch.uint8,
+        device="cpu",
+        pin_memory=device.type != "cpu",
+    )
+    for piece, part in zip(pieces, _split(staging, pieces), strict=True):
+        part.copy_(piece)
+    return staging, _split(staging.to(device, non_blocking=True), pieces)
 
 
 def _split(memory: Tensor, like: list[Tensor]) -> list[Tensor]:
