@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if gpu_suite.main(plan, args.full, out, args.seconds, args.pictures) != 0:
             raise SystemExit(1)
         return
+    if args.model or args.seconds is not None:
+        sys.exit("benchmarks: --model and --seconds are for a GPU, and torch sees none")
     from benchmarks import machine, pictures, report, sizes
 
     description = machine.description(args.threads)

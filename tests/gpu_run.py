@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,10 @@ MINUTES = 8.0
 GRACE = 5.0  # seconds that a stage has to say where it stood
 LINE = 72  # characters of a table's line for what a stage says
 REASONS = 6  # lines of a failed stage that are printed
-FAILING = ("FAILED ", "ERROR ", "WRONG", "**WRONG", "not measured", "========= ERROR")
+MOST_REASONS = 20  # of all stages
+FAILING = re.compile(  # pytest, our programs, pip and compilers, Python
+    r"(FAILED|ERROR)\b|(\*\*)?WRONG\b|not measured|.*: (fatal )?error: |[\w.]*Error: "
+)
 
 # What a stage's status and output come to: whether it passed, and its telling line.
 Judge = Callable[[int, str], tuple[bool, str]]
@@ -47,8 +51,9 @@ def last_line(text: str) -> str:
 
 
 def failures(text: str) -> list[str]:
-    """The lines that name a failure, as all of our programs print them."""
-    return [line.strip() for line in text.splitlines() if line.startswith(FAILING)]
+    """The lines that name a failure."""
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if FAILING.match(line)]
 
 
 def judged(status: int, text: str) -> tuple[bool, str]:
@@ -209,7 +214,7 @@ class Run:
             if o.status not in ("ok", "left out")
             for line in o.failures
         ]
-        return "\n".join([*why, *([""] if why else []), table(self.outcomes)])
+        return "\n".join([*why[:MOST_REASONS], *([""] if why else []), table(self.outcomes)])
 
     def write(self) -> None:
         """The table and the run as they stand."""

@@ -93,6 +93,13 @@ def best(out: Path) -> Callable[[int, str], tuple[bool, str]]:
     return judge
 
 
+def checked(status: int, text: str) -> tuple[bool, str]:
+    """Judges the self check by its status, and tells what it says of each backend."""
+    found = re.findall(r"^check (\w+) +(ok|WRONG|not run)", text, re.MULTILINE)
+    passed, line = judged(status, text)
+    return passed, ", ".join(map(" ".join, found)) or line
+
+
 def uninitialized(status: int, text: str) -> tuple[bool, str]:
     """Judges initcheck by our own kernels. It sees all of them, since a read is of memory that any
     kernel may have written; what torch's read is not ours to count."""
@@ -139,7 +146,7 @@ def stages(out: Path, machine: Mapping[str, Any]) -> list[Stage]:
             # Triton's kernels need the package alone.
             fallback=Stage("build, no CUDA", install, 90, environment={"RBWA_CUDA": "0"}),
         ),
-        Stage("check", [PYTHON, "-m", "rbwa_fused"], 60),
+        Stage("check", [PYTHON, "-m", "rbwa_fused"], 60, judge=checked),
         Stage("smoke", [PYTHON, "tests/gpu_smoke.py"], 60, needs="build"),
         Stage("smoke triton", [PYTHON, "tests/gpu_smoke.py", "--backend", "triton"], 120),
         Stage("bench", bench, 75, needs="build", judge=judge_bench),

@@ -125,6 +125,12 @@ LAUNCHES = [
     ("T(a.current), T(a.write_back)", "T(a.write_back), T(a.current)"),
     ("bytes_with(s) > kTableBytes", "bytes_with(s) > 2 * kTableBytes"),
 ]
+FORMS = [
+    ("if (launch_form.block_table) at = put_blocks(at);", ""),
+    ("after - segments_[i].first_chunk, static_cast", "1, static_cast"),
+    ("if (chunks_ * static_cast<int64_t>(sizeof(uint16_t)) > left) return at;", ""),
+    ("static_cast<int32_t>(at - launch_.tables) : kTableBytes", "0 : kTableBytes"),
+]
 REFERENCE = [
     ("g + k.lambda_ * x if", "g - k.lambda_ * x if"),
     ("k.mu * m.to(wide) + k.c * g", "k.mu * m.to(wide) + g"),
@@ -198,6 +204,11 @@ TRITON = [
     ("theta = followed(theta, rounded, param)", "pass"),
     ("store(param_at, theta, mask, FULL)", "pass"),
 ]
+UPLOADS = [
+    ("or (at, used) != (self.key[0], self.used)", ""),
+    ("or (at, used) != (self.key[0], self.used)", "or True"),
+    ("upload is None or (at, values) != self.key", "upload is None"),
+]
 COUNTERS = [
     ("1.0 / tl.where(due, k + 1, 1)", "1.0 / tl.where(due, k + 2, 1)"),
     ("1.0 - decay", "decay"),
@@ -218,7 +229,9 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     ("csrc/step_cuda_body.h", BODY, (*CUDA, "test_sanitized.py"), False),
     ("csrc/average.h", AVERAGE_H, CUDA, False),
     ("csrc/launches.cpp", LAUNCHES, CUDA, False),
+    ("csrc/launches.cpp", FORMS, ("test_launch_forms.py",), False),
     ("triton_kernels/update.py", TRITON, ("test_triton.py",), False),
+    ("triton_kernels/step.py", UPLOADS, ("test_triton.py",), False),
     ("triton_kernels/advance.py", COUNTERS, ("test_triton.py",), False),
     ("rbwa_fused/reference.py", REFERENCE, PYTHON, False),
     ("rbwa_fused/reference.py", PULL_REFERENCE, REPLICAS, False),

@@ -1,7 +1,8 @@
 """pytest in several processes, each with every n-th test: python tests/parallel.py 8 -q tests.
 
 Their lines come as they are printed, with the process's number, and the sum of their results last;
-the status is 1 if a test failed or a process died. As a plugin of pytest this file deals them out.
+the status is 1 if a test failed, a process died or nothing passed. As a plugin of pytest this file
+deals them out.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
             how = f"died by signal {-status}" if status < 0 else f"ended with status {status}"
             print(f"ERROR process {which} {how}")
     print(", ".join(f"{number} {kind}" for kind, number in sorted(counts.items())) or "no tests")
-    return int(not counts or any(status not in (0, NO_TESTS) for status in statuses))
+    return int(not counts["passed"] or any(status not in (0, NO_TESTS) for status in statuses))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import gpu_smoke
 import gpu_stages
 import pytest
-from gpu_run import ROOT, Run, Stage, chosen, main, wheels_installed
+from gpu_run import ROOT, Run, Stage, chosen, judged, main, wheels_installed
 
 MACHINE = {"gpu": "none", "compute capability": "9.0", "slug": "none", "date": "2026-01-01"}
 FOLDER = Path("/nowhere")  # for stages that are looked at and not taken
@@ -72,6 +72,23 @@ def test_a_stage_that_fails_dies_or_hangs_leaves_the_results_of_the_others(
     assert sys.executable not in json.dumps(written) and str(tmp_path) not in json.dumps(written)
     assert len(list(tmp_path.iterdir())) == 3
     assert "all is well" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "FAILED tests/test_x.py::test_y - assert 1 == 2",
+        "ERROR process 3 died by signal 11",
+        "WRONG: torch.float32, plain, none: 2 tensors differ",
+        "**WRONG: EMA, cuda, not timed**",
+        "      csrc/ops.cpp:4:10: fatal error: pybind11/pybind11.h: No such file or directory",
+        "      csrc/step_cuda.cu(12): error: identifier is undefined",
+        "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+    ],
+)
+def test_the_line_that_says_why_is_found(line: str) -> None:
+    passed, told = judged(1, f"some lines\n{line}\nand others\n")
+    assert not passed and told == f"and others; first: {line.strip()}"
 
 
 def test_what_a_stage_left_running_ends_with_it(tmp_path: Path) -> None:
@@ -237,9 +254,16 @@ def test_initcheck_is_judged_by_our_own_kernels(text: str, passed: bool, line: s
     assert found[0] == passed and line in found[1]
 
 
+def test_the_self_check_tells_what_was_checked() -> None:
+    judge = named("check").judge
+    text = "gpu     some\ncheck cuda       ok, differs by 0\ncheck triton     not run: why\n"
+    assert judge(0, text) == (True, "cuda ok, triton not run")
+    assert judge(1, "RuntimeError: no")[1].startswith("RuntimeError: no")
+
+
 def test_a_benchmark_tells_the_ratios_that_it_has_written(tmp_path: Path) -> None:
     (stage,) = chosen(gpu_stages.stages(tmp_path, MACHINE), "bench")
-    assert stage.judge(1, "a stack\nRuntimeError: no") == (False, "RuntimeError: no")
+    assert stage.judge(1, "RuntimeError: no\nbye") == (False, "bye; first: RuntimeError: no")
     rows = {name: {"ratio": r} for name, r in [("torch SGD fused", 1.0), ("EMA, cuda", 1.414)]}
     problem = {"model": "resnet18", "rows": rows, "wrong": []}
     Path(stage.command[-1]).write_text(json.dumps({"problems": [problem]}))
@@ -280,6 +304,8 @@ def test_tests_are_dealt_out_each_to_one_process(tmp_path: Path) -> None:
     assert printed.count("\nFAILED test_dealt.py::test_one[3]") == 1
     status, printed = in_parallel(tmp_path, TESTS, "-k", "one and (1 or 2)")  # less than processes
     assert (status, printed.splitlines()[-1]) == (0, "2 passed")
+    status, printed = in_parallel(tmp_path, TESTS, "-k", "skipped")  # as without a GPU
+    assert (status, printed.splitlines()[-1]) == (1, "1 skipped")
 
 
 def test_a_process_that_dies_is_no_success(tmp_path: Path) -> None:
