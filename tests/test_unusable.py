@@ -35,9 +35,9 @@ def main() -> Iterator[Main]:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        from examples import compare
+        from examples import train
 
-        yield lambda folder, *options: compare.main((*options, "--out", str(folder)))
+        yield lambda folder, *options: train.main((*options, "--out", str(folder)))
     torch.set_num_threads(threads)
 
 
