@@ -159,8 +159,6 @@ EVALUATE: Mutants = [
 SWAP: Mutants = [
     ("local(p).detach().clone()", "local(p).detach()"),
     ("torch.clear_autocast_cache()", "pass"),
-    ("torch.autograd.graph.increment_version([p", "list([p"),
-    ("            _announce(self._averages)\n\n", "\n"),
     ("if plan.n_averaged > 0]", "]"),
     ("if plan.buffered(p) and average is not None:", "if average is not None:"),
     ("if plan.buffered(p) and average is not None and", "if average is not None and"),

@@ -257,6 +257,8 @@ def test_rbwa_converted_to_float32_is_its_own_average_at_once() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     with opt.averaged():
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    saved = opt.averaged_state_dict(model)
+    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
 
 
 def test_groups_keep_or_drop_the_average_each_for_itself() -> None:

@@ -316,6 +316,7 @@ def test_a_model_converted_under_inference_mode_inside_can_be_trained_on() -> No
 BUFFERS: dict[str, Callable[[nn.Module], Any]] = {
     "resized": lambda norm: norm.running_mean.resize_(7),
     "re-pointed": lambda norm: setattr(norm.running_mean, "data", torch.zeros(9)),
+    "grown": lambda norm: setattr(norm.running_mean, "data", torch.zeros(2, 4)),
     "expanded": lambda norm: setattr(norm.running_mean, "data", torch.zeros(1).expand(4)),
     "deleted": lambda norm: norm._buffers.pop("running_mean"),
     "none": lambda norm: setattr(norm, "running_mean", None),
