@@ -27,10 +27,12 @@ def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[st
     other = {p: other[p] for p in model.parameters() if p in other}
     members = {_place(t): t for t in chain(model.parameters(), model.buffers())}
     sources = {
-        name: value if value in other else members.get(_place(value))
+        name: members.get(_place(value))
         for name, value in result.items()
         if isinstance(value, Tensor)
     }
+    # All of them must be found: of a model that is gathered on one rank the others return nothing,
+    # and must ask as often.
     found = set(filter(other.__contains__, sources.values()))
     if other and (None in sources.values() or len(sources) < len(result) or found != other.keys()):
         with _standing_in(model, other):
@@ -50,8 +52,7 @@ def _copied(result: dict[str, Any]) -> dict[str, Any]:
 def _place(tensor: Tensor) -> Hashable:
     """What tensors have in common that show the same memory in the same way."""
     memory = local(tensor)
-    strided = memory.layout == torch.strided and not is_traceable_wrapper_subclass(memory)
-    if not strided or memory.is_meta or memory.numel() == 0:
+    if memory.layout != torch.strided or is_traceable_wrapper_subclass(memory):
         return id(tensor)
     seen_as = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg(), is_sharded(tensor))
     return (memory.device, memory.data_ptr(), *seen_as)

@@ -188,14 +188,13 @@ PLAN: Mutants = [
     ("        plan.rule_inputs = None  # until both rows hold them\n", ""),
 ]
 MODEL_STATE: Mutants = [
-    ("value if value in other else members", "members"),
     ("None in sources.values() or ", ""),
     ("len(sources) < len(result) or ", ""),
     (" or found != other.keys()", ""),
     ("other[source].to(source.dtype)", "other[source]"),
     ("t.detach().clone()", "t.detach()"),
     (", tensor.is_neg()", ""),
-    (" or memory.numel() == 0", ""),
+    (" or is_traceable_wrapper_subclass(memory)", ""),
     (".data.copy_(local(value))", ".copy_(local(value))"),
     ("local(p).detach().clone() for p", "local(p).detach() for p"),
     ("        _write(own)\n", ""),

@@ -12,6 +12,7 @@ import torch
 from runs import bits
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_map
 
 import rbwa_fused as rf
 
@@ -182,6 +183,69 @@ def test_between_forward_and_backward_nothing_is_lost(layer: str) -> None:
     loss.backward()
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         assert bits(p.grad) == bits(q.grad)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_all_ranks_ask_a_model_as_often_that_is_gathered_on_one(here: bool) -> None:
+    asked = []
+
+    def gather(state: dict[str, Any], layer: nn.Linear) -> None:
+        asked.append(1)
+        gathered = {key: value.detach().clone() for key, value in state.items() if here}
+        state.clear()
+        state.update(gathered)
+
+    model, opt = trained(lambda: hooked(gather), rf.ema(0.5))
+    opt.averaged_state_dict(model)
+    assert len(asked) == 2
+
+
+class Wrapper(Tensor):
+    """Has no memory of its own, as a quantized weight has none."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Wrapper:
+        made: Wrapper = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
+        made.held = held
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *rest: Any) -> Wrapper:
+        return Wrapper(inner["held"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(value: Any) -> Any:
+            return value.held if isinstance(value, Wrapper) else value
+
+        result = func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+        return Wrapper(result) if isinstance(result, Tensor) else result
+
+
+def test_frozen_weights_without_memory_stay_apart() -> None:
+    model, opt = trained(lambda: nn.Linear(4, 4), rf.ema(0.5))
+    for name, value in (("first", 1.0), ("second", 2.0)):
+        model.register_parameter(
+            name, nn.Parameter(Wrapper(torch.full((3,), value)), requires_grad=False)
+        )
+    saved = opt.averaged_state_dict(model)
+    assert [saved[name].held.tolist() for name in ("first", "second")] == [[1.0] * 3, [2.0] * 3]
+
+
+def test_parameters_that_share_memory_show_what_averaged_shows() -> None:
+    model = nn.ParameterList([torch.ones(3), torch.ones(3)])
+    model[1].data = model[0].data
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+    for _ in range(3):
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.full((3,), float(i + 1))
+        opt.step()
+    assert held(opt.averaged_state_dict(model)) == inside(opt, model)
 
 
 def test_a_model_that_cannot_be_asked_keeps_its_training_weights() -> None:
