@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 from rbwa_fused.flat import same_layout, turns
 from rbwa_fused.ops import exchange_
-from rbwa_fused.sharded import is_sharded, local, reshard
+from rbwa_fused.sharded import gathered_by, is_flattened, kind_of_shard, local, reshard
 
 if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
@@ -94,25 +94,29 @@ def _free_gathered(opt: FusedOptimizer, model: nn.Module | None) -> None:
     """Frees the weights that FSDP has gathered, or the next forward would not see those of now.
 
     Raises:
-        ValueError: for DTensor parameters that are not the model's, or without a model.
+        ValueError: for sharded parameters that are not the model's, or without a model.
     """
-    params = [p for group in opt.param_groups for p in group["params"] if is_sharded(p)]
+    params = [p for group in opt.param_groups for p in group["params"] if kind_of_shard([p])]
+    kind = kind_of_shard(params)
     if params and model is None:
         raise ValueError(
-            "averaged() of DTensor parameters needs their model, as in averaged(model): what FSDP "
+            f"averaged() of {kind} parameters needs their model, as in averaged(model): what FSDP "
             "has gathered of it must be freed"
         )
     reshard(model)
-    members = set(model.parameters()) if model is not None else set()
+    members = gathered_by(model)
     missing = sum(p not in members for p in params)
     if missing:
         raise ValueError(
-            f"Invalid model: {missing} of {len(params)} DTensor parameters are not its own"
+            f"Invalid model: {missing} of {len(params)} {kind} parameters are not its own"
         )
 
 
 def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]:
     """See FusedOptimizer.averaged_state_dict."""
+    if any(is_flattened(p) for group in opt.param_groups for p in group["params"]):
+        with averaged(opt, model):  # FSDP1 gathers what it puts into a state dict
+            return state_dict_with(model, {})
     return state_dict_with(model, dict(averages(opt)) if opt._evaluating is None else {})
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rbwa_fused.sharded import beside, is_sharded, laid_out_as, local
+from rbwa_fused.sharded import beside, is_flattened, is_sharded, laid_out_as, local
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in csrc/step.h
 ALIGNMENT = 128  # bytes
@@ -140,6 +140,7 @@ def may_move(param: Tensor) -> bool:
         type(param) in (Tensor, torch.nn.Parameter)
         and param.numel() > 0
         and is_dense(param)
+        and not is_flattened(param)
         and param.untyped_storage().nbytes() == param.numel() * param.element_size()
         and not param.is_shared()
         and not (param.device.type == "cpu" and param.is_pinned())

@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from rbwa_fused import checks, evaluate, flat, ops, reference
 from rbwa_fused.average import _integer
 from rbwa_fused.rules import number
-from rbwa_fused.sharded import is_sharded
+from rbwa_fused.sharded import is_flattened, is_sharded
 
 Replica = nn.Module | Iterable[Tensor]
 
@@ -226,6 +226,11 @@ def fit(replica: Replica) -> list[Tensor]:
             raise TypeError(f"{p!r} among its tensors")
         if is_sharded(p):
             raise TypeError("a DTensor among its tensors (expected shards: p.to_local())")
+        if is_flattened(p):
+            raise TypeError(
+                "a FullyShardedDataParallel parameter among its tensors (expected shards: "
+                "p.detach())"
+            )
     checks.params(group, master_weights=False)
     params: list[Tensor] = group["params"]
     return params

@@ -235,19 +235,28 @@ SHARDED: Mutants = [
     ("dtype=shard.dtype", "dtype=None"),
     ("state._local_tensor = shard", "state._local_tensor = shard.clone()"),
     ("any(p.is_partial() for p in tensor.placements)", "False"),
-    ("            module.reshard()\n", "            pass\n"),
+    ("        module.reshard()\n", "        pass\n"),
+    ("            _reshard(module, handle, True)", "            pass"),
+    ("ran = module._is_root is not None", "ran = True"),
+    ('_modules(model, "FullyShardedDataParallel")\n    members', "[model]\n    members"),
 ]
 SHARDS_IN_TABLES: Mutants = [
     ("all(local(param) is shard for param, shard in self.shards)", "True"),
     ("                if alike is not g:\n                    param.grad = alike\n", ""),
     ("enumerate(map(local, params))", "enumerate(params)"),
     ("return {i: beside(view, self.params[i]) for i, view in views.items()}", "return views"),
+    ("        and not is_flattened(param)\n", ""),
 ]
 SHARDS_IN_EVALUATION: Mutants = [
     ("        reshard(model)\n        with", "        with"),
     ("    reshard(model)\n    members", "    members"),
     ("if params and model is None:", "if False:"),
     ("    if missing:\n", "    if False:\n"),
+    ("if any(is_flattened(p) for", "if any(False for"),
+]
+SHARDS_IN_LAYOUT: Mutants = [
+    ("self._step_supports_amp_scaling = False", "pass"),
+    ("if self._in_backward and kind is not None:", "if False:"),
 ]
 
 STEPS = (
@@ -266,7 +275,7 @@ BITS = (
     *("test_ops.py", "test_threads.py", "test_update.py", "-k"),
     "test_ops or test_threads or flat_threads or (literal and none)",
 )
-SHARDS = ("test_fsdp.py", "test_tensor_parallel.py")
+SHARDS = ("test_fsdp.py", "test_fsdp1.py", "test_tensor_parallel.py")
 # file, mutants, tests, whether the CPU module must be compiled
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("csrc/step_cpu_loop.h", CPU_LOOP, BITS, True),
@@ -282,6 +291,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/sharded.py", SHARDED, SHARDS, False),
     ("rbwa_fused/flat.py", SHARDS_IN_TABLES, SHARDS, False),
     ("rbwa_fused/evaluate.py", SHARDS_IN_EVALUATION, SHARDS, False),
+    ("rbwa_fused/layout.py", SHARDS_IN_LAYOUT, SHARDS, False),
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
     ("rbwa_fused/in_backward.py", IN_BACKWARD, ("test_in_backward.py",), False),
