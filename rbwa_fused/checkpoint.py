@@ -183,8 +183,7 @@ def _check_state(
         if "average" in held and policy is None:
             raise ValueError(f"the checkpoint has an average for {name}, which keeps none")
         # FSDP1 keeps no state of a parameter of which this process holds nothing.
-        counted = n_averaged > 0 and param.numel() > 0
-        if "average" not in held and policy is not None and counted:
+        if param.numel() > 0 and "average" not in held and policy is not None and n_averaged > 0:
             raise ValueError(
                 f"the checkpoint counts {n_averaged} samples, but {name} has no average"
             )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from rbwa_fused.flat import same_layout, turns
 from rbwa_fused.ops import exchange_
@@ -139,31 +139,104 @@ def averaged_model(
 ) -> Iterator[nn.Module]:
     """`opt.averaged()` with BatchNorm statistics estimated anew for the averaged weights.
 
-    The statistics of training belong to the training weights. One pass over the loader
-    (torch.optim.swa_utils.update_bn) replaces them inside the context; weights and buffers come
-    back on exit, also after an exception.
+    The statistics of training belong to the training weights. One pass over the loader replaces
+    them inside the context, as torch.optim.swa_utils.update_bn does; weights and buffers come back
+    on exit, also after an exception. Modules that are in eval mode while the model trains, or after
+    `model.train()`, are frozen: they stay in eval mode and keep their statistics.
 
     Args:
-        opt: the optimizer that averages the model's parameters.
+        opt: the optimizer that averages the model's parameters, or a wrapper that holds it as its
+            ``optimizer``, such as accelerate's.
         model: the model; yielded again.
         loader: of inputs, or of lists or tuples that begin with them.
         device: where the inputs are moved first; None leaves them.
+
+    Raises:
+        ValueError: for a loader without any batch, such as a generator that is used up, where there
+            are statistics to estimate.
+        TypeError: for an optimizer that has no averages.
 
     Example:
         >>> with rbwa_fused.averaged_model(opt, model, train_loader):
         ...     evaluate(model)
     """
-    with opt.averaged(model):
+    frozen = [module for module in model.modules() if not module.training]
+    with averaged_estimated(opt, model, loader, device, frozen if model.training else ()):
+        yield model
+
+
+@contextmanager
+def averaged_estimated(
+    opt: Any,
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | None,
+    frozen: Collection[nn.Module],
+) -> Iterator[None]:
+    """`averaged_model`, where it is known which modules are in eval mode in training."""
+    with _unwrapped(opt).averaged(model):
         kept = [_Kept(module) for module in model.modules()]
         try:
-            update_bn(loader, model, device=device)
+            _estimate(model, loader, device, frozen)
             for module in kept:
                 module.restore_modes()
-            yield model
+                if has_statistics(module.module) and _as_reset(module.module):
+                    module.restore_buffers()  # forward does not come to it
+            yield
         finally:
             for module in kept:
                 module.restore_modes()
                 module.restore_buffers()
+
+
+def _unwrapped(opt: Any) -> Any:
+    """The optimizer of ours in a wrapper that does not pass its methods on."""
+    inner = opt
+    while not hasattr(inner, "averaged") and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not hasattr(inner, "averaged"):
+        raise TypeError(f"Invalid opt: {type(opt).__name__} (expected one of rbwa_fused's)")
+    return inner
+
+
+@torch.no_grad()
+def _estimate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | None,
+    frozen: Collection[nn.Module],
+) -> None:
+    """Gives statistics the means of all batches. update_bn of torch.optim.swa_utils would reset
+    frozen modules, too, pass over InstanceNorm, and take no batch for an answer."""
+    model.train()
+    for module in frozen:
+        module.training = False
+    norms: list[Any] = [m for m in model.modules() if has_statistics(m) and m.training]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+    batches = 0
+    for batch in loader:
+        batches += 1
+        for norm in norms:  # BatchNorm counts by itself
+            norm.momentum = None if isinstance(norm, _BatchNorm) else 1 / batches
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        model(inputs if device is None else inputs.to(device))
+    if batches == 0:
+        raise ValueError(
+            "Invalid loader: it has no batch to estimate BatchNorm statistics with (a generator "
+            "can be gone through once)"
+        )
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module keeps running means and variances: BatchNorm, or InstanceNorm if asked."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
+
+
+def _as_reset(norm: Any) -> bool:
+    return not norm.running_mean.any() and bool((norm.running_var == 1).all())
 
 
 class _Kept:
@@ -181,7 +254,7 @@ class _Kept:
 
     def restore_modes(self) -> None:
         self.module.training = self.training
-        if isinstance(self.module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(self.module, _NormBase):
             self.module.momentum = self.momentum
 
     def restore_buffers(self) -> None:
