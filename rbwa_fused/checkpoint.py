@@ -236,7 +236,8 @@ def _check_state(
     if policy is None or policy.write_back_every != 1:
         if "average" in held and policy is None:
             raise ValueError(f"the checkpoint has an average for {name}, which keeps none")
-        if "average" not in held and policy is not None and n_averaged > 0:
+        # FSDP1 keeps no state of a parameter of which this process holds nothing.
+        if param.numel() > 0 and "average" not in held and policy is not None and n_averaged > 0:
             raise ValueError(
                 f"the checkpoint counts {n_averaged} samples, but {name} has no average"
             )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from rbwa_fused.model_state import state_dict_with
-from rbwa_fused.sharded import is_sharded, reshard
+from rbwa_fused.sharded import gathered_by, is_flattened, kind_of_shard, reshard
 from rbwa_fused.swap import Swap, averages
 
 if TYPE_CHECKING:
@@ -48,20 +48,21 @@ def _free_gathered(opt: FusedOptimizer, model: nn.Module | None) -> None:
     """Frees the weights that FSDP has gathered, or the next forward would not see those of now.
 
     Raises:
-        ValueError: for DTensor parameters that are not the model's, or without a model.
+        ValueError: for sharded parameters that are not the model's, or without a model.
     """
-    params = [p for group in opt.param_groups for p in group["params"] if is_sharded(p)]
+    params = [p for group in opt.param_groups for p in group["params"] if kind_of_shard([p])]
+    kind = kind_of_shard(params)
     if params and model is None:
         raise ValueError(
-            "averaged() of DTensor parameters needs their model, as in averaged(model): what FSDP "
+            f"averaged() of {kind} parameters needs their model, as in averaged(model): what FSDP "
             "has gathered of it must be freed"
         )
     reshard(model)
-    members = set(model.parameters()) if model is not None else set()
+    members = gathered_by(model)
     missing = sum(p not in members for p in params)
     if missing:
         raise ValueError(
-            f"Invalid model: {missing} of {len(params)} DTensor parameters are not its own"
+            f"Invalid model: {missing} of {len(params)} {kind} parameters are not its own"
         )
 
 
@@ -71,6 +72,9 @@ def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]
     if {p for group in opt.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
         name = type(model).__name__
         raise ValueError(f"Invalid model: none of {name}'s parameters is the optimizer's")
+    if any(is_flattened(p) for group in opt.param_groups for p in group["params"]):
+        with averaged(opt, model):  # FSDP1 gathers what it puts into a state dict
+            return state_dict_with(model, {})
     return state_dict_with(model, dict(averages(opt)))
 
 
@@ -83,31 +87,104 @@ def averaged_model(
 ) -> Iterator[nn.Module]:
     """`opt.averaged()` with BatchNorm statistics estimated anew for the averaged weights.
 
-    The statistics of training belong to the training weights. One pass over the loader
-    (torch.optim.swa_utils.update_bn) replaces them inside the context; weights and buffers come
-    back on exit, also after an exception.
+    The statistics of training belong to the training weights. One pass over the loader replaces
+    them inside the context, as torch.optim.swa_utils.update_bn does; weights and buffers come back
+    on exit, also after an exception. Modules that are in eval mode while the model trains, or after
+    `model.train()`, are frozen: they stay in eval mode and keep their statistics.
 
     Args:
-        opt: the optimizer that averages the model's parameters.
+        opt: the optimizer that averages the model's parameters, or a wrapper that holds it as its
+            ``optimizer``, such as accelerate's.
         model: the model; yielded again.
         loader: of inputs, or of lists or tuples that begin with them.
         device: where the inputs are moved first; None leaves them.
+
+    Raises:
+        ValueError: for a loader without any batch, such as a generator that is used up, where there
+            are statistics to estimate.
+        TypeError: for an optimizer that has no averages.
 
     Example:
         >>> with rbwa_fused.averaged_model(opt, model, train_loader):
         ...     evaluate(model)
     """
-    with opt.averaged(model):
+    frozen = [module for module in model.modules() if not module.training]
+    with averaged_estimated(opt, model, loader, device, frozen if model.training else ()):
+        yield model
+
+
+@contextmanager
+def averaged_estimated(
+    opt: Any,
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | None,
+    frozen: Collection[nn.Module],
+) -> Iterator[None]:
+    """`averaged_model`, where it is known which modules are in eval mode in training."""
+    with _unwrapped(opt).averaged(model):
         kept = [_Kept(module) for module in model.modules()]
         try:
-            update_bn(loader, model, device=device)
+            _estimate(model, loader, device, frozen)
             for module in kept:
                 module.restore_modes()
-            yield model
+                if has_statistics(module.module) and _as_reset(module.module):
+                    module.restore_buffers()  # forward does not come to it
+            yield
         finally:
             for module in kept:
                 module.restore_modes()
                 module.restore_buffers()
+
+
+def _unwrapped(opt: Any) -> Any:
+    """The optimizer of ours in a wrapper that does not pass its methods on."""
+    inner = opt
+    while not hasattr(inner, "averaged") and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not hasattr(inner, "averaged"):
+        raise TypeError(f"Invalid opt: {type(opt).__name__} (expected one of rbwa_fused's)")
+    return inner
+
+
+@torch.no_grad()
+def _estimate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | None,
+    frozen: Collection[nn.Module],
+) -> None:
+    """Gives statistics the means of all batches. update_bn of torch.optim.swa_utils would reset
+    frozen modules, too, pass over InstanceNorm, and take no batch for an answer."""
+    model.train()
+    for module in frozen:
+        module.training = False
+    norms: list[Any] = [m for m in model.modules() if has_statistics(m) and m.training]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+    batches = 0
+    for batch in loader:
+        batches += 1
+        for norm in norms:  # BatchNorm counts by itself
+            norm.momentum = None if isinstance(norm, _BatchNorm) else 1 / batches
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        model(inputs if device is None else inputs.to(device))
+    if batches == 0:
+        raise ValueError(
+            "Invalid loader: it has no batch to estimate BatchNorm statistics with (a generator "
+            "can be gone through once)"
+        )
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module keeps running means and variances: BatchNorm, or InstanceNorm if asked."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
+
+
+def _as_reset(norm: Any) -> bool:
+    return not norm.running_mean.any() and bool((norm.running_var == 1).all())
 
 
 class _Kept:
@@ -125,7 +202,7 @@ class _Kept:
 
     def restore_modes(self) -> None:
         self.module.training = self.training
-        if isinstance(self.module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(self.module, _NormBase):
             self.module.momentum = self.momentum
 
     def restore_buffers(self) -> None:

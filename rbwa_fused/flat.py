@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from rbwa_fused.sharded import beside, is_sharded, laid_out_as, local
+from rbwa_fused.sharded import beside, is_flattened, is_sharded, laid_out_as, local
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in csrc/step.h
 ALIGNMENT = 128  # bytes
@@ -147,6 +147,7 @@ def may_move(param: Tensor) -> bool:
         and param.device.type == "cpu"
         and param.numel() > 0
         and is_dense(param)
+        and not is_flattened(param)
         and param.untyped_storage().nbytes() == param.numel() * param.element_size()
         and not param.is_shared()
         and not param.is_pinned()

@@ -70,8 +70,7 @@ class FusedOptimizer(LaidOut):
             self._early.check(closure, self.__dict__.get("found_inf"))
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = self._call(closure)
         grad_enabled = torch.is_grad_enabled()
         try:  # around the next line, too, behind which an interrupt may come
             torch._C._set_grad_enabled(False)
@@ -80,6 +79,16 @@ class FusedOptimizer(LaidOut):
         finally:
             torch._C._set_grad_enabled(grad_enabled)
         return loss
+
+    def _call(self, closure: Callable[[], Any]) -> Any:
+        """Runs a closure, in which no GradScaler is at work: it takes none. Lightning clips
+        gradients in it, and refuses optimizers that unscale them."""
+        unscaling, self._step_supports_amp_scaling = self._step_supports_amp_scaling, False
+        try:
+            with torch.enable_grad():
+                return closure()
+        finally:
+            self._step_supports_amp_scaling = unscaling
 
     # torch's wrapper runs the hooks and tells the profiler. It would make a small step 40 % longer
     # (docs/benchmarks.md), so it is taken only when somebody watches.

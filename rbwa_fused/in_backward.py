@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Launch = tuple[flat.Table, ops.Backend]
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
+# The optimizers with hooks, to find two that step the same parameter.
+_living: weakref.WeakSet[Any] = weakref.WeakSet()
 CONVERTED = f"a parameter was converted or moved {MIDWAY}"
 
 
@@ -44,6 +46,7 @@ class InBackward:
         self._frozen: list[Tensor] = []  # autograd takes no hook for them yet
         self._lock = RLock()  # autograd has a thread for each device
         self._replicated = False  # whether DistributedDataParallel was looked for, in vain
+        _living.add(opt)
         weakref.finalize(opt, remove, self._handles).atexit = False
 
     def attach(self, launches: list[Launch], alone: set[Tensor]) -> None:
@@ -61,7 +64,11 @@ class InBackward:
 
         def hook(param: Tensor) -> None:
             opt = opt_of()
-            if opt is not None and opt._early is not None:
+            if opt is not None and opt._early.stepped is None and opt._early.shared(opt):
+                del opt  # it, or who shares with it, may be gone but for a reference cycle
+                gc.collect()
+                opt = opt_of()
+            if opt is not None:
                 opt._early.move(opt, param)
 
         for p in [p for p in self._frozen if p.requires_grad]:
@@ -91,6 +98,7 @@ class InBackward:
     def _begin(self, opt: FusedOptimizer) -> None:
         """What `FusedOptimizer._update` looks at before its launch."""
         opt._refuse_inside_averaged("backward")
+        self._look_for_others(opt)
         self._look_for_replicas()
         while True:
             plan = opt._plan
@@ -150,6 +158,35 @@ class InBackward:
         if not opt._launch(plan, table, backend.step, grads):
             raise RuntimeError(CONVERTED)
         opt._finish(plan, table, grads, grads[0] is None, 1.0)
+
+    def _look_for_others(self, opt: FusedOptimizer) -> None:
+        """Raises where another optimizer's hooks would step a parameter once more. Not at
+        construction: `opt = FusedSGD(…)` a second time makes the second before the first is gone.
+        """
+        for name, other in self.shared(opt):
+            raise RuntimeError(
+                f"parameter {name} is stepped in the backward pass twice: by this "
+                f"{type(opt).__name__} and by another living optimizer with in_backward=True, a "
+                f"{type(other).__name__} with lr={other.param_groups[0]['lr']} (expected one of "
+                "them; delete the other)"
+            )
+
+    def shared(self, opt: FusedOptimizer) -> list[tuple[str, Any]]:
+        """The living optimizers that step a parameter of this one in its backward pass as well,
+        each with the parameter's name."""
+        found = []
+        for other in _living:
+            theirs = other._early._launch_of.keys()
+            if other is opt or theirs.isdisjoint(self._launch_of):
+                continue
+            names = [
+                checks.name_of(group, i)
+                for group in opt.param_groups
+                for i, p in enumerate(group["params"])
+                if p in theirs
+            ]
+            found += [(name, other) for name in names[:1]]
+        return found
 
     def _look_for_replicas(self) -> None:
         """Raises for DistributedDataParallel, whose gradients are not yet averaged here. It tells

@@ -18,7 +18,7 @@ from rbwa_fused import checkpoint, checks, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.in_backward import MIDWAY, InBackward
 from rbwa_fused.plan import GroupPlan, Plan
-from rbwa_fused.sharded import is_sharded, local, shard_of
+from rbwa_fused.sharded import is_flattened, kind_of_shard, local, shard_of
 from rbwa_fused.swap import Swap
 
 Group = dict[str, Any]
@@ -101,8 +101,13 @@ class LaidOut(Optimizer):
             self._check_hyperparameters(group)
             checks.average(group, self._capturable)
             checks.params(group, self._master_weights)
-            if self._in_backward and any(map(is_sharded, group["params"])):
-                raise ValueError("in_backward=True does not go with DTensor parameters")
+            kind = kind_of_shard(group["params"])
+            if self._in_backward and kind is not None:
+                raise ValueError(f"in_backward=True does not go with {kind} parameters")
+            if any(map(is_flattened, group["params"])):
+                # FSDP1's scaler tells the other ranks of an overflow in its unscale_(), which it
+                # leaves out for who unscales by himself.
+                self._step_supports_amp_scaling = False
             for device in {p.device for p in group["params"]}:
                 ops.choose(self._backend_name, device)
         except BaseException:

@@ -21,7 +21,7 @@ from rbwa_fused import checks, flat, ops, reference
 from rbwa_fused.average import _integer
 from rbwa_fused.model_state import state_dict_with
 from rbwa_fused.rules import number
-from rbwa_fused.sharded import is_sharded
+from rbwa_fused.sharded import is_flattened, is_sharded
 
 Replica = nn.Module | Iterable[Tensor]
 
@@ -227,6 +227,11 @@ def fit(replica: Replica) -> list[Tensor]:
             raise TypeError(f"{p!r} among its tensors")
         if is_sharded(p):
             raise TypeError("a DTensor among its tensors (expected shards: p.to_local())")
+        if is_flattened(p):
+            raise TypeError(
+                "a FullyShardedDataParallel parameter among its tensors (expected shards: "
+                "p.detach())"
+            )
     checks.params(group, master_weights=False)
     params: list[Tensor] = group["params"]
     return params

@@ -1,14 +1,18 @@
-"""DTensor parameters (FSDP2, tensor parallel): a process steps the shard that it holds.
+"""Sharded parameters (FSDP2, tensor parallel, FSDP1): a process steps the shard that it holds.
 
 Tables, kernels and flat state know plain tensors alone: the shards. What a user sees, in
 ``opt.state`` and in a state dict, is a DTensor again, laid out as its parameter, so that
 torch.distributed.checkpoint can distribute it anew. Nothing here communicates, but where a gradient
 or a checkpoint is laid out otherwise than the parameter.
+
+FullyShardedDataParallel (FSDP1) keeps its shards in plain tensors, which need none of this. Only
+what it has gathered must be freed, as FSDP2's must.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -20,6 +24,22 @@ def is_sharded(tensor: object) -> bool:
     import would slow every start."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_flattened(tensor: object) -> bool:
+    """Whether a tensor is a parameter of FSDP1: a flat one, or a view of a flat one
+    (``use_orig_params=True``), to which FSDP points it anew after each forward and backward."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
+def kind_of_shard(params: Iterable[Tensor]) -> str | None:
+    """What the first sharded one of these parameters is called in messages; None without any."""
+    for p in params:
+        if is_sharded(p):
+            return "DTensor"
+        if is_flattened(p):
+            return "FullyShardedDataParallel"
+    return None
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -70,14 +90,32 @@ def is_partial(tensor: Any) -> bool:
 
 def reshard(model: nn.Module | None) -> None:
     """Frees what FSDP has gathered, so that the next forward gathers the shards as they are now."""
+    for module in _modules(model, "FSDPModule"):
+        for group in _param_groups(module):
+            group.wait_for_unshard()  # of unshard(async_op=True), which outlives reshard()
+        module.reshard()
+    for module in _modules(model, "FullyShardedDataParallel"):
+        handle = module._handle
+        ran = module._is_root is not None  # before its first forward it has gathered nothing
+        if ran and handle is not None and handle.uses_sharded_strategy:
+            from torch.distributed.fsdp._runtime_utils import _reshard
+
+            _reshard(module, handle, True)  # which it does itself, but for the root
+
+
+def gathered_by(model: nn.Module | None) -> set[Tensor]:
+    """The sharded parameters of which `reshard` frees what was gathered. FSDP1 gathers those of a
+    module in a wrapper around it, which `model` may lack."""
+    wrappers = _modules(model, "FullyShardedDataParallel")
+    members = {p for wrapper in wrappers for p in wrapper.parameters()}
+    return members.union(filter(is_sharded, model.parameters() if model is not None else ()))
+
+
+def _modules(model: nn.Module | None, kind: str) -> Iterator[Any]:
+    """The model's modules of one of FSDP's classes; none where nobody has imported them."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if model is None or fsdp is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            for group in _param_groups(module):
-                group.wait_for_unshard()  # of unshard(async_op=True), which outlives reshard()
-            module.reshard()
+    if model is not None and fsdp is not None:
+        yield from (m for m in model.modules() if isinstance(m, getattr(fsdp, kind)))
 
 
 def _param_groups(module: Any) -> list[Any]:

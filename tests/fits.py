@@ -37,6 +37,7 @@ QUIET = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
     pytest.mark.filterwarnings("ignore:predict returned None"),
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
     pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist"),
 ]
 
@@ -120,11 +121,14 @@ def by_hand(
     clip: Callable[[Any], Any] = lambda params: None,
     autocast: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
+    scaled: bool = False,
 ) -> tuple[Net, Any]:
     """What Lightning is expected to do."""
     model = Net(configure).to(dtype)
     configured = configure(model)
     (opt,), schedulers = configured if isinstance(configured, tuple) else ([configured], [])
+
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
 
     def precision() -> Any:
         return nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
@@ -134,10 +138,12 @@ def by_hand(
         for index, batch in enumerate(loader()):
             with precision():
                 loss = model.loss([t.to(dtype) for t in batch])
-            (loss / accumulate).backward()
+            scaler.scale(loss / accumulate).backward()
             if (index + 1) % accumulate == 0 or index + 1 == BATCHES:
+                scaler.unscale_(opt)
                 clip(model.parameters())
-                opt.step()
+                scaler.step(opt)
+                scaler.update()
                 opt.zero_grad()
         with opt.averaged():
             model.eval()

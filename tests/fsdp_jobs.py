@@ -312,6 +312,14 @@ def refusals() -> dict[str, str]:
         "in_backward": lambda: rf.FusedSGD(model.parameters(), in_backward=True),
         "pull": lambda: rf.pull_([model, sharded_network()], 0.5),
     }
+    found = refused(tries)
+    assert weights(model) == before
+    train(model, opt, 3, 3)
+    return found
+
+
+def refused(tries: dict[str, Any]) -> dict[str, str]:
+    """What each of the attempts raises."""
     found = {}
     for name, attempt in tries.items():
         try:
@@ -319,6 +327,4 @@ def refusals() -> dict[str, str]:
             found[name] = "nothing raised"
         except (TypeError, ValueError) as error:
             found[name] = f"{type(error).__name__}: {error}"
-    assert weights(model) == before
-    train(model, opt, 3, 3)
     return found

@@ -148,7 +148,12 @@ EVALUATE: Mutants = [
         "        failure = None\n        if failure",
     ),
     (".isdisjoint(model.parameters())", ".isdisjoint(())"),
-    ("restore_modes()\n            yield model", "restore_buffers\n            yield model"),
+    ("restore_modes()\n                if has", "restore_buffers\n                if has"),
+    ("    for module in frozen:\n        module.training = False\n", ""),
+    ("if has_statistics(m) and m.training]", "if has_statistics(m)]"),
+    ("else 1 / batches", "else 0.1"),
+    ("if has_statistics(module.module) and _as_reset(module.module):", "if False:"),
+    ("if batches == 0:", "if False:"),
     ("                module.restore_buffers()\n", ""),
     ("self.module.momentum = self.momentum", "pass"),
     ("_kind(now) == _kind(value)", "True"),
@@ -221,8 +226,8 @@ FUSED: Mutants = [
     ("            or _global_optimizer_post_hooks\n", ""),
     ("            or torch.autograd._profiler_enabled()\n", ""),
     (
-        "            with torch.enable_grad():\n                loss",
-        "            if True:\n                loss",
+        "            with torch.enable_grad():\n                return",
+        "            if True:\n                return",
     ),
     ("torch._C._set_grad_enabled(grad_enabled)", "torch._C._set_grad_enabled(True)"),
     ("            self.state is not self._known_state\n            or ", "            "),
@@ -267,6 +272,8 @@ IN_BACKWARD: Mutants = [
     ("self._handles.pop(p).remove()", "pass"),
     ("        if self._frozen:\n            self._hook_unfrozen()\n", ""),
     ('opt._refuse_inside_averaged("backward")', "pass"),
+    ("        self._look_for_others(opt)\n", ""),
+    ("                gc.collect()\n", ""),
     ("        self._look_for_replicas()\n", ""),
     ("opt._up_to_date(plan) and all(table.fits(0) for table, _ in opt._launches)", "True"),
     (" and all(table.fits(0) for table, _ in opt._launches)", ""),
@@ -293,18 +300,27 @@ SHARDED: Mutants = [
     ("dtype=shard.dtype", "dtype=None"),
     ("state._local_tensor = shard", "state._local_tensor = shard.clone()"),
     ("any(p.is_partial() for p in tensor.placements)", "False"),
-    ("            module.reshard()\n", "            pass\n"),
+    ("        module.reshard()\n", "        pass\n"),
+    ("            _reshard(module, handle, True)", "            pass"),
+    ("ran = module._is_root is not None", "ran = True"),
+    ('_modules(model, "FullyShardedDataParallel")\n    members', "[model]\n    members"),
 ]
 SHARDS_IN_TABLES: Mutants = [
     ("all(local(param) is shard for param, shard in self.shards)", "True"),
     ("                if alike is not g:\n                    param.grad = alike\n", ""),
     ("enumerate(map(local, params))", "enumerate(params)"),
     ("return {i: beside(view, self.params[i]) for i, view in views.items()}", "return views"),
+    ("        and not is_flattened(param)\n", ""),
 ]
 SHARDS_IN_EVALUATION: Mutants = [
     ("    reshard(model)\n    members", "    members"),
     ("if params and model is None:", "if False:"),
     ("    if missing:\n", "    if False:\n"),
+    ("if any(is_flattened(p) for", "if any(False for"),
+]
+SHARDS_IN_LAYOUT: Mutants = [
+    ("self._step_supports_amp_scaling = False", "pass"),
+    ("if self._in_backward and kind is not None:", "if False:"),
 ]
 SHARDS_IN_SWAP: Mutants = [
     ("            reshard(self._model)\n", "            pass\n"),
@@ -334,7 +350,7 @@ BITS = (
     *("test_ops.py", "test_threads.py", "test_update.py", "-k"),
     "test_ops or test_threads or flat_threads or (literal and none)",
 )
-SHARDS = ("test_fsdp.py", "test_tensor_parallel.py")
+SHARDS = ("test_fsdp.py", "test_fsdp1.py", "test_tensor_parallel.py")
 # file, mutants, tests, whether the CPU module must be compiled
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/compiled.py", COMPILED, ("test_compiled.py",), False),
@@ -352,6 +368,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/sharded.py", SHARDED, SHARDS, False),
     ("rbwa_fused/flat.py", SHARDS_IN_TABLES, SHARDS, False),
     ("rbwa_fused/evaluate.py", SHARDS_IN_EVALUATION, SHARDS, False),
+    ("rbwa_fused/layout.py", SHARDS_IN_LAYOUT, SHARDS, False),
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
     ("rbwa_fused/fused.py", AFTER_A_LAUNCH, ("test_cuda.py", "-k", "failed"), False),

@@ -154,3 +154,15 @@ def test_averages_are_reached_through_the_optimizer_of_the_wrapper(tmp_path: Pat
     fresh, _, _, _ = build(MAKES["ema"])
     accelerate.load_checkpoint_in_model(fresh, str(tmp_path))
     assert held(fresh) == averaged
+
+
+def test_averaged_models_take_the_prepared_optimizer_model_and_loader() -> None:
+    run = Run(MAKES["ema"], **OPTIONS["plain"])
+    run.train(EPOCHS)
+    before = held(run.unwrapped)
+    fresh, _, loader, _ = build(MAKES["ema"])
+    fresh.load_state_dict(run.opt.optimizer.averaged_state_dict(run.unwrapped))
+    torch.optim.swa_utils.update_bn(loader, fresh)
+    with rf.averaged_model(run.opt, run.model, run.loader):
+        assert held(run.unwrapped) == held(fresh) != before
+    assert held(run.unwrapped) == before

@@ -559,6 +559,112 @@ def test_a_frozen_layer_is_still_frozen_after_evaluation() -> None:
     assert not model.norm.training
 
 
+class FrozenNorm(Net):
+    """Keeps its BatchNorm in eval mode, as fine-tuning does."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("make", [Net, FrozenNorm])
+def test_statistics_of_a_frozen_layer_are_those_it_was_trained_with(
+    make: type[Net], evaluating: bool
+) -> None:
+    model = make().train()
+    model.norm.eval()
+    model.norm.running_mean.fill_(0.5)
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+    for x in batches():
+        model(x).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    frozen, statistics = held(model.norm), [bits(b) for b in model.norm.buffers()]
+    assert bits(model.norm.running_mean) == bits(torch.full((4,), 0.5))
+    if evaluating:
+        model.eval()
+    with rf.averaged_model(opt, model, batches()):
+        if make is FrozenNorm or not evaluating:  # a model in eval mode does not say what is frozen
+            assert [bits(b) for b in model.norm.buffers()] == statistics
+        else:
+            assert [bits(b) for b in model.norm.buffers()] != statistics
+    assert held(model.norm) == frozen
+
+
+def test_statistics_behind_a_frozen_layer_are_those_of_what_it_gives_when_frozen() -> None:
+    model: Any = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    model[0].eval()
+    model[0].running_mean.fill_(3.0)
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+    with torch.no_grad():
+        expected = torch.stack([model[0](x).mean(0) for x in batches()]).mean(0)
+    with rf.averaged_model(opt, model, batches()):
+        torch.testing.assert_close(model[1].running_mean, expected)
+        assert (model[0].running_mean == 3.0).all()
+
+
+class Norms(nn.Module):
+    """Every kind of module with statistics, or without them; one that forward leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.instance = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        self.batch = nn.BatchNorm2d(4, momentum=0.3)
+        self.untracked = nn.BatchNorm2d(4, track_running_stats=False)
+        self.unused = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.untracked(self.batch(self.instance(self.conv(x).square()))).mean((2, 3))
+
+
+def test_statistics_of_every_kind_are_means_of_the_batches_or_left_as_they_are() -> None:
+    model = Norms()
+    nn.init.constant_(model.unused.running_mean, 2.0)  # type: ignore[arg-type]
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+    generator = torch.Generator().manual_seed(4)
+    images = [torch.randn(5, 1, 6, 6, generator=generator) for _ in range(4)]
+    for x in images:
+        model(x).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    before = held(model)
+    with rf.averaged_model(opt, model, images):
+        assert model.instance.momentum == 0.1 and model.batch.momentum == 0.3
+        assert bits(model.unused.running_mean) == before["unused.running_mean"]
+        with torch.no_grad():
+            outputs = [model.conv(x).square() for x in images]
+        per_image = torch.stack([x.mean((2, 3)).mean(0) for x in outputs]).mean(0)
+        torch.testing.assert_close(model.instance.running_mean, per_image)
+        assert bits(model.instance.running_mean) != before["instance.running_mean"]
+        assert bits(model.batch.running_var) != before["batch.running_var"]
+    assert held(model) == before
+
+
+@pytest.mark.parametrize("loader", ["used up", "empty"])
+def test_a_loader_without_a_batch_does_not_leave_mean_0_and_variance_1(loader: str) -> None:
+    model, opt = trained()
+    before, state = held(model), result(opt)
+    used = (x for x in (batches() if loader == "used up" else []))
+    assert len(list(used)) == (5 if loader == "used up" else 0)
+    with pytest.raises(ValueError, match="Invalid loader: it has no batch"):
+        rf.averaged_model(opt, model, used).__enter__()
+    assert held(model) == before and result(opt) == state
+    plain, opt2 = build("ema")
+    train(plain, opt2, 1, STEPS)
+    with rf.averaged_model(opt2, plain, used):  # has no statistics
+        pass
+
+
+def test_an_optimizer_without_averages_is_named() -> None:
+    model = Net()
+    with pytest.raises(TypeError, match="Invalid opt: SGD"):
+        rf.averaged_model(torch.optim.SGD(model.parameters()), model, []).__enter__()  # type: ignore
+
+
 def test_a_buffer_that_forward_replaces_comes_back() -> None:
     model, opt = trained()
     before = bits(model.seen)

@@ -87,6 +87,31 @@ def test_statistics_are_estimated_for_each_evaluation_and_leave_training_alone(
     assert model.seen[-1][0] == expected != plain.seen[-1][0]
 
 
+class FrozenByTrain(Net):
+    """BatchNorm stays in eval mode, as fine-tuning has it."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.net[1].eval()
+        return self
+
+
+class FrozenByEpoch(Net):
+    def on_train_epoch_start(self) -> None:
+        self.net[1].eval()
+
+
+@pytest.mark.parametrize("make", [FrozenByTrain, FrozenByEpoch])
+def test_frozen_statistics_are_evaluated_as_they_are(make: type[Net], tmp_path: Path) -> None:
+    model, plain = make().train(), make().train()
+    for m, options in ((model, {"loader": loader()}), (plain, {})):
+        m.net[1].running_mean.fill_(0.25)
+        trainer(tmp_path, AveragedEvaluation(**options)).fit(m, loader(), loader())
+    assert model.seen == plain.seen
+    assert held(model) == held(plain)
+    assert (model.net[1].running_mean == 0.25).all()
+
+
 # ---- exceptions --------------------------------------------------------------------------------
 
 
@@ -186,6 +211,31 @@ def test_an_optimizer_of_somebody_else_is_no_silent_success(tmp_path: Path) -> N
 
     with pytest.raises(ValueError, match=r"\['SGD'\].*rbwa_fused"):
         fit(tmp_path, AveragedEvaluation(), configure=sgd)
+
+
+class Forwardless(pl.LightningModule):  # type: ignore[misc]
+    """All of it is in its training step."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 3), *layers)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return self.layers(batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.layers(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return rf.FusedSGD(self.parameters(), lr=0.1, average=rf.ema(0.9))
+
+
+def test_statistics_of_a_module_without_forward_are_refused_before_the_fit(tmp_path: Path) -> None:
+    ours = AveragedEvaluation(loader=loader())
+    with pytest.raises(ValueError, match="Forwardless has no forward to estimate its BatchNorm"):
+        trainer(tmp_path, ours).fit(Forwardless(nn.BatchNorm1d(3)), loader(), loader())
+    for fine in (Forwardless(), Forwardless(nn.BatchNorm1d(3, track_running_stats=False))):
+        trainer(tmp_path, ours).fit(fine, loader(), loader())
 
 
 def imported_anew() -> ModuleType:

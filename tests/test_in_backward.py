@@ -384,6 +384,58 @@ def test_a_model_converted_midway_is_an_error() -> None:
         opt.step()
 
 
+def test_a_parameter_with_hooks_of_two_optimizers_is_stepped_by_none_until_one_is_gone() -> None:
+    net = Net()
+    first = rf.RSGDM(net.named_parameters(), 0.3, in_backward=True)
+    second = rf.FusedSGD(net.head.named_parameters(), 0.1, in_backward=True)
+    before = [bits(p) for p in net.parameters()]
+    for _ in range(2):
+        match = r"'head.weight'.* twice: by this RSGDM and .* a FusedSGD with lr=0.1"
+        with pytest.raises(RuntimeError, match=match):
+            learn(net, first, 0)
+        net.zero_grad()
+    assert [bits(p) for p in net.parameters()] == before
+    del second
+    learn(net, first, 0)
+    assert [bits(p) for p in net.parameters()] != before
+
+
+def test_an_optimizer_made_again_takes_the_steps_alone() -> None:
+    (_, opt), (net, early) = trained(False), trained(True)
+    early.itself = early
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        net.load_state_dict(Net().state_dict())
+        early = rf.FusedSGD(net.parameters(), 0.1, 0.9, in_backward=True)
+        scheduler = torch.optim.lr_scheduler.StepLR(early, 2)
+        for step in range(6):
+            learn(net, early, step)
+            scheduler.step()
+    finally:
+        gc.enable()
+    assert result(early) == result(opt)
+
+
+def test_optimizers_of_different_parameters_step_side_by_side() -> None:
+    net, plain = Net(), Net()
+    params = list(net.head.parameters())
+    rest = [p for p in net.parameters() if all(p is not q for q in params)]
+    opts = [rf.FusedSGD(some, 0.1, 0.9, in_backward=True) for some in (params, rest)]
+    alone = rf.FusedSGD(plain.parameters(), 0.1, 0.9)
+    for step in range(3):
+        learn(plain, alone, step)
+        learn(net, opts[0], step)
+        opts[1].step()
+    assert [bits(p) for p in net.parameters()] == [bits(p) for p in plain.parameters()]
+    moved = opts[1].param_groups[0]["params"].pop()
+    opts[0].param_groups[0]["params"].append(moved)
+    before = bits(moved)
+    learn(net, opts[0], 3)
+    opts[1].step()
+    assert bits(moved) != before
+
+
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)

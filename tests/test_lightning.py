@@ -18,6 +18,7 @@ from fits import (
     ModelCheckpoint,
     Net,
     by_hand,
+    clip_norm,
     ema,
     fit,
     loader,
@@ -45,6 +46,55 @@ def test_a_fit_is_the_loop_written_by_hand_and_validates_its_averages(
     assert held(model) == held(expected)
     assert model.seen == expected.seen
     assert opt.n_averaged > 0
+
+
+# ---- clipping under mixed precision ------------------------------------------------------------
+
+
+def scaled() -> dict[str, Any]:
+    """What Lightning has under precision="16-mixed" on a GPU; on a CPU it takes bfloat16."""
+    plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    return {"plugins": [plugin]}
+
+
+def without_unscaling(model: nn.Module) -> Any:
+    opt = ema(model)
+    opt._step_supports_amp_scaling = False  # as README says
+    return opt
+
+
+def test_gradients_are_clipped_under_bf16_mixed(tmp_path: Path) -> None:
+    expected, opt = by_hand(ema, autocast=torch.bfloat16, clip=clip_norm)
+    for callbacks in ([], [AveragedEvaluation()]):
+        _, run = fit(tmp_path, *callbacks, precision="bf16-mixed", gradient_clip_val=0.2)
+        assert result(run.optimizers[0]) == result(opt)
+    assert held(expected) != held(by_hand(ema, autocast=torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize(
+    ("configure", "callbacks"), [(ema, [AveragedEvaluation()]), (without_unscaling, [])]
+)
+def test_gradients_are_clipped_under_16_mixed(
+    configure: Configure, callbacks: list[Any], tmp_path: Path
+) -> None:
+    _, opt = by_hand(ema, autocast=torch.float16, clip=clip_norm, scaled=True)
+    _, run = fit(tmp_path, *callbacks, configure=configure, gradient_clip_val=0.2, **scaled())
+    assert result(run.optimizers[0]) == result(opt)
+
+
+@pytest.mark.parametrize("unscaling", [True, False])
+def test_a_scaler_finds_the_optimizer_after_a_closure_as_before_it(unscaling: bool) -> None:
+    opt = rf.FusedSGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    opt._step_supports_amp_scaling = unscaling
+    seen = []
+
+    def closure() -> None:
+        seen.append(opt._step_supports_amp_scaling)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        opt.step(closure)
+    assert seen == [False] and opt._step_supports_amp_scaling == unscaling
 
 
 # ---- manual optimization -----------------------------------------------------------------------

@@ -113,8 +113,9 @@ def test_a_fit_with_a_policy_for_a_hyperparameter_and_a_group_added_later_can_be
 class Saver(pl.Callback):  # type: ignore[misc]
     """Saves once in a hook of the third epoch; notes the training weights, and what is live."""
 
-    def __init__(self, hook: str, folder: Path) -> None:
+    def __init__(self, hook: str, folder: Path, weights_only: bool = False) -> None:
         self.path = folder / "saved.ckpt"
+        self.weights_only = weights_only
         self.training: dict[str, str | None] = {}
         self.live: dict[str, str | None] = {}
         setattr(self, hook, self.save)
@@ -126,7 +127,7 @@ class Saver(pl.Callback):  # type: ignore[misc]
     def save(self, trainer: Any, model: Any, *rest: Any) -> None:
         if trainer.current_epoch == 2 and not self.path.exists():
             self.live = held(model)
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, self.weights_only)
 
 
 class Counted:
@@ -160,17 +161,32 @@ def test_a_checkpoint_written_while_averages_are_live_holds_the_training_weights
         assert result(either.optimizers[0]) == result(expected.optimizers[0])
 
 
+@pytest.mark.parametrize("hook", HOOKS)
+def test_weights_alone_written_while_averages_are_live_are_the_training_weights(
+    hook: str, tmp_path: Path
+) -> None:
+    saver = Saver(hook, tmp_path, weights_only=True)
+    model, _ = fit(tmp_path, saver, AveragedEvaluation())
+    saved = torch.load(saver.path, weights_only=True)
+    assert digests(saved["state_dict"]) == saver.training != saver.live
+    assert KEY not in saved and "callbacks" not in saved
+    unsaved, _ = fit(tmp_path, AveragedEvaluation())
+    assert held(model) == held(unsaved) and model.seen == unsaved.seen
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_averages_saved_beside_the_weights_are_what_a_test_evaluates(
-    precision: str, tmp_path: Path
+    precision: str, weights_only: bool, tmp_path: Path
 ) -> None:
-    saving = ModelCheckpoint(tmp_path, filename="last")
+    saving = ModelCheckpoint(tmp_path, filename="last", save_weights_only=weights_only)
     ours = AveragedEvaluation(save_averaged=True)
     model, run = fit(tmp_path, ours, saving, precision=precision)
     averaged = digests(run.optimizers[0].averaged_state_dict(model))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert digests(saved[KEY]) == averaged
     assert digests(saved["state_dict"]) == held(model) != averaged
+    assert ("optimizer_states" in saved) != weights_only
     fresh = Net()
     tested = trainer(tmp_path, AveragedEvaluation(), precision=precision)
     with warnings.catch_warnings(record=True) as seen:
@@ -178,9 +194,6 @@ def test_averages_saved_beside_the_weights_are_what_a_test_evaluates(
         tested.test(fresh, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert [weights for weights, _ in fresh.seen] == [averaged] * BATCHES
     assert not [w for w in seen if "averaged weights" in str(w.message)]
-    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-    with pytest.warns(UserWarning, match=r"weights\.ckpt has no averaged weights"):
-        tested.test(fresh, loader(), ckpt_path=tmp_path / "weights.ckpt", verbose=False)
 
 
 def test_a_checkpoint_before_the_first_sample_has_the_weights_for_averages(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from rbwa_fused.distributed.exchange import Group, explained
-from rbwa_fused.sharded import is_sharded
+from rbwa_fused.sharded import kind_of_shard
 
 
 class _Elsewhere(NamedTuple):
@@ -48,7 +48,7 @@ def synchronize(opt: Any, source: int, group: Group = None) -> None:
     Raises:
         ValueError: on a rank whose optimizer has other groups, shapes or another kind of average;
             on a process outside the group.
-        TypeError: for a ZeroRedundancyOptimizer or DTensor parameters, whose ranks have different
+        TypeError: for a ZeroRedundancyOptimizer or sharded parameters, whose ranks have different
             states.
         RuntimeError: where a process has gone.
 
@@ -101,7 +101,7 @@ class Joined(Joinable):
         group: the processes, the same as the model's; None is the default group.
 
     Raises:
-        TypeError: for a ZeroRedundancyOptimizer or DTensor parameters.
+        TypeError: for a ZeroRedundancyOptimizer or sharded parameters.
         ValueError: where it comes first in Join's list, which must be the model.
 
     Example:
@@ -160,8 +160,9 @@ class _Hook(JoinHook):
 def _refuse_sharded(opt: Any) -> None:
     if isinstance(opt, ZeroRedundancyOptimizer):
         raise TypeError("Invalid opt: a ZeroRedundancyOptimizer, whose ranks differ in their state")
-    if any(map(is_sharded, _params(opt))):
-        raise TypeError("Invalid opt: it has DTensor parameters, whose ranks differ in their state")
+    kind = kind_of_shard(_params(opt))
+    if kind is not None:
+        raise TypeError(f"Invalid opt: it has {kind} parameters, whose ranks differ in their state")
 
 
 def _params(opt: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rbwa_fused.evaluate import averaged_model
+from rbwa_fused.evaluate import averaged_estimated, has_statistics
 from rbwa_fused.fused import FusedOptimizer
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
@@ -38,7 +38,7 @@ def _lightning() -> Any:
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
 else:
-    Callback = _lightning().Callback
+    Callback, LightningModule = _lightning().Callback, _lightning().LightningModule
 
 
 class AveragedEvaluation(Callback):
@@ -51,22 +51,27 @@ class AveragedEvaluation(Callback):
     resuming need nothing more.
 
     A checkpoint holds the training weights, whoever writes it and when, so that a resumed run is
-    the run that never stopped. Lightning asks no callback about a checkpoint of weights alone
-    (``save_weights_only``): one that is written in the midst of validation has what is live then.
+    the run that never stopped.
 
     Outside ``fit`` the averages are those of the last ``fit`` of the same trainer, or, with
     ``ckpt_path``, those that ``save_averaged`` put into the checkpoint.
 
+    Under ``precision="16-mixed"`` Lightning unscales the gradients, not the step, so that they can
+    be clipped.
+
     Args:
         loader: batches, on which BatchNorm statistics are estimated for the averaged weights before
             each evaluation (``rbwa_fused.averaged_model``); None leaves those of training, which
-            fit an EMA that follows closely, but not the mean of a long run (default: None).
+            fit an EMA that follows closely, but not the mean of a long run. The module's
+            ``forward`` gets their inputs; what was frozen in eval mode in training keeps its own
+            (default: None).
         save_averaged (bool): put the averaged weights into each checkpoint, under the key
-            ``averaged_state_dict`` beside ``state_dict``; with a ``loader`` each costs a pass over
-            it (default: False).
+            ``averaged_state_dict`` beside ``state_dict``, also with ``save_weights_only``; with a
+            ``loader`` each costs a pass over it (default: False).
 
     Raises:
-        ValueError: at the start of ``fit``, if no optimizer is one of ours.
+        ValueError: at the start of ``fit``, if no optimizer is one of ours, or if the module has no
+            ``forward`` to estimate its statistics with.
 
     Example:
         >>> from rbwa_fused.integrations.lightning import AveragedEvaluation
@@ -82,12 +87,16 @@ class AveragedEvaluation(Callback):
         self._save_averaged = save_averaged
         self._loaded = False  # the averaged weights out of a checkpoint, outside fit
         self._live: ExitStack | None = None  # brings the training weights back
+        self._modules: list[nn.Module] = []
+        self._frozen: list[nn.Module] = []  # in eval mode in training
 
     # ---- entered and left ----------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave()  # where another callback's on_exception kept ours from being called
         self._loaded = False
+        if not isinstance(trainer.strategy.save_checkpoint, _Saving):
+            trainer.strategy.save_checkpoint = _Saving(self, trainer)  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not _ours(trainer):
@@ -95,6 +104,26 @@ class AveragedEvaluation(Callback):
             raise ValueError(
                 f"Invalid optimizers for AveragedEvaluation: {kinds} (expected one of rbwa_fused's)"
             )
+        for opt in _ours(trainer):
+            opt._step_supports_amp_scaling = False
+        if self._loader is None:
+            return
+        self._modules = list(pl_module.modules())
+        self._note_frozen()
+        forward = getattr(pl_module.forward, "__func__", None)
+        if forward is LightningModule.forward and any(map(has_statistics, self._modules)):
+            raise ValueError(
+                f"Invalid loader for AveragedEvaluation: {type(pl_module).__name__} has no forward "
+                "to estimate its BatchNorm statistics with"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._note_frozen()  # before an evaluation Lightning puts all modules in eval mode
+
+    def _note_frozen(self) -> None:
+        self._frozen = [module for module in self._modules if not module.training]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluate(trainer, pl_module)
@@ -148,8 +177,9 @@ class AveragedEvaluation(Callback):
                 stack.enter_context(_with_buffers(pl_module, buffers))
             elif opts and self._loader is not None:
                 with trainer.precision_plugin.forward_context():
+                    device = pl_module.device
                     stack.enter_context(
-                        averaged_model(opts[0], pl_module, self._loader, pl_module.device)
+                        averaged_estimated(opts[0], pl_module, self._loader, device, self._frozen)
                     )
             self._live = stack.pop_all()
 
@@ -186,6 +216,23 @@ class AveragedEvaluation(Callback):
         if trainer.state.fn != "fit" and self.KEY in checkpoint:
             pl_module.load_state_dict(checkpoint[self.KEY], strict=pl_module.strict_loading)
             self._loaded = True
+
+
+class _Saving:
+    """A strategy's ``save_checkpoint``, which also asks the callback about a checkpoint of weights
+    alone, as Lightning does not."""
+
+    def __init__(self, callback: AveragedEvaluation, trainer: Trainer) -> None:
+        self._callback, self._trainer = callback, trainer
+        self._save = trainer.strategy.save_checkpoint
+
+    def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "callbacks" not in checkpoint:
+            module = self._trainer.lightning_module
+            self._callback.on_save_checkpoint(self._trainer, module, checkpoint)
+            if self._callback.KEY in checkpoint:
+                checkpoint["callbacks"] = {}  # or Lightning asks none when it loads them
+        self._save(checkpoint, *args, **kwargs)
 
 
 def _ours(trainer: Trainer) -> list[FusedOptimizer]:
