@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class FusedOptimizer(LaidOut):
     `table.lacking`.
     Where the device counts, its `marks` say all this instead (deferred.py).
     """
+
+    _watched = False  # hooks and profiler are told of the step under way
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -80,9 +83,30 @@ class FusedOptimizer(LaidOut):
             torch._C._set_grad_enabled(grad_enabled)
         return loss
 
-    # torch's wrapper runs the hooks and tells the profiler. It would make a small step 40 % longer
-    # (docs/benchmarks.md), so it is taken only when somebody watches.
-    _observed_step = torch._disable_dynamo(Optimizer.profile_hook_step(_step))
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of a `step`, by which Optimizer wraps that of a subclass, too.
+
+        It runs the hooks and tells the profiler. Around a step that calls super().step() it would
+        do so once more for each class, so of nested ones only the outermost watches.
+        """
+        observed = Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if self._watched:
+                return func(self, *args, **kwargs)
+            self._watched = True
+            try:
+                return observed(self, *args, **kwargs)
+            finally:
+                self._watched = False
+
+        return step
+
+    # torch's wrapper would make a small step 40 % longer (docs/benchmarks.md), so it is taken only
+    # when somebody watches.
+    _observed_step = torch._disable_dynamo(profile_hook_step(_step))
 
     def _update(self) -> bool:
         """Gather, plan, launch, count. False, with nothing changed, where tables are outdated."""
