@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from rbwa_fused.flat import same_layout, turns
+from rbwa_fused.flat import is_plain, same_layout, turns
 from rbwa_fused.ops import exchange_
 from rbwa_fused.sharded import is_sharded, local, reshard
 
@@ -49,9 +49,12 @@ class Exchange:
 
     def _swap(self) -> None:
         pairs = [(local(p), local(average)) for p, average in self.pairs]
-        if all(p.dtype == a.dtype and p.device == a.device and same_layout(p, a) for p, a in pairs):
+        if all(
+            p.dtype == a.dtype and p.device == a.device and same_layout(p, a) and is_plain(p)
+            for p, a in pairs
+        ):
             exchange_([p for p, _ in pairs], [average for _, average in pairs])
-        else:  # some are not dense, or were converted or moved since
+        else:  # some are not dense or plain, or were converted or moved since
             for p, average in pairs:
                 kept = p.detach().clone()
                 p.copy_(average)

@@ -28,7 +28,6 @@ from rbwa_fused.sharded import local
 
 Grads = list[Tensor | None]
 Gathered = tuple[flat.Table, ops.Backend, Grads]
-NONE = type(None)
 
 
 class FusedOptimizer(LaidOut):
@@ -118,14 +117,16 @@ class FusedOptimizer(LaidOut):
         if not self._up_to_date(plan):
             return False
         gathered: list[Gathered] = []
-        absent = present = False
+        absent = present = negated = False
         if len(self._tables) > 1:
             plan.starting = True
         for table, backend in self._launches:
-            grads: Grads = table.gradients() if table.shards else [p.grad for p in table.params]
-            kinds = set(map(type, grads))
-            absent = absent or NONE in kinds
-            present = present or (bool(kinds) and kinds != {NONE})
+            grads, some_absent, some_present, some_negated = (
+                ops.described(table.gradients()) if table.shards else ops.gradients(table.params)
+            )
+            absent = absent or some_absent
+            present = present or some_present
+            negated = negated or some_negated
             if table.lacking and any(grads[i] is not None for i in table.lacking):
                 plan.starting = True
             gathered.append((table, backend, grads))
@@ -147,7 +148,7 @@ class FusedOptimizer(LaidOut):
             scale = 1.0 if grad_scale is None else float(grad_scale.item())
             plan.sample(self._steps + 1)
             plan.update(scale)
-        if plan.starting or not self._kernels_check:
+        if plan.starting or negated or not self._kernels_check:
             if not all(checks.fit(table, grads, self.param_groups) for table, _, grads in gathered):
                 return False
             for table, _, grads in gathered:
