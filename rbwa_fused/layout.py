@@ -98,6 +98,7 @@ class LaidOut(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_hyperparameters(group)
+            rules.implementation(*map(group.get, ("foreach", "differentiable", "fused")))
             checks.average(group, self._capturable)
             checks.params(group, self._master_weights)
             if self._in_backward and any(map(is_sharded, group["params"])):
