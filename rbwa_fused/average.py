@@ -191,7 +191,7 @@ class Average:
                 pickle.dumps(self.weight)
             except Exception as error:
                 raise pickle.PicklingError(
-                    f"{self!r} cannot be pickled, since pickle finds a function by its name: define "
+                    f"{self!r} cannot be pickled: pickle finds a function by its name; define "
                     "the weight at the top level of a module, or as an object of a class that is "
                     f"({error})"
                 ) from error

@@ -141,8 +141,8 @@ def implementation(foreach: Any, differentiable: Any, fused: Any) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if differentiable:
         raise ValueError(
-            f"Invalid differentiable: {differentiable!r} (expected False: autograd does not see the "
-            "step; torch.optim.SGD(differentiable=True) is one that it does)"
+            f"Invalid differentiable: {differentiable!r} (expected False: autograd sees no "
+            "step of ours, but that of torch.optim.SGD(differentiable=True))"
         )
 
 
