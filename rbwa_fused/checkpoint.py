@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # the keys too, with None for a value: torch.distributed.checkpoint, taking a flattened state dict
 # apart, looks for the keys of live groups and no others.
 OURS = ("rule", "step", "n_averaged", "implicit_momentum")
+# A live group's value for one of these keys is its user's, and saved under this prefix and the key.
+OWN = "own:"
 
 
 def export(opt: Any, state_dict: dict[str, Any]) -> None:
@@ -33,9 +35,14 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
     opt._refuse_midway("state_dict")
     waiting = set(opt._settle())
     groups = state_dict["param_groups"]
-    for group, (n_averaged, beta) in zip(groups, opt._counters(), strict=True):
+    counters = opt._counters()
+    for live, group, (n_averaged, beta) in zip(opt.param_groups, groups, counters, strict=True):
         policy = group["average"]
         group["average"] = None if policy is None else repr(policy)
+        for key in OURS:
+            if group.get(key) is not None:
+                live.setdefault(OWN + key, None)  # where torch.distributed.checkpoint looks for it
+                group[OWN + key] = group[key]
         group.update(zip(OURS, (opt.rule_name, opt._steps, n_averaged, beta), strict=True))
     live = opt._evaluating.averages() if opt._evaluating is not None else {}
     params = chain.from_iterable(group["params"] for group in opt.param_groups)
@@ -73,8 +80,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     for group, saved in zip(groups, saved_groups, strict=True):
         _check_counters(opt, saved)
         _check_policy(group["average"], saved, changed)
-        new = {k: v for k, v in saved.items() if k not in (*OURS, "params", "average")}
-        new = {**group, **new}
+        new = {**group, **live_keys(saved)}
         opt._check_hyperparameters(new)
         merged.append(new)
 
@@ -111,6 +117,13 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     )
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
         post_hook(opt)
+
+
+def live_keys(saved: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What of a saved group becomes part of a live one."""
+    own = {OWN + key: key for key in OURS}
+    keys = {k: v for k, v in saved.items() if k not in (*OURS, *own, "params", "average")}
+    return keys | {own[k]: v for k, v in saved.items() if k in own and v is not None}
 
 
 def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:

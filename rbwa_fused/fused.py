@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
+from rbwa_fused import adopted, checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.in_backward import InBackward
 from rbwa_fused.layout import LaidOut
@@ -361,9 +361,27 @@ class FusedOptimizer(LaidOut):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        counters = state.pop("counters")
+        """Takes over what `__getstate__` returned, or part of it, as torch.optim.Optimizer's does:
+        its own `load_state_dict`, which a program may call by the class, ends here.
+
+        Raises:
+            ValueError, TypeError: as `load_state_dict`, also for averages that torch has cast. The
+                optimizer is as it was then.
+        """
+        self._refuse_inside_averaged("__setstate__")
+        self._refuse_midway("__setstate__")
+        state = {**self.__dict__, **state}
+        counters = state.pop("counters", None)
+        live = self._plan is not None
         self._weak_self = weakref.ref(self)
+        if counters is None:
+            self.defaults = state["defaults"]
+            held, steps, counters = adopted.adopt(self, state["param_groups"], state["state"])
+            state.update(state=held, _steps=steps)
+        if self._early is not None:
+            self._early.detach()
         super().__setstate__(state)
         self._early = InBackward(self) if self._in_backward else None
-        self.register_state_dict_post_hook(checkpoint.export)
-        self._build(self.param_groups, self._flatten, counters)
+        if checkpoint.export not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(checkpoint.export)
+        self._build(self.param_groups, self._flatten and not live, counters)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
+from rbwa_fused import adopted, checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.in_backward import MIDWAY, InBackward
 from rbwa_fused.plan import GroupPlan, Plan
@@ -39,6 +39,11 @@ class LaidOut(Optimizer):
     _step_supports_amp_scaling = True
     _plan: Plan | None = None
     _warned = False  # that the reference runs
+    # What a state without them, such as torch.optim.Optimizer's, is taken for.
+    _backend_name = "auto"
+    _flatten = True
+    _capturable = _master_weights = _in_backward = False
+    _steps = 0
     _evaluating: evaluate.Exchange | None = None
     _deferred: dict[torch.device, Deferred] | None = None  # where the host does not count
     _early: InBackward | None = None  # the hooks that step inside the backward pass
@@ -187,6 +192,9 @@ class LaidOut(Optimizer):
     def _rebuild(self, counters: Counters | None = None) -> None:
         """Follows parameters that were converted, and state that was replaced."""
         for group in self.param_groups:
+            if type(group.get("average", "")) is str:  # put in place from outside
+                group.update(adopted.complete(self, group))
+            checks.average(group, self._capturable)
             checks.params(group, self._master_weights)
             checks.state(group, self.state)
         waiting = self._settle()

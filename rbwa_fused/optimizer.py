@@ -138,6 +138,7 @@ class RSGDM(FusedOptimizer):
     """
 
     hyperparameters = itemgetter("lr", "momentum", "weight_decay", "maximize")
+    _difference: str | None = "implicit"
 
     def __init__(
         self,

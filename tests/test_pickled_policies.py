@@ -55,9 +55,7 @@ def test_a_function_without_a_name_is_refused_by_name_and_with_a_way_out(
     weight: Any, save: Any
 ) -> None:
     for what in (optimizer(local()), rf.Average(weight)):
-        with pytest.raises(
-            pickle.PicklingError, match=r"(?s)Average.*define the weight at the top"
-        ):
+        with pytest.raises(pickle.PicklingError, match="define the weight at the top"):
             save(what)
 
 
