@@ -43,9 +43,9 @@ inline py::object owned(PyObject* result) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-inline py::object of(py::handle param) {
-  if (grad == nullptr || !exact(param.ptr())) return param.attr("grad");
-  return owned(grad->get(param.ptr(), grad->closure));
+inline py::object of(PyObject* param) {
+  if (grad == nullptr || !exact(param)) return py::handle(param).attr("grad");
+  return owned(grad->get(param, grad->closure));
 }
 
 inline bool negated(const py::object& gradient) {
@@ -57,11 +57,11 @@ inline bool negated(const py::object& gradient) {
 
 // The gradients; whether some are absent; whether some are present; whether some are negated.
 inline py::tuple gather(const py::list& params) {
-  const size_t count = params.size();
+  const Py_ssize_t count = PyList_GET_SIZE(params.ptr());
   py::list grads(count);
   bool absent = false, present = false, some_negated = false;
-  for (size_t i = 0; i < count; ++i) {
-    py::object gradient = of(params[i]);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    py::object gradient = of(PyList_GET_ITEM(params.ptr(), i));
     if (gradient.is_none()) {
       absent = true;
     } else {

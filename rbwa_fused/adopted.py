@@ -1,8 +1,8 @@
 """Groups and state that are put in place from outside, as by torch.optim.Optimizer.__setstate__.
 
 Whoever calls `torch.optim.Optimizer.load_state_dict(opt, …)`, or `__setstate__` with part of the
-state, hands over groups that may lack what is ours, or have what `state_dict()` puts there: counters,
-rule and the policy's repr. Here they become groups of the optimizer.
+state, hands over groups that may lack what is ours, or have what `state_dict()` puts there:
+counters, rule and the policy's repr. Here they become groups of the optimizer.
 """
 
 from __future__ import annotations

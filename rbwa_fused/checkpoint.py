@@ -18,6 +18,7 @@ from rbwa_fused.flat import DTYPES, STREAMS
 
 if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
+    from rbwa_fused.layout import LaidOut
     from rbwa_fused.plan import GroupPlan
 
 # What `export` adds to a group. A checkpoint of torch.optim.SGD has none of them. Live groups have
@@ -142,7 +143,7 @@ def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and not value)
 
 
-def _check_counters(opt: FusedOptimizer, saved: dict[str, Any]) -> None:
+def _check_counters(opt: LaidOut, saved: dict[str, Any]) -> None:
     rule = saved.get("rule") or "sgd"
     if rule != opt.rule_name:
         raise ValueError(f"the checkpoint's rule is {rule!r}, the optimizer's {opt.rule_name!r}")
