@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "gradients.h"
 #include "python_tensors.h"
 #include "replica_tables.h"
 #include "step.h"
@@ -83,6 +84,8 @@ PYBIND11_MODULE(_C, module) {
              "The instruction set in use: 'baseline', 'avx2' or 'avx512'.");
   module.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),
              "Use another instruction set; False if this processor or build lacks it.");
+  gradients::find();
+  module.def("gradients", &gradients::gather, "See ops.gradients.");
   if (find_exchange_table()) {
     module.def("step", &step_python, "torch.ops.rbwa_fused.step_ without the dispatcher.");
   }

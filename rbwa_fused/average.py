@@ -10,9 +10,13 @@ paper; Lookahead, Zhang et al. 2019; Switch-EMA, Li et al. 2024.
 from __future__ import annotations
 
 import operator
+import pickle
 import re
+import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal, cast
 
 import torch
@@ -85,7 +89,8 @@ class Average:
             ``weight(n, step) -> float`` in [0, 1] of the samples so far (n >= 1) and the step,
             called on the host, which under AMP on a GPU waits for the device then; it must depend
             on these two alone, as it may be asked again for the same step. The first sample is
-            always a copy.
+            always a copy. Pickling, as of a whole optimizer, needs one with a name at the top level
+            of a module; a state dict does not.
         start (int, steps, >= 0): the first ``start`` steps are not averaged (default: 0).
         every (int, steps, >= 1): samples are taken after steps start + every, start + 2 every, …
             (default: 1).
@@ -190,6 +195,30 @@ class Average:
             f"dtype={self.dtype}{code})"
         )
 
+    def __copy__(self) -> Average:
+        return self  # frozen
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Average:
+        fields = {**vars(self), "weight": deepcopy(self.weight, memo)}
+        return Average(fields.pop("weight"), **fields)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any object's, after a look at a function of the user's: pickle finds it by its name.
+
+        Raises:
+            pickle.PicklingError: for a function that no module has at its top level.
+        """
+        if self.custom and not _by_value():
+            try:
+                pickle.dumps(self.weight)
+            except Exception as error:
+                raise pickle.PicklingError(
+                    f"{self!r} cannot be pickled: pickle finds a function by its name; define "
+                    "the weight at the top level of a module, or as an object of a class that is "
+                    f"({error})"
+                ) from error
+        return super().__reduce_ex__(protocol)
+
     def due(self, step: int) -> bool:
         """Whether a sample is taken after this step."""
         past = step - self.start
@@ -220,6 +249,17 @@ class Average:
         """Whether the average *is* the parameter: sampled and written back at every step, in the
         parameter's own dtype. It then needs no buffer; see docs/equivalences.md."""
         return self.write_back_every == 1 and self.dtype_for(dtype) == dtype
+
+
+def _by_value() -> bool:
+    """Whether the pickler at work takes functions by their code: cloudpickle, under whatever name
+    others ship it, or dill."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if {"cloudpickle", "dill"} & set(frame.f_globals.get("__name__", "").split(".")):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def structure(policy: str | None) -> tuple[str | None, ...]:

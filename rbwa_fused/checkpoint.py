@@ -18,6 +18,7 @@ from rbwa_fused.flat import DTYPES, STREAMS
 
 if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
+    from rbwa_fused.layout import LaidOut
     from rbwa_fused.plan import GroupPlan
 
 # What `export` adds to a group. A checkpoint of torch.optim.SGD has none of them. Live groups have
@@ -28,6 +29,8 @@ OURS = ("rule", "step", "n_averaged", "implicit_momentum")
 # here. torch keeps what it does not know, so a checkpoint with these and with ours is one of ours
 # that torch went on with.
 TORCHS = ("foreach", "differentiable", "fused")
+# A live group's value for one of these keys is its user's, and saved under this prefix and the key.
+OWN = "own:"
 
 
 def export(opt: Any, state_dict: dict[str, Any]) -> None:
@@ -37,9 +40,14 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
     opt._refuse_midway("state_dict")
     waiting = set(opt._settle())
     groups = state_dict["param_groups"]
-    for group, (n_averaged, beta) in zip(groups, opt._counters(), strict=True):
+    counters = opt._counters()
+    for live, group, (n_averaged, beta) in zip(opt.param_groups, groups, counters, strict=True):
         policy = group["average"]
         group["average"] = None if policy is None else repr(policy)
+        for key in OURS:
+            if group.get(key) is not None:
+                live.setdefault(OWN + key, None)  # where torch.distributed.checkpoint looks for it
+                group[OWN + key] = group[key]
         group.update(zip(OURS, (opt.rule_name, opt._steps, n_averaged, beta), strict=True))
         for key in TORCHS:
             group.pop(key, None)
@@ -79,8 +87,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
     outdated = _leave_out_outdated(saved_groups, notes)
     for group, saved in zip(groups, saved_groups, strict=True):
         _check_policy(group["average"], saved, notes)
-        new = {k: v for k, v in saved.items() if k not in (*OURS, *TORCHS, "params", "average")}
-        new = {**group, **new}
+        new = {**group, **live_keys(saved)}
         opt._check_hyperparameters(new)
         merged.append(new)
     taken = _steps_taken(opt, saved_groups, step, not outdated, notes)
@@ -122,6 +129,14 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
         post_hook(opt)
 
 
+def live_keys(saved: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What of a saved group becomes part of a live one."""
+    own = {OWN + key: key for key in OURS}
+    left_out = (*OURS, *TORCHS, *own, "params", "average")
+    keys = {k: v for k, v in saved.items() if k not in left_out}
+    return keys | {own[k]: v for k, v in saved.items() if k in own and v is not None}
+
+
 def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
     """Raise where averages were assigned before the first step: with no sample counted, the next
     one would replace them."""
@@ -138,7 +153,7 @@ def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and not value)
 
 
-def _check_counters(opt: FusedOptimizer, saved: dict[str, Any]) -> None:
+def _check_counters(opt: LaidOut, saved: dict[str, Any]) -> None:
     rule = saved.get("rule") or "sgd"
     if rule != opt.rule_name:
         raise ValueError(f"the checkpoint's rule is {rule!r}, the optimizer's {opt.rule_name!r}")

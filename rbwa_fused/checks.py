@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rbwa_fused.average import Average
-from rbwa_fused.flat import DTYPES, STREAMS, Table, kept_dtype, same_layout
+from rbwa_fused.flat import DTYPES, STREAMS, Table, is_plain, kept_dtype, same_layout
 from rbwa_fused.sharded import is_partial, local
 
 
@@ -78,7 +78,8 @@ def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
 
 
 def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any]]) -> bool:
-    """Checks a table's gradients in full; copies one of another layout to its parameter's.
+    """Checks a table's gradients in full; copies one of another layout to its parameter's, and one
+    whose memory does not hold its elements as they are.
 
     Returns False where a parameter has another dtype, device, shape or layout than the table.
 
@@ -103,7 +104,7 @@ def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any
             raise ValueError(f"{name} is on {g.device} (expected {p.device})")
         if is_traceable_wrapper_subclass(g):
             raise TypeError(f"{name} is a {type(g).__name__}, which has no plain memory of its own")
-        if not same_layout(g, memory) or (torch._is_zerotensor(g) and g.numel() > 0):
+        if not (same_layout(g, memory) and is_plain(g)):
             grads[i] = torch.empty_strided(
                 memory.shape, memory.stride(), dtype=memory.dtype, device=memory.device
             ).copy_(g)

@@ -50,6 +50,12 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether memory holds the elements as they are: not their negatives (the imaginary part of a
+    conjugate, torch.resolve_neg), and not zeros that take no memory."""
+    return tensor.numel() == 0 or not (tensor.is_neg() or torch._is_zerotensor(tensor))
+
+
 def strides_like(tensor: Tensor) -> tuple[int, ...]:
     """The parameter's strides, or contiguous ones where it does not fill its memory."""
     return (
@@ -177,9 +183,9 @@ class Table:
     Attributes:
         params: the parameters, one segment each.
         memory: what the kernel steps: the parameter, or this process's shard of a DTensor, or a
-            dense copy of one that is not dense.
+            dense copy of one that is not dense or plain.
         groups, index: the param group of each, and its number there.
-        copies: the parameters (shards) that are not dense, each with its copy.
+        copies: the parameters (shards) that are not dense or plain, each with its copy.
         shards: the DTensor parameters, each with the shard that the table was made for.
         lacking: segments whose group has momentum, without a momentum buffer so far.
         first: segments that take their first step with momentum now.
@@ -207,7 +213,7 @@ class Table:
         memory = shard = local(param)
         if is_sharded(param):
             self.shards.append((param, shard))
-        if not is_dense(shard):
+        if not (is_dense(shard) and is_plain(shard)):
             memory = torch.empty_strided(
                 shard.shape, strides_like(shard), dtype=shard.dtype, device=shard.device
             )
@@ -290,7 +296,10 @@ class Table:
             param.dtype == made_for.dtype
             and param.device == self.memory[segment].device
             and param.shape == made_for.shape
-            and (self.memory[segment] is not param or same_layout(param, made_for))
+            and (
+                self.memory[segment] is not param
+                or (same_layout(param, made_for) and is_plain(param))
+            )
         )
 
     def tensors(self) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
 from operator import is_
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rbwa_fused import checkpoint, checks, evaluate, flat, ops, rules
+from rbwa_fused import adopted, checkpoint, checks, evaluate, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.in_backward import InBackward
 from rbwa_fused.layout import LaidOut
@@ -28,7 +29,6 @@ from rbwa_fused.sharded import local
 
 Grads = list[Tensor | None]
 Gathered = tuple[flat.Table, ops.Backend, Grads]
-NONE = type(None)
 
 
 class FusedOptimizer(LaidOut):
@@ -43,6 +43,8 @@ class FusedOptimizer(LaidOut):
     `table.lacking`.
     Where the device counts, its `marks` say all this instead (deferred.py).
     """
+
+    _watched = False  # hooks and profiler are told of the step under way
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -90,9 +92,30 @@ class FusedOptimizer(LaidOut):
         finally:
             self._step_supports_amp_scaling = unscaling
 
-    # torch's wrapper runs the hooks and tells the profiler. It would make a small step 40 % longer
-    # (docs/benchmarks.md), so it is taken only when somebody watches.
-    _observed_step = torch._disable_dynamo(Optimizer.profile_hook_step(_step))
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of a `step`, by which Optimizer wraps that of a subclass, too.
+
+        It runs the hooks and tells the profiler. Around a step that calls super().step() it would
+        do so once more for each class, so of nested ones only the outermost watches.
+        """
+        observed = Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if self._watched:
+                return func(self, *args, **kwargs)
+            self._watched = True
+            try:
+                return observed(self, *args, **kwargs)
+            finally:
+                self._watched = False
+
+        return step
+
+    # torch's wrapper would make a small step 40 % longer (docs/benchmarks.md), so it is taken only
+    # when somebody watches.
+    _observed_step = torch._disable_dynamo(profile_hook_step(_step))
 
     def _update(self) -> bool:
         """Gather, plan, launch, count. False, with nothing changed, where tables are outdated."""
@@ -104,14 +127,16 @@ class FusedOptimizer(LaidOut):
         if not self._up_to_date(plan):
             return False
         gathered: list[Gathered] = []
-        absent = present = False
+        absent = present = negated = False
         if len(self._tables) > 1:
             plan.starting = True
         for table, backend in self._launches:
-            grads: Grads = table.gradients() if table.shards else [p.grad for p in table.params]
-            kinds = set(map(type, grads))
-            absent = absent or NONE in kinds
-            present = present or (bool(kinds) and kinds != {NONE})
+            grads, some_absent, some_present, some_negated = (
+                ops.described(table.gradients()) if table.shards else ops.gradients(table.params)
+            )
+            absent = absent or some_absent
+            present = present or some_present
+            negated = negated or some_negated
             if table.lacking and any(grads[i] is not None for i in table.lacking):
                 plan.starting = True
             gathered.append((table, backend, grads))
@@ -133,7 +158,7 @@ class FusedOptimizer(LaidOut):
             scale = 1.0 if grad_scale is None else float(grad_scale.item())
             plan.sample(self._steps + 1)
             plan.update(scale)
-        if plan.starting or not self._kernels_check:
+        if plan.starting or negated or not self._kernels_check:
             if not all(checks.fit(table, grads, self.param_groups) for table, _, grads in gathered):
                 return False
             for table, _, grads in gathered:
@@ -377,9 +402,27 @@ class FusedOptimizer(LaidOut):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        counters = state.pop("counters")
+        """Takes over what `__getstate__` returned, or part of it, as torch.optim.Optimizer's does:
+        its own `load_state_dict`, which a program may call by the class, ends here.
+
+        Raises:
+            ValueError, TypeError: as `load_state_dict`, also for averages that torch has cast. The
+                optimizer is as it was then.
+        """
+        self._refuse_inside_averaged("__setstate__")
+        self._refuse_midway("__setstate__")
+        state = {**self.__dict__, **state}
+        counters = state.pop("counters", None)
+        live = self._plan is not None
         self._weak_self = weakref.ref(self)
+        if counters is None:
+            self.defaults = state["defaults"]
+            held, steps, counters = adopted.adopt(self, state["param_groups"], state["state"])
+            state.update(state=held, _steps=steps)
+        if self._early is not None:
+            self._early.detach()
         super().__setstate__(state)
         self._early = InBackward(self) if self._in_backward else None
-        self.register_state_dict_post_hook(checkpoint.export)
-        self._build(self.param_groups, self._flatten, counters)
+        if checkpoint.export not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(checkpoint.export)
+        self._build(self.param_groups, self._flatten and not live, counters)

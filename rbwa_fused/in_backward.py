@@ -59,6 +59,11 @@ class InBackward:
         self._frozen = [p for p in hooked if p not in self._handles]
         self._hook_unfrozen()
 
+    def detach(self) -> None:
+        """Takes the hooks away, of an optimizer that gets others."""
+        remove(self._handles)
+        self._handles.clear()
+
     def _hook_unfrozen(self) -> None:
         opt_of = self._opt
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from rbwa_fused import checkpoint, checks, flat, ops, rules
+from rbwa_fused import adopted, checkpoint, checks, flat, ops, rules
 from rbwa_fused.deferred import Deferred
 from rbwa_fused.in_backward import MIDWAY, InBackward
 from rbwa_fused.plan import GroupPlan, Plan
@@ -40,6 +40,11 @@ class LaidOut(Optimizer):
     _step_supports_amp_scaling = True
     _plan: Plan | None = None
     _warned = False  # that the reference runs
+    # What a state without them, such as torch.optim.Optimizer's, is taken for.
+    _backend_name = "auto"
+    _flatten = True
+    _capturable = _master_weights = _in_backward = False
+    _steps = 0
     _evaluating: Swap | None = None  # inside averaged(), or after one that could not be undone
     _deferred: dict[torch.device, Deferred] | None = None  # where the host does not count
     _early: InBackward | None = None  # the hooks that step inside the backward pass
@@ -99,6 +104,7 @@ class LaidOut(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_hyperparameters(group)
+            rules.implementation(*map(group.get, ("foreach", "differentiable", "fused")))
             checks.average(group, self._capturable)
             checks.params(group, self._master_weights)
             kind = kind_of_shard(group["params"])
@@ -192,6 +198,9 @@ class LaidOut(Optimizer):
     def _rebuild(self, counters: Counters | None = None) -> None:
         """Follows parameters that were converted, and state that was replaced."""
         for group in self.param_groups:
+            if type(group.get("average", "")) is str:  # put in place from outside
+                group.update(adopted.complete(self, group))
+            checks.average(group, self._capturable)
             checks.params(group, self._master_weights)
             checks.state(group, self.state)
         waiting = self._settle()

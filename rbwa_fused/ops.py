@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rbwa_fused import compiled, reference
 from rbwa_fused.deferred import Deferred
-from rbwa_fused.flat import is_dense, same_layout
+from rbwa_fused.flat import is_dense, is_plain, same_layout
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MOST_REPLICAS = 4000  # whose addresses are kernel arguments of one launch
@@ -102,6 +102,22 @@ def _door(module: Any) -> Step:
     return step
 
 
+def described(grads: Grads) -> tuple[Grads, bool, bool, bool]:
+    """Gradients, with whether some are absent, some present, some negated (`is_neg()`): the memory
+    of such a one holds the negatives of its elements."""
+    present = [g for g in grads if g is not None]
+    return grads, len(present) < len(grads), bool(present), any(map(Tensor.is_neg, present))
+
+
+def _gradients(params: list[Tensor]) -> tuple[Grads, bool, bool, bool]:
+    return described([p.grad for p in params])
+
+
+# The gradients of parameters, as `described` has them, at the price of fetching them.
+gradients: Callable[[list[Tensor]], tuple[Grads, bool, bool, bool]]
+gradients = getattr(_C, "gradients", _gradients)
+
+
 def _step_reference(
     params: list[Tensor],
     grads: Grads,
@@ -142,6 +158,7 @@ def pull_(replicas: Sequence[Sequence[Tensor]], alpha: float) -> None:
         if (
             alike
             and dense
+            and all(map(is_plain, param))
             and compiled.get(first.device.type) is not None
             and len(param) <= MOST_REPLICAS
         ):

@@ -51,10 +51,13 @@ class FusedSGD(FusedOptimizer):
             memory; not with GradScaler, closures, accumulated gradients, DTensor parameters or
             DistributedDataParallel, and what looks at all gradients before the step (clipping by
             their norm) finds none (default: False).
+        foreach, fused, differentiable: torch's choice of an implementation. Taken, and without a
+            meaning here: there is one. ``differentiable=True`` is refused.
 
     Raises:
         ValueError, TypeError: naming the argument and the value received.
-        RuntimeError: for a backend that is not built.
+        RuntimeError: for a backend that is not built, and, in torch's words, for ``fused`` with
+            ``foreach`` or ``differentiable``.
 
     Example:
         >>> opt = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, average=rbwa_fused.ema(0.999))
@@ -87,7 +90,11 @@ class FusedSGD(FusedOptimizer):
         capturable: bool = False,
         master_weights: bool = False,
         in_backward: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
+        rules.implementation(foreach, differentiable, fused)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -131,6 +138,7 @@ class RSGDM(FusedOptimizer):
     """
 
     hyperparameters = itemgetter("lr", "momentum", "weight_decay", "maximize")
+    _difference: str | None = "implicit"
 
     def __init__(
         self,

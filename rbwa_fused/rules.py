@@ -129,6 +129,23 @@ def check_beta(group: Group) -> None:
         raise ValueError(f"Invalid momentum value: {group['momentum']} (expected below 1)")
 
 
+def implementation(foreach: Any, differentiable: Any, fused: Any) -> None:
+    """Raise for a choice of implementations that torch.optim.SGD refuses, in its words, and for one
+    that autograd is to differentiate. What is left means nothing: there is one implementation."""
+    flag("foreach", foreach)
+    flag("differentiable", differentiable)
+    flag("fused", fused)
+    if fused and differentiable:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if fused and foreach:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if differentiable:
+        raise ValueError(
+            f"Invalid differentiable: {differentiable!r} (expected False: autograd sees no "
+            "step of ours, but that of torch.optim.SGD(differentiable=True))"
+        )
+
+
 def flag(name: str, value: Any) -> None:
     """Raise for what is true in Python and means nothing here, such as "no" and nan."""
     if value is None or value is True or value is False:

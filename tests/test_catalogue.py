@@ -32,13 +32,20 @@ class TestCatalogue(TestCase):
             with expect(error.error_type, match=error.error_regex):
                 optim_info.optim_cls(given.params, **given.kwargs)
 
-    @optims(INFOS)
-    def test_choosing_torchs_implementation_is_an_unknown_argument(
+    @optims(INFOS[:1])  # of torch.optim.SGD
+    def test_choosing_torchs_implementation_changes_nothing(
         self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo
     ) -> None:
-        for name in ("foreach", "fused", "differentiable"):
-            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-                optim_info.optim_cls(Problem(device).params, **{name: True})
+        for kwargs in inputs(optim_info, device):
+            trained = []
+            for choice in ({}, {"foreach": True}, {"fused": True, "differentiable": False}):
+                problem = Problem(device, dtype)
+                opt = optim_info.optim_cls(problem.params, **kwargs, **choice)
+                for _ in range(2):
+                    opt.step(problem.loss)
+                trained.append(problem.params)
+            for params in trained[1:]:
+                same_bits(params, trained[0])
 
     @parametrize("contiguous", [True, False])
     @parametrize("with_schedulers", [True, False])

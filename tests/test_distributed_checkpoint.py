@@ -166,3 +166,16 @@ def test_averaged_weights_are_saved_and_loaded_as_a_model(tmp_path: Path) -> Non
     with opt.averaged():
         for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
             assert bits(p) == bits(q)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_users_keys_named_like_ours_come_back_from_files(layout: str, tmp_path: Path) -> None:
+    model, opt = build("ema")
+    opt.param_groups[0].update(step=7, rule="mine")
+    train(model, opt, 1, STOP)
+    through_files(model, opt, tmp_path, LAYOUTS[layout])
+    fresh, loaded = build("ema")
+    loaded.param_groups[0].update(step=0, rule="?")
+    from_files(fresh, loaded, tmp_path, LAYOUTS[layout])
+    assert result(loaded) == result(opt)
+    assert (loaded.param_groups[0]["step"], loaded.param_groups[0]["rule"]) == (7, "mine")

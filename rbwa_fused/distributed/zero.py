@@ -21,11 +21,13 @@ from torch.autograd.graph import increment_version
 from torch.distributed import optim
 from torch.distributed.algorithms.join import JoinHook
 
-from rbwa_fused.checkpoint import OURS
+from rbwa_fused.checkpoint import OURS, OWN
 from rbwa_fused.distributed.exchange import explained
 from rbwa_fused.fused import FusedOptimizer
 
 LIVE = "Weights of other ranks are their averages or their training weights on this rank."
+
+ADDED = {*OURS, *(OWN + key for key in OURS), "average"}  # what a state dict adds to a group
 
 
 class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
@@ -91,7 +93,7 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         """Brings all ranks' state to one of them. To be called on all."""
         super().consolidate_state_dict(to)
         counted = [
-            ({key: group[key] for key in (*OURS, "average")}, len(group["params"]) > 0)
+            ({key: group[key] for key in group.keys() & ADDED}, len(group["params"]) > 0)
             for group in self.optim.state_dict()["param_groups"]
         ]
         everyone: list[Any] = [None] * self.world_size
