@@ -32,6 +32,7 @@ TESTS = (
     "test_averaged.py",
     "test_bad_input.py",
     "test_cuda.py",
+    "test_launch_forms.py",
     "test_replicas.py",
 )
 
