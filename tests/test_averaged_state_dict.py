@@ -227,14 +227,17 @@ class Wrapper(Tensor):
         return Wrapper(result) if isinstance(result, Tensor) else result
 
 
-def test_frozen_weights_without_memory_stay_apart() -> None:
-    model, opt = trained(lambda: nn.Linear(4, 4), rf.ema(0.5))
-    for name, value in (("first", 1.0), ("second", 2.0)):
-        model.register_parameter(
-            name, nn.Parameter(Wrapper(torch.full((3,), value)), requires_grad=False)
-        )
+def test_what_has_no_memory_is_not_taken_for_a_frozen_weight_that_has_none() -> None:
+    def quantize(state: dict[str, Any], layer: nn.Linear) -> None:
+        state["0.quantized"] = Wrapper(layer.weight.detach().clone())
+
+    model, opt = trained(lambda: hooked(quantize), rf.ema(0.5))
+    frozen = nn.Parameter(Wrapper(torch.full((4, 4), 2.0)), requires_grad=False)
+    model.register_parameter("frozen", frozen)
     saved = opt.averaged_state_dict(model)
-    assert [saved[name].held.tolist() for name in ("first", "second")] == [[1.0] * 3, [2.0] * 3]
+    assert bits(saved["0.quantized"].held) == bits(saved["0.weight"])
+    assert bits(saved["0.weight"]) == bits(opt.state[model[0].weight]["average"])  # type: ignore[index]
+    assert saved["frozen"].held.tolist() == [[2.0] * 4] * 4
 
 
 def test_parameters_that_share_memory_show_what_averaged_shows() -> None:

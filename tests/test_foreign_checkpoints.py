@@ -217,6 +217,15 @@ def test_a_step_beside_our_own_checkpoints_must_be_theirs() -> None:
     assert opt.state_dict()["param_groups"][0]["step"] == 3
 
 
+def test_of_groups_put_together_from_two_runs_the_longer_one_counts() -> None:
+    parameters = matrices()
+    opt = rf.FusedSGD([{"params": [p]} for p in parameters], lr=0.1)
+    saved = stepped(opt, 5, parameters).state_dict()
+    saved["param_groups"][1]["step"] = 3
+    opt.load_state_dict(saved)
+    assert [group["step"] for group in opt.state_dict()["param_groups"]] == [5, 5]
+
+
 @pytest.mark.parametrize("step", [-1, 1.5, "6", True])
 def test_a_step_that_is_no_count_is_refused(step: Any) -> None:
     parameters = matrices()
@@ -332,6 +341,8 @@ def test_what_was_torchs_before_is_not_taken_for_torchs_after(how: str) -> None:
     train(model, sgd, 1, 2)
     opt = rf.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, average=average)
     opt.load_state_dict(sgd.state_dict())
+    # torch.distributed.checkpoint looks in ours for every key of live groups
+    assert opt.param_groups[0].keys() == opt.state_dict()["param_groups"][0].keys()
     if how == "in the group":
         opt.param_groups[0].update(foreach=False, differentiable=False, fused=None)
     if how == "unpickled":  # torch gives its defaults a key then
