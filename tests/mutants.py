@@ -102,13 +102,16 @@ FLAT: Mutants = [
 ]
 CHECKPOINT: Mutants = [
     (
-        "None if policy is None else repr(policy)\n        group.update",
-        "policy\n        group.update",
+        "None if policy is None else repr(policy)\n        for key",
+        "policy\n        for key",
     ),
     ("state_dict = hook_result", "pass"),
     ("saved_groups = deepcopy(state_dict[", "saved_groups = (state_dict["),
     ("if lengths != [", "if False and lengths != ["),
-    ("new = {**group, **new}", "new = {**new, **group}"),
+    ("new = {**group, **live_keys(saved)}", "new = {**live_keys(saved), **group}"),
+    ("group[OWN + key] = group[key]", "pass"),
+    ("live.setdefault(OWN + key, None)", "pass"),
+    ("keys | {own[k]: v for", "keys | {k: v for"),
     ("value.detach().clone() if", "value.detach() if"),
     ("if not (name in STREAMS and _absent(value))", ""),
     ("taken: int = max(", "taken: int = min("),
@@ -138,6 +141,7 @@ CHECKPOINT: Mutants = [
     ("if dtype != expected:", "if False:"),
 ]
 EVALUATE: Mutants = [
+<<<<<<< HEAD
     ("            yield\n            return\n        failure", "            pass\n        failure"),
     ("failure.__context__, error.__context__ = error.__context__, failure", "pass"),
     ("        swap.put()\n", ""),
@@ -154,6 +158,21 @@ EVALUATE: Mutants = [
     ("else 1 / batches", "else 0.1"),
     ("if has_statistics(module.module) and _as_reset(module.module):", "if False:"),
     ("if batches == 0:", "if False:"),
+=======
+    ("self.saved.append((p, p.detach().clone()))", "self.saved.append((p, p.detach()))"),
+    ("if own and p.dtype == average.dtype", "if p.dtype == average.dtype"),
+    ("torch.clear_autocast_cache()", "pass"),
+    ("torch.autograd.graph.increment_version(written)", "pass"),
+    ("{p: p.detach().clone() for", "{p: p.detach() for"),
+    ("and same_layout(p, a)", ""),
+    ("if plan.n_averaged > 0:", "if True:"),
+    ("if plan.buffered(p) and ", "if "),
+    ("if opt._evaluating is not None:", "if False:"),
+    ("        opt._evaluating = None\n", ""),
+    ("if opt._evaluating is None else {}", ""),
+    ("copy=True", "copy=False"),
+    ("restore_modes()\n            yield model", "restore_buffers\n            yield model"),
+>>>>>>> opt
     ("                module.restore_buffers()\n", ""),
     ("self.module.momentum = self.momentum", "pass"),
     ("_kind(now) == _kind(value)", "True"),
@@ -229,6 +248,12 @@ FUSED: Mutants = [
         "            with torch.enable_grad():\n                return",
         "            if True:\n                return",
     ),
+    ("            if self._watched:\n", "            if False:\n"),
+    ("                self._watched = False\n", "                pass\n"),
+    ("plan.starting or negated or not", "plan.starting or not"),
+    ("            self._early.detach()\n", "            pass\n"),
+    ("if checkpoint.export not in self._optimizer_state_dict_post_hooks.values():", "if True:"),
+    ("self._flatten and not live", "self._flatten"),
     ("torch._C._set_grad_enabled(grad_enabled)", "torch._C._set_grad_enabled(True)"),
     ("            self.state is not self._known_state\n            or ", "            "),
     ("            or len(self.state) != self._known_size\n", ""),
@@ -258,7 +283,25 @@ FUSED: Mutants = [
     ("        self.register_state_dict_post_hook(checkpoint.export)\n", ""),
     ('"counters": self._counters(),', '"counters": [(0, None)] * len(self.param_groups),'),
 ]
+<<<<<<< HEAD
 AFTER_A_LAUNCH: Mutants = [("if all(map(is_, grads, refused)):", "if False:")]
+=======
+ADOPTED: Mutants = [
+    ("if _exported(group) or _is_torchs(group):", "if _exported(group):"),
+    ("if _exported(group) or _is_torchs(group):", "if _is_torchs(group):"),
+    ('if isinstance(group.get("average"), str):', "if False:"),
+    ("opt._check_hyperparameters(full)", "pass"),
+    ("            _check_not_cast(name, p, streams, group_plan)\n", ""),
+    ("max(steps, default=opt._steps)", "opt._steps"),
+    ("max(steps, default=opt._steps)", "max(steps, default=0)"),
+    ("        checkpoint.refuse_uncounted(held)\n", "        pass\n"),
+    ("            del group[key]\n", "            pass\n"),
+    ("known.n_averaged if averaged else 0", "known.n_averaged"),
+    ("not buffered or any(", "any("),
+    ("known.beta if moved else None", "None"),
+    ("if v is not None}", "}"),
+]
+>>>>>>> opt
 IN_BACKWARD: Mutants = [
     ("            param.grad = None\n", ""),
     ("self.stepped.add(param)", "pass"),
@@ -345,6 +388,9 @@ STEPS = (
     "test_catalogue_watched.py",
     "test_threads.py",
     "test_distributed_checkpoint.py",
+    "test_subclasses.py",
+    "test_plain_memory.py",
+    "test_torchs_idioms.py",
 )
 BITS = (
     *("test_ops.py", "test_threads.py", "test_update.py", "-k"),
@@ -371,6 +417,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/layout.py", SHARDS_IN_LAYOUT, SHARDS, False),
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
+<<<<<<< HEAD
     ("rbwa_fused/fused.py", AFTER_A_LAUNCH, ("test_cuda.py", "-k", "failed"), False),
     (
         "rbwa_fused/in_backward.py",
@@ -378,6 +425,10 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         ("test_in_backward.py", "test_step_fails.py"),
         False,
     ),
+=======
+    ("rbwa_fused/adopted.py", ADOPTED, ("test_torchs_idioms.py",), False),
+    ("rbwa_fused/in_backward.py", IN_BACKWARD, ("test_in_backward.py",), False),
+>>>>>>> opt
     (
         "rbwa_fused/evaluate.py",
         EVALUATE,
@@ -402,6 +453,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
             "test_foreign_checkpoints.py",
             "test_bad_input.py",
             "test_averaged.py",
+            "test_torchs_idioms.py",
             "test_distributed_checkpoint.py",
             "test_master_weights.py",
             "test_outside_edits.py",

@@ -269,6 +269,41 @@ def test_state_set_anew_is_saved_once_and_steps_in_the_backward_pass() -> None:
     assert opt.state_dict()["param_groups"][0]["average"] == repr(rf.ema(0.5))
 
 
+def test_bad_groups_are_refused_and_cost_nothing() -> None:
+    opt = train(make(rf.FusedSGD))
+    before = pickle.dumps(opt.state_dict())
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        opt.__setstate__({"param_groups": [{**group, "lr": -1} for group in opt.param_groups]})
+    assert pickle.dumps(opt.state_dict()) == before
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
+def test_averages_start_again_where_the_state_is_cleared() -> None:
+    opt = train(set_state(train(make(rf.FusedSGD, average=rf.mean()), 3)))
+    assert opt.n_averaged == 2
+
+
+def test_the_momentum_that_implicit_rsgdm_began_with_is_remembered() -> None:
+    opt = set_all(train(make(rf.RSGDM)))
+    opt.param_groups[0]["momentum"] = 0.75
+    with pytest.raises(ValueError, match=r"started with 0\.5"):
+        train(opt)
+
+
+def test_momentum_that_an_older_torch_kept_as_none_starts_at_the_next_step() -> None:
+    ours, theirs = make(rf.FusedSGD), make(torch.optim.SGD)
+    for opt in (ours, theirs):
+        none = {p: {"momentum_buffer": None} for p in params(opt)}
+        opt.__setstate__({"state": defaultdict(dict, none)})
+    alike(train(ours), train(theirs))
+
+
+def test_parameters_stay_where_they_are() -> None:
+    opt = train(make(rf.FusedSGD))
+    addresses = [p.data_ptr() for p in params(opt)]
+    assert [p.data_ptr() for p in params(set_all(opt))] == addresses
+
+
 # ---- keys of a user's own ----------------------------------------------------------------------
 
 OWN = {"step": 3, "rule": "mine", "n_averaged": 0.5, "implicit_momentum": [1], "name": "head"}
@@ -305,6 +340,7 @@ def test_a_users_keys_named_like_ours_come_back_from_a_checkpoint(
         saved_and_loaded(other, saved, by_the_class)
         group = other.param_groups[-1]
         assert {key: group[key] for key in keys} == keys
+        assert not by_the_class or "own:step" not in group
         assert other.n_averaged == 2 and other.state_dict().keys() == saved.keys()
         assert other.state_dict()["param_groups"][-1] == saved["param_groups"][-1]
         train(other)
