@@ -141,7 +141,6 @@ CHECKPOINT: Mutants = [
     ("if dtype != expected:", "if False:"),
 ]
 EVALUATE: Mutants = [
-<<<<<<< HEAD
     ("            yield\n            return\n        failure", "            pass\n        failure"),
     ("failure.__context__, error.__context__ = error.__context__, failure", "pass"),
     ("        swap.put()\n", ""),
@@ -158,21 +157,6 @@ EVALUATE: Mutants = [
     ("else 1 / batches", "else 0.1"),
     ("if has_statistics(module.module) and _as_reset(module.module):", "if False:"),
     ("if batches == 0:", "if False:"),
-=======
-    ("self.saved.append((p, p.detach().clone()))", "self.saved.append((p, p.detach()))"),
-    ("if own and p.dtype == average.dtype", "if p.dtype == average.dtype"),
-    ("torch.clear_autocast_cache()", "pass"),
-    ("torch.autograd.graph.increment_version(written)", "pass"),
-    ("{p: p.detach().clone() for", "{p: p.detach() for"),
-    ("and same_layout(p, a)", ""),
-    ("if plan.n_averaged > 0:", "if True:"),
-    ("if plan.buffered(p) and ", "if "),
-    ("if opt._evaluating is not None:", "if False:"),
-    ("        opt._evaluating = None\n", ""),
-    ("if opt._evaluating is None else {}", ""),
-    ("copy=True", "copy=False"),
-    ("restore_modes()\n            yield model", "restore_buffers\n            yield model"),
->>>>>>> opt
     ("                module.restore_buffers()\n", ""),
     ("self.module.momentum = self.momentum", "pass"),
     ("_kind(now) == _kind(value)", "True"),
@@ -283,9 +267,7 @@ FUSED: Mutants = [
     ("        self.register_state_dict_post_hook(checkpoint.export)\n", ""),
     ('"counters": self._counters(),', '"counters": [(0, None)] * len(self.param_groups),'),
 ]
-<<<<<<< HEAD
 AFTER_A_LAUNCH: Mutants = [("if all(map(is_, grads, refused)):", "if False:")]
-=======
 ADOPTED: Mutants = [
     ("if _exported(group) or _is_torchs(group):", "if _exported(group):"),
     ("if _exported(group) or _is_torchs(group):", "if _is_torchs(group):"),
@@ -301,7 +283,6 @@ ADOPTED: Mutants = [
     ("known.beta if moved else None", "None"),
     ("if v is not None}", "}"),
 ]
->>>>>>> opt
 IN_BACKWARD: Mutants = [
     ("            param.grad = None\n", ""),
     ("self.stepped.add(param)", "pass"),
@@ -417,7 +398,6 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/layout.py", SHARDS_IN_LAYOUT, SHARDS, False),
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
-<<<<<<< HEAD
     ("rbwa_fused/fused.py", AFTER_A_LAUNCH, ("test_cuda.py", "-k", "failed"), False),
     (
         "rbwa_fused/in_backward.py",
@@ -425,10 +405,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         ("test_in_backward.py", "test_step_fails.py"),
         False,
     ),
-=======
     ("rbwa_fused/adopted.py", ADOPTED, ("test_torchs_idioms.py",), False),
-    ("rbwa_fused/in_backward.py", IN_BACKWARD, ("test_in_backward.py",), False),
->>>>>>> opt
     (
         "rbwa_fused/evaluate.py",
         EVALUATE,
