@@ -316,6 +316,7 @@ def test_a_sharded_model_that_returns_copies_returns_averaged_ones() -> None:
         assert held(full(averaged)) == right != training
         assert held(full(model.state_dict())) == training
     finally:
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -250,6 +250,7 @@ def test_sharded_state_is_told_where_the_run_stands(tmp_path: Any) -> None:
         opt.consolidate_state_dict()
         assert opt.state_dict()["param_groups"][0]["step"] == 6
     finally:
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
