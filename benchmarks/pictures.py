@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 
 from benchmarks import gpu_rows, report
 from benchmarks.providers import BASELINE, ROWS
-from rbwa_fused.command import Parser, run
+from rbwa_fused import command
 
 Results = dict[str, Any]
 
@@ -269,11 +269,13 @@ def panel(axes: Axes, names: list[str], runs: list[Results]) -> None:
 
 def main() -> None:
     """Draws results that were written before."""
-    parser = Parser("python -m benchmarks.pictures", description="Draws results in JSON again.")
+    parser = command.Parser(
+        "python -m benchmarks.pictures", description="Draws results in JSON again."
+    )
     parser.add_argument("file", nargs="+", type=Path, help="as python -m benchmarks writes it")
     for file in parser.parse_args().file:
         print(*draw(json.loads(file.read_text()), file.with_suffix("")))
 
 
 if __name__ == "__main__":
-    sys.exit(run("benchmarks.pictures", main))
+    sys.exit(command.run("benchmarks.pictures", main))
