@@ -12,7 +12,7 @@ ELASTIC: Mutants = [
     ("if since == 0:", "if since == 1 % self._every:"),
     ("if self._overlap:", "if False:"),
     ("pull, self._under_way = self._under_way, None", "pull = self._under_way"),
-    ('_integer("steps", state_dict["steps"], least=0)', "0"),
+    ('integer("steps", state_dict["steps"], least=0)', "0"),
     ('        self._refuse_under_way("state_dict")\n', ""),
     ('        self._refuse_under_way("load_state_dict")\n', ""),
     ("                if theirs[name] != first:", "                if False:"),
