@@ -53,9 +53,9 @@ def adopt(opt: LaidOut, groups: list[Group], held: Any) -> tuple[Any, int, Count
     notes: dict[str, None] = {}
     for group in groups:
         if _exported(group) or _is_torchs(group):
-            checkpoint._check_counters(opt, group)
+            checkpoint.check_counters(opt, group)
         if isinstance(group.get("average"), str):
-            checkpoint._check_policy(_policy(opt, group), group, notes)
+            checkpoint.check_policy(_policy(opt, group), group, notes)
         full = complete(opt, group)
         opt._check_hyperparameters(full)
         checks.params(full, opt._master_weights)
@@ -65,7 +65,7 @@ def adopt(opt: LaidOut, groups: list[Group], held: Any) -> tuple[Any, int, Count
             name = f"parameter {i} of group {group_plan.index}"
             streams = _streams(held, p)
             _check_not_cast(name, p, streams, group_plan)
-            checkpoint._check_state(name, p, streams, opt.streams, group_plan, counters[-1][0])
+            checkpoint.check_state(name, p, streams, opt.streams, group_plan, counters[-1][0])
         completed.append(full)
     steps = [group["step"] for group in groups if _exported(group)]
     if not steps and opt._steps == 0:

@@ -53,8 +53,8 @@ class Algorithm2:
     start_epoch: int
 
     def __post_init__(self) -> None:
-        _integer("steps_per_epoch", self.steps_per_epoch, least=1)
-        _integer("start_epoch", self.start_epoch, least=0)
+        integer("steps_per_epoch", self.steps_per_epoch, least=1)
+        integer("start_epoch", self.start_epoch, least=0)
 
 
 Weight = Mean | Ema | Algorithm2 | Callable[[int, int], float]
@@ -136,8 +136,8 @@ class Average:
             raise TypeError(
                 f"Invalid weight: {weight!r} (expected a policy's weight or a function)"
             )
-        every = _integer("every", every, least=1)
-        write_back_every = _integer("write_back_every", write_back_every, least=0)
+        every = integer("every", every, least=1)
+        write_back_every = integer("write_back_every", write_back_every, least=0)
         if write_back_every % every != 0:
             raise ValueError(
                 f"Invalid write_back_every: {write_back_every} (expected 0 or a multiple of "
@@ -149,7 +149,7 @@ class Average:
             raise TypeError(f"Invalid dtype: {dtype!r} (expected a torch.dtype or None)")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"Invalid dtype: {dtype} (expected one of {DTYPES})")
-        start = _integer("start", start, least=0)
+        start = integer("start", start, least=0)
         if isinstance(weight, Algorithm2) and start < weight.steps_per_epoch * weight.start_epoch:
             raise ValueError(f"Invalid start: {start} (expected no sample before {weight} starts)")
         if name is not None and not isinstance(name, str):
@@ -313,8 +313,8 @@ def swa(
 
 def rswa(steps_per_epoch: int, start_epoch: int = 10) -> Average:
     """Recurrent SWA: the mean of epoch ends, written back at each."""
-    epoch = _integer("steps_per_epoch", steps_per_epoch, least=1)
-    start = _integer("start_epoch", start_epoch, least=0) * epoch
+    epoch = integer("steps_per_epoch", steps_per_epoch, least=1)
+    start = integer("start_epoch", start_epoch, least=0) * epoch
     return Average(Mean(), start=start, every=epoch, write_back_every=epoch)
 
 
@@ -327,8 +327,8 @@ def rbwa(
 
     ``"running"`` is the paper's eq. 1-2, ``"algorithm2"`` the count that its Algorithm 2 prints.
     """
-    epoch = _integer("steps_per_epoch", steps_per_epoch, least=1)
-    epochs = _integer("start_epoch", start_epoch, least=0)
+    epoch = integer("steps_per_epoch", steps_per_epoch, least=1)
+    epochs = integer("start_epoch", start_epoch, least=0)
     if count not in ("running", "algorithm2"):
         raise ValueError(f"Invalid count: {count!r} (expected 'running' or 'algorithm2')")
     weight = Mean() if count == "running" else Algorithm2(epoch, epochs)
@@ -337,8 +337,8 @@ def rbwa(
 
 def rbwa_e(beta: float = 0.9, *, steps_per_epoch: int, start_epoch: int = 10) -> Average:
     """RBWA with an exponential moving average (eq. 4-5), 0 <= beta < 1."""
-    epoch = _integer("steps_per_epoch", steps_per_epoch, least=1)
-    start = _integer("start_epoch", start_epoch, least=0) * epoch
+    epoch = integer("steps_per_epoch", steps_per_epoch, least=1)
+    start = integer("start_epoch", start_epoch, least=0) * epoch
     return Average(Ema(_fraction("beta", beta)), start=start, write_back_every=1)
 
 
@@ -347,7 +347,7 @@ def lookahead(k: int = 5, alpha: float = 0.5) -> Average:
 
     The slow weights start at the initial weights.
     """
-    k = _integer("k", k, least=1)
+    k = integer("k", k, least=1)
     alpha = number("alpha", alpha)
     if not 0.0 < alpha <= 1.0:
         raise ValueError(f"Invalid alpha: {alpha} (expected 0 < alpha <= 1)")
@@ -356,11 +356,12 @@ def lookahead(k: int = 5, alpha: float = 0.5) -> Average:
 
 def switch_ema(decay: float = 0.999, *, steps_per_epoch: int) -> Average:
     """Switch-EMA: an EMA of every step, written back once an epoch, 0 <= decay < 1."""
-    epoch = _integer("steps_per_epoch", steps_per_epoch, least=1)
+    epoch = integer("steps_per_epoch", steps_per_epoch, least=1)
     return Average(Ema(decay), write_back_every=epoch)
 
 
-def _integer(name: str, value: int, *, least: int) -> int:
+def integer(name: str, value: int, *, least: int) -> int:
+    """An integer of at least so much, or TypeError or ValueError with the argument's name."""
     if isinstance(value, bool):
         raise TypeError(f"Invalid {name}: {value!r} (expected an integer)")
     try:

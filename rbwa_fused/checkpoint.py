@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rbwa_fused import form
-from rbwa_fused.average import Average, _integer, same, structure
+from rbwa_fused.average import Average, integer, same, structure
 from rbwa_fused.flat import DTYPES, STREAMS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
 
 def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> None:
     """Loads a state dict after checking all of it; hooks as in torch.optim.Optimizer."""
-    step = None if step is None else _integer("step", step, least=0)
+    step = None if step is None else integer("step", step, least=0)
     form.mapping("state_dict", state_dict)
     state_dict = dict(state_dict)
     for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
@@ -83,10 +83,10 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
     merged = []
     notes: dict[str, None] = {}
     for saved in saved_groups:
-        _check_counters(opt, saved)
+        check_counters(opt, saved)
     outdated = _leave_out_outdated(saved_groups, notes)
     for group, saved in zip(groups, saved_groups, strict=True):
-        _check_policy(group["average"], saved, notes)
+        check_policy(group["average"], saved, notes)
         new = {**group, **live_keys(saved)}
         opt._check_hyperparameters(new)
         merged.append(new)
@@ -113,7 +113,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
         for i, p in enumerate(plan.group["params"]):
             name = f"parameter {i} of group {plan.index}"
             n_averaged = saved.get("n_averaged") or 0
-            _check_state(name, p, state.get(p, {}), opt.streams, plan, n_averaged)
+            check_state(name, p, state.get(p, {}), opt.streams, plan, n_averaged)
 
     if notes:
         warnings.warn("; ".join(notes), stacklevel=3)
@@ -153,7 +153,8 @@ def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and not value)
 
 
-def _check_counters(opt: LaidOut, saved: dict[str, Any]) -> None:
+def check_counters(opt: LaidOut, saved: dict[str, Any]) -> None:
+    """Raise for a group's rule that is not the optimizer's, and for counters that are no counts."""
     rule = saved.get("rule") or "sgd"
     if rule != opt.rule_name:
         raise ValueError(f"the checkpoint's rule is {rule!r}, the optimizer's {opt.rule_name!r}")
@@ -187,7 +188,8 @@ def _steps_taken(
     counted: bool,
     notes: dict[str, None],
 ) -> int:
-    """Where the run stands: what the caller says, or the checkpoint, which then must agree."""
+    """Where the run stands: what the caller says, or the checkpoint. They must agree if the
+    checkpoint's own `counted`, as torch.optim.SGD did not go on with it."""
     counts = [saved["step"] for saved in saved_groups if saved.get("step") is not None]
     counted = counted and len(counts) > 0
     taken: int = max(counts, default=0)
@@ -203,7 +205,8 @@ def _steps_taken(
     return taken if step is None else step
 
 
-def _check_policy(policy: Average | None, saved: dict[str, Any], notes: dict[str, None]) -> None:
+def check_policy(policy: Average | None, saved: dict[str, Any], notes: dict[str, None]) -> None:
+    """Raise for another kind of policy than ours in a saved group; note other numbers."""
     theirs = saved.get("average")
     ours = None if policy is None else repr(policy)
     if theirs is None or theirs == ours:
@@ -220,7 +223,7 @@ def _check_policy(policy: Average | None, saved: dict[str, Any], notes: dict[str
         notes[f"the checkpoint's average was {theirs}; going on with the optimizer's {ours}"] = None
 
 
-def _check_state(
+def check_state(
     name: str,
     param: Tensor,
     held: dict[str, Any],
@@ -228,6 +231,7 @@ def _check_state(
     plan: GroupPlan,
     n_averaged: int,
 ) -> None:
+    """Raise for a parameter's state that does not go with its group's plan and count of samples."""
     for stream in STREAMS.keys() & held.keys():
         value = held[stream]
         if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.is_meta:

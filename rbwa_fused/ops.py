@@ -149,7 +149,7 @@ def pull_(replicas: Sequence[Sequence[Tensor]], alpha: float) -> None:
     In one pass where a kernel serves the device and a parameter is dense in one layout, in plain
     torch elsewhere; the bits are the same.
     """
-    compiled = {"cpu": _C, "cuda": _C_cuda}
+    modules = {"cpu": _C, "cuda": _C_cuda}
     fused: dict[torch.device, list[tuple[Tensor, ...]]] = {}
     for param in zip(*replicas, strict=True):
         first = param[0]
@@ -159,7 +159,7 @@ def pull_(replicas: Sequence[Sequence[Tensor]], alpha: float) -> None:
             alike
             and dense
             and all(map(is_plain, param))
-            and compiled.get(first.device.type) is not None
+            and modules.get(first.device.type) is not None
             and len(param) <= MOST_REPLICAS
         ):
             fused.setdefault(first.device, []).append(param)

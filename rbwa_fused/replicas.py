@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from rbwa_fused import checks, flat, ops, reference
-from rbwa_fused.average import _integer
+from rbwa_fused.average import integer
 from rbwa_fused.model_state import state_dict_with
 from rbwa_fused.rules import number
 from rbwa_fused.sharded import is_flattened, is_sharded
@@ -66,7 +66,7 @@ class Schedule:
     ) -> None:
         if (epochs is None) == (alpha is None):
             raise ValueError(f"expected one of epochs and alpha, got {epochs!r} and {alpha!r}")
-        self._epochs = None if epochs is None else _integer("epochs", epochs, least=1)
+        self._epochs = None if epochs is None else integer("epochs", epochs, least=1)
         self._alpha = alpha if alpha is None or callable(alpha) else _checked_alpha(alpha)
 
     def alpha(self, finished_epochs: int | None = None) -> float:
@@ -80,7 +80,7 @@ class Schedule:
             return self._alpha
         if finished_epochs is None:
             raise TypeError("finished_epochs is missing; only a constant alpha does without")
-        done = _integer("finished_epochs", finished_epochs, least=0)
+        done = integer("finished_epochs", finished_epochs, least=0)
         if self._alpha is not None:
             return _checked_alpha(self._alpha(done))
         assert self._epochs is not None

@@ -144,7 +144,7 @@ class Smoke:
             self.wrong.append(f"{what}: {len(wrong)} tensors differ, {', '.join(wrong[:4])}")
 
     def steps(self, dtype: torch.dtype, rule: str, average: str) -> None:
-        """A few steps, then the exchange with the average and back. Half of the runs leave the
+        """A few steps, then the averages in place and the weights back. Half of the runs leave the
         parameters where they are."""
         cls, options = RULES[rule]
         flatten = average != "own"

@@ -29,7 +29,7 @@ print(json.dumps({**device.description(), "slug": device.slug()}))
 FACTS_SECONDS = 120.0  # the first import of torch from a cold disk
 PROCESSES = min(8, os.cpu_count() or 1)
 FIRST_MODELS, OTHER_MODELS = ("resnet18", "gpt2"), ("resnet50", "transformer-1b")
-OURS = "(step|advance|exchange|pull)_kernel"
+OURS = "(step|advance|pull)_kernel"
 SANITIZER = ["compute-sanitizer", "--report-api-errors", "no", "--print-limit", "1000"]
 SMOKE = ("smoke", "smoke triton")
 NAMES = (

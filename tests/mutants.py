@@ -38,10 +38,13 @@ STEP_CPU: Mutants = [
     ("work.samplings[segment.sampling]", "work.samplings[0]"),
     ("chosen = &c;", ""),
 ]
-OPS: Mutants = [
-    ("alike(view_of(b[i]), left) && a[i].is_cpu()", "a[i].is_cpu()"),
-    ("STD_TORCH_CHECK(a.size() == b.size()", "STD_TORCH_CHECK(true"),
-    ("const py::gil_scoped_release release;", ""),
+OPS: Mutants = [("const py::gil_scoped_release release;", "")]
+GRADIENTS: Mutants = [
+    ("some_negated || negated(gradient)", "some_negated"),
+    ("      absent = true;\n", ""),
+    ("      present = true;\n", ""),
+    ("if (grad == nullptr || !exact(param))", "if (grad == nullptr)"),
+    ("if (is_neg == nullptr || !exact(gradient.ptr()))", "if (is_neg == nullptr)"),
 ]
 TABLES: Mutants = [
     ("      same(view.dtype, type) && view.device.device_type", "      view.device.device_type"),
@@ -243,13 +246,13 @@ FUSED: Mutants = [
     ("            or len(self.state) != self._known_size\n", ""),
     ("            or not self._describes(plan)\n", ""),
     ("        if len(self._tables) > 1:\n            plan.starting = True\n", ""),
-    ("return all(table.holds_state() for table, _ in self._launches)", "return True"),
+    ("table.holds_state() and table.holds_shards() for", "table.holds_shards() for"),
     ("if table.lacking and any(", "if False and any("),
     ("        if not present:\n            return True\n", ""),
     ("found_inf.item() != 0", "found_inf.item() == 1"),
     ("            self._steps += 1\n", ""),
     ("            plan.commit()\n", ""),
-    ("averages[i] = p.detach()", "averages[i] = None"),
+    ("averages[i] = local(p).detach()", "averages[i] = None"),
     ("table.lacking.append(i)", "pass"),
     ("table.set_row(i, group.row(first=True))", "pass"),
     ("table.first.append(i)", "pass"),
@@ -258,7 +261,7 @@ FUSED: Mutants = [
     ("            param.copy_(memory)\n", "            pass\n"),
     ("        if absent:\n", "        if False:\n"),
     ("torch.tensor(1.0 / scale", "torch.tensor(scale"),
-    ("masters[i] = p.detach()", "masters[i] = None"),
+    ("masters[i] = local(p).detach()", "masters[i] = None"),
     ('and (grads[i] is not None or "momentum_buffer" in held)', "and grads[i] is not None"),
     ("if moving or mastering:", "if moving:"),
     ('            "_master_weights": self._master_weights,\n', ""),
@@ -384,6 +387,12 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/__main__.py", CHECKED, ("test_compiled.py",), False),
     ("csrc/step_cpu_loop.h", CPU_LOOP, BITS, True),
     ("csrc/step_cpu.cpp", STEP_CPU, BITS, True),
+    (
+        "csrc/gradients.h",
+        GRADIENTS,
+        ("test_plain_memory.py", "test_optimizer.py", "test_outside_edits.py"),
+        True,
+    ),
     ("csrc/ops.cpp", OPS, ("test_ops.py", "test_outside_edits.py", "test_threads.py"), True),
     (
         "csrc/tables.cpp",

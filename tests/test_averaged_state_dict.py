@@ -290,34 +290,28 @@ def test_parts_that_others_train_or_nobody_does_are_the_models_own() -> None:
     assert held(opt.averaged_state_dict(critic)) == inside(opt, critic)
 
 
-def test_a_sharded_model_that_returns_copies_returns_averaged_ones() -> None:
+def test_a_sharded_model_that_returns_copies_returns_averaged_ones(process_group: None) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        torch.manual_seed(0)
-        model = nn.Sequential(OfCopies(4, 4), OfData(4, 4), nn.Linear(4, 4))
-        # After forward its parameters are what was gathered, and not the optimizer's.
-        fully_shard(model, reshard_after_forward=False)
-        opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
-        for _ in range(3):
-            model(torch.ones(2, 4)).square().sum().backward()
-            opt.step()
-            opt.zero_grad()
-        with opt.averaged(model):
-            right = held(full(model.state_dict()))
-        training = held(full(model.state_dict()))
-        loss = model(torch.ones(2, 4)).square().sum()
-        averaged = opt.averaged_state_dict(model)
-        loss.backward()
-        assert all(isinstance(value, DTensor) for value in averaged.values())
-        assert held(full(averaged)) == right != training
-        assert held(full(model.state_dict())) == training
-    finally:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    torch.manual_seed(0)
+    model = nn.Sequential(OfCopies(4, 4), OfData(4, 4), nn.Linear(4, 4))
+    # After forward its parameters are what was gathered, and not the optimizer's.
+    fully_shard(model, reshard_after_forward=False)
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+    for _ in range(3):
+        model(torch.ones(2, 4)).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    with opt.averaged(model):
+        right = held(full(model.state_dict()))
+    training = held(full(model.state_dict()))
+    loss = model(torch.ones(2, 4)).square().sum()
+    averaged = opt.averaged_state_dict(model)
+    loss.backward()
+    assert all(isinstance(value, DTensor) for value in averaged.values())
+    assert held(full(averaged)) == right != training
+    assert held(full(model.state_dict())) == training
 
 
 def full(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -432,6 +432,7 @@ def test_an_empty_group_is_torchs_empty_group() -> None:
 @pytest.fixture
 def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_C", None)
+    monkeypatch.setattr(ops, "_missing", "not built here, run `pip install`")
 
 
 @pytest.mark.usefixtures("unbuilt")

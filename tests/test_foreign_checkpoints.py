@@ -236,22 +236,15 @@ def test_a_step_that_is_no_count_is_refused(step: Any) -> None:
     assert snapshot(opt) == before
 
 
-def test_sharded_state_is_told_where_the_run_stands(tmp_path: Any) -> None:
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        parameters = matrices()
-        opt = rfd.ZeroRedundancyOptimizer(parameters, rf.FusedSGD, lr=0.1, average=rf.mean(start=8))
-        with pytest.raises(ValueError, match="another optimizer's"):
-            opt.load_state_dict(torch.optim.Adam(parameters).state_dict())
-        assert opt.param_groups[0]["lr"] == 0.1
-        opt.load_state_dict(torch.optim.SGD(parameters, 0.5).state_dict(), step=6)
-        opt.consolidate_state_dict()
-        assert opt.state_dict()["param_groups"][0]["step"] == 6
-    finally:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+def test_sharded_state_is_told_where_the_run_stands(process_group: None) -> None:
+    parameters = matrices()
+    opt = rfd.ZeroRedundancyOptimizer(parameters, rf.FusedSGD, lr=0.1, average=rf.mean(start=8))
+    with pytest.raises(ValueError, match="another optimizer's"):
+        opt.load_state_dict(torch.optim.Adam(parameters).state_dict())
+    assert opt.param_groups[0]["lr"] == 0.1
+    opt.load_state_dict(torch.optim.SGD(parameters, 0.5).state_dict(), step=6)
+    opt.consolidate_state_dict()
+    assert opt.state_dict()["param_groups"][0]["step"] == 6
 
 
 # ---- ours, torch's, ours again -----------------------------------------------------------------

@@ -178,7 +178,7 @@ def test_a_step_is_one_kernel_on_the_current_stream(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_averaged_weights_are_exchanged_and_come_back(backend: str) -> None:
+def test_averaged_weights_are_live_inside_and_the_weights_come_back(backend: str) -> None:
     model = small("cuda").to(memory_format=torch.preserve_format)
     opt = rf.FusedSGD(model.parameters(), 0.1, average=rf.ema(0.5), backend=backend)
     for _ in range(3):
@@ -251,7 +251,7 @@ def test_a_second_gpu_is_stepped_from_the_first(scaled: bool, backend: str) -> N
     assert_same_bits(*ends)
 
 
-def test_averages_on_the_cpu_and_on_a_gpu_are_exchanged_together() -> None:
+def test_averages_on_the_cpu_and_on_a_gpu_are_live_together() -> None:
     ps = [nn.Parameter(torch.ones(5, device=device)) for device in ("cuda", "cpu")]
     opt = rf.FusedSGD(ps, lr=0.5, average=rf.ema(0.5))
     for _ in range(2):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -434,15 +433,6 @@ def test_optimizers_of_different_parameters_step_side_by_side() -> None:
     learn(net, opts[0], 3)
     opts[1].step()
     assert bits(moved) != before
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def test_distributed_data_parallel_is_refused(process_group: None) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rbwa_fused as rf
 from rbwa_fused import _C, flat, ops, rules
@@ -285,25 +283,3 @@ def test_a_backend_that_is_missing_says_how_to_get_it(monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning, match=r"C.. compiler") as caught:
         opt = rf.FusedSGD([nn.Parameter(torch.ones(2))])
     assert len(caught) == 1 and opt.backend == "reference"
-
-
-def test_weights_on_the_cpu_and_on_gpus_are_exchanged_together() -> None:
-    """averaged() of a model with its embedding on the CPU. Fake tensors are on devices that need
-    not be there; a call with both kinds would reach the kernel of one."""
-    if ops._C_cuda is None:
-        pytest.skip("the CUDA kernels are not built here")
-    calls: list[list[str]] = []
-
-    class Calls(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, called: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if called is torch.ops.rbwa_fused.exchange_.default:
-                calls.append([str(t.device) for tensors in args for t in tensors])
-            return called(*args, **(kwargs or {}))
-
-    with FakeTensorMode():
-        a, b = ([torch.empty(3, device=d) for d in ("cuda:0", "cpu", "cuda:1")] for _ in "ab")
-        with Calls():
-            ops.exchange_(a, b)
-    assert calls == [["cuda:0", "cuda:1"] * 2, ["cpu"] * 2]

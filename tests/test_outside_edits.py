@@ -204,6 +204,20 @@ def test_cleared_state_starts_again_also_while_its_tensors_are_kept() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_an_average_that_somebody_deletes_starts_again_from_the_weights_and_not_from_0() -> None:
+    ps = params(3, 3)
+    opt = rf.FusedSGD(ps, lr=0.5, average=rf.ema(0.5))
+    for step in range(3):
+        for p in ps:
+            p.grad = torch.ones(3) if step < 2 else torch.zeros(3)
+        if step == 2:
+            del opt.state[ps[0]]["average"]
+        opt.step()
+    assert opt.n_averaged == 3
+    assert torch.equal(opt.state[ps[0]]["average"], ps[0].detach())
+    assert not torch.equal(opt.state[ps[1]]["average"], ps[1].detach())
+
+
 def test_implicit_rsgdm_may_start_again_with_another_momentum() -> None:
     (p,) = params(4)
     opt = rf.RSGDM([p], lr=0.1, momentum=0.5)

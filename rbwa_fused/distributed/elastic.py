@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rbwa_fused import replicas
-from rbwa_fused.average import _integer
+from rbwa_fused.average import integer
 from rbwa_fused.distributed.exchange import Group, explained
 from rbwa_fused.distributed.pull import Pull
 
@@ -115,7 +115,7 @@ class Elastic(replicas.Schedule):
             if isinstance(model, Tensor):
                 raise TypeError("Invalid model: a Tensor (expected a module or tensors)")
             self.model = model if isinstance(model, nn.Module) else list(model)
-            self._every = _integer("every", every, least=1)
+            self._every = integer("every", every, least=1)
             self._overlap, self._exact = bool(overlap), bool(exact)
             self._kinds = [_kind(p) for p in _own(self.model)]
         except (TypeError, ValueError) as error:
@@ -222,7 +222,7 @@ class Elastic(replicas.Schedule):
         self._refuse_under_way("load_state_dict")
         if not isinstance(state_dict, dict) or state_dict.keys() != {"steps"}:
             raise ValueError(f"Invalid state_dict: {state_dict!r} (expected {{'steps': a count}})")
-        self._steps = _integer("steps", state_dict["steps"], least=0)
+        self._steps = integer("steps", state_dict["steps"], least=0)
 
     def _params(self) -> list[Tensor]:
         """The tensors of the model, if they are as they were at construction."""

@@ -240,7 +240,7 @@ def _ours(trainer: Trainer) -> list[FusedOptimizer]:
 
 
 def _copy(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Detached from the model's memory, where the next exchange would change them."""
+    """Detached from the model's memory, where the next evaluation would change them."""
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in tensors.items()}
 
 
