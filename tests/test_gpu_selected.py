@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import gpu_smoke
+import gpu_stages
 import pytest
 import torch
 
@@ -25,12 +26,14 @@ devices.device_type_test_bases.append(devices.CUDATestBase)
 
 
 def test_the_catalogue_is_selected_on_a_gpu(tmp_path: Path) -> None:
-    """`pytest -m gpu tests/test_gpu.py tests/test_catalogue*.py`, on a machine that has one."""
+    """By the command of the stage of tests, on a machine that has one."""
     pytest.importorskip("expecttest")
     (tmp_path / "with_a_gpu.py").write_text(WITH_A_GPU)
     collect = ["-q", "--collect-only", "-p", "with_a_gpu", "-m", "gpu", "-p", "no:cacheprovider"]
+    files = [part for part in gpu_stages.pytest() if part.endswith(".py") and "test_" in part]
+    assert "tests/test_gpu.py" in files
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *collect, *map(str, CATALOGUE)],
+        [sys.executable, "-m", "pytest", *collect, *files],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         cwd=HERE.parent,
         capture_output=True,
