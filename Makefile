@@ -46,8 +46,8 @@ soak: .venv/dev
 # On a machine with a GPU, in stages, all that needs one: tests/gpu_run.py, which needs no make.
 OUT ?= build/gpu
 gpu:
-	$(PYTHON) tests/gpu_run.py --out $(OUT) $(if $(STAGES),--stages $(STAGES)) \
-		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) tests/gpu_run.py --out '$(OUT)' $(if $(STAGES),--stages '$(STAGES)') \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(WHEELS),--wheels '$(WHEELS)')
 
 # One build runs on every torch from 2.10 on: built against the newest, tested under an older one,
 # and with the oldest Triton that the kernels are meant for.

@@ -24,15 +24,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from gpu_process import GRACE, Output, take
+
 MINUTES = 8.0
-GRACE = 5.0  # seconds that a stage has to say where it stood
 LINE = 72  # characters of a table's line for what a stage says
 REASONS = 6  # lines of a failed stage that are printed
 MOST_REASONS = 20  # of all stages
@@ -102,18 +102,19 @@ def table(outcomes: Sequence[Outcome]) -> str:
     )
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process group: asks first, so that pytest and the benchmarks say where they stood."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(GRACE)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass  # one that hangs in the driver is left behind
+def say(text: str) -> None:
+    """Prints; where nobody reads any more the run goes on, since the folder has it all."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Run:
-    """Takes stages one after another, and keeps what there is to show in a folder."""
+    """Takes stages one after another, and keeps what there is to show in a folder.
+
+    A folder that takes no more ends nothing: `unwritten` says why, and the summary is printed.
+    """
 
     def __init__(
         self, out: Path, facts: Mapping[str, Any], minutes: float, name: str, begun: float
@@ -124,6 +125,7 @@ class Run:
         self.name = name
         self.begun = begun
         self.outcomes: list[Outcome] = []
+        self.unwritten = ""
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "log.txt").open("ab", buffering=0)
 
@@ -152,23 +154,27 @@ class Run:
             self.write()
             self.take(outcome, seconds)
         self.write()
-        print(table([outcome]), flush=True)
+        say(table([outcome]))
         return outcome.status == "ok"
 
     def take(self, outcome: Outcome, seconds: float) -> None:
         """Runs a stage, its output appended to the log, and judges it."""
         stage, begun = outcome.stage, perf_counter()
-        self.log.write(f"\n######## {stage.name}: {' '.join(shortened(stage.command))}\n".encode())
-        at = self.log.tell()
+        self.add(f"\n######## {stage.name}: {' '.join(shortened(stage.command))}\n".encode())
+        output = Output(self.add)
         status, outcome.status = 1, "interrupted"
         try:
-            status = self.wait_for(stage, seconds)
+            status = take(stage.command, seconds, output, stage.environment)
             outcome.status = "failed"
         except subprocess.TimeoutExpired:
             outcome.status = "killed"
+        except OSError as error:
+            why = f"{stage.command[0]}: {error.strerror}"
+            self.add(f"{why}\n".encode())
+            outcome.status, outcome.line = "failed", why
         finally:
             outcome.seconds = perf_counter() - begun
-            text = self.section(at)
+            text = output.text() or outcome.line
             passed, outcome.line = stage.judge(status, text)
             outcome.failures = failures(text)[:REASONS]
         if status < 0:
@@ -176,35 +182,10 @@ class Run:
         if passed and outcome.status == "failed":
             outcome.status = "ok"
 
-    def wait_for(self, stage: Stage, seconds: float) -> int:
-        """The exit status of a stage, which is over then, with all that it has started.
-
-        Raises:
-            subprocess.TimeoutExpired: if it took longer.
-        """
-        try:
-            process = subprocess.Popen(
-                stage.command,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,
-            )
-        except OSError as error:
-            self.log.write(f"{stage.command[0]}: {error.strerror}\n".encode())
-            return 127
-        try:
-            return process.wait(seconds)
-        finally:
-            end(process)
-
-    def section(self, at: int) -> str:
-        """What the log has from a place on."""
-        with (self.out / "log.txt").open("rb") as file:
-            file.seek(at)
-            return file.read().decode(errors="replace")
+    def add(self, data: bytes) -> None:
+        """Appends to the log what fits on the disk."""
+        with suppress(OSError):
+            self.log.write(data)
 
     def summary(self) -> str:
         """The table, and above it what failed."""
@@ -218,7 +199,6 @@ class Run:
 
     def write(self) -> None:
         """The table and the run as they stand."""
-        (self.out / "table.txt").write_text(self.summary() + "\n")
         stages = [
             {
                 "stage": o.stage.name,
@@ -231,7 +211,22 @@ class Run:
             for o in self.outcomes
         ]
         found = {"machine": dict(self.facts), "minutes": self.seconds / 60, "stages": stages}
-        (self.out / f"{self.name}-run.json").write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            write_whole(self.out / "table.txt", self.summary())
+            write_whole(self.out / f"{self.name}-run.json", json.dumps(found, indent=1))
+            self.unwritten = ""
+        except OSError as error:
+            self.unwritten = str(error.strerror)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that at any moment it has all of some state."""
+    part = path.with_suffix(".part")
+    try:
+        part.write_text(text + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def shortened(command: Sequence[str]) -> list[str]:
@@ -245,16 +240,21 @@ def shortened(command: Sequence[str]) -> list[str]:
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """A polite kill ends the run as Ctrl-C does: the stage ends with it, and the table is there."""
+    """A polite kill and a terminal that is gone end the run as Ctrl-C does: the stage ends with it,
+    and the table is there. A second one of them changes nothing."""
 
-    def stop(*_: object) -> None:
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup, or `&`
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def chosen(stages: Sequence[Stage], names: str | None) -> list[Stage]:
@@ -308,22 +308,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.wheels is not None and not any(args.wheels.glob("*.whl")):
         parser.error(f"--wheels: no wheel in {args.wheels}")
     begun = perf_counter()
+    with terminated():
+        try:
+            return taken(args, begun)
+        except KeyboardInterrupt:
+            return 130
+
+
+def taken(args: argparse.Namespace, begun: float) -> int:
+    """The run that the command line asks for; 1 if a stage failed."""
+    import gpu_stages
+
     try:
         facts = gpu_stages.facts()
         stages = chosen(gpu_stages.stages(args.out.resolve(), facts), args.stages)
+        run = Run(args.out, facts, args.minutes, gpu_stages.file_name(facts), begun)
+    except OSError as error:
+        sys.exit(f"gpu_run: cannot write {args.out} ({error.strerror})")
     except (RuntimeError, ValueError) as error:
         sys.exit(f"gpu_run: {error}")
-    run = Run(args.out, facts, args.minutes, gpu_stages.file_name(facts), begun)
-    with tempfile.TemporaryDirectory() as site, terminated():
+    with tempfile.TemporaryDirectory() as site:
         if args.wheels is not None:
-            stages = wheels_installed(stages, args.wheels, site)
+            stages = wheels_installed(stages, args.wheels.resolve(), site)
         try:
             return int(run.all(stages) > 0)
-        except KeyboardInterrupt:
-            return 130
         finally:
             run.write()
-            print(f"\n{run.summary()}\nwritten: {args.out}", flush=True)
+            kept = f"not all written: {run.unwritten}: " if run.unwritten else "written: "
+            say(f"\n{run.summary()}\n{kept}{args.out}")
 
 
 if __name__ == "__main__":

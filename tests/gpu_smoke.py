@@ -7,9 +7,10 @@
 
 Parameters have sizes around vectors, tails and several chunks, views off the alignment and layouts
 of all kinds (cases.py); gradients come in other layouts, off the alignment, or not at all. On a GPU
-capturable steps are captured and replayed, whatever the backend. Prints "ok" and how many graphs
-that were, or what differs and ends with status 1. Without torch's caching of memory a sanitizer
-sees where each tensor ends, but nothing can be captured: these steps are then taken one by one.
+capturable steps are captured and replayed, whatever the backend. Prints what differs or cannot be
+run as soon as that is known and ends with status 1, or "ok" and how many graphs that were. Without
+torch's caching of memory a sanitizer sees where each tensor ends, but nothing can be captured:
+these steps are then taken one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -120,14 +122,19 @@ def differences(ours: Run, reference: Run) -> list[str]:
 
 
 class Smoke:
-    """All checks of one backend; `wrong` collects a line for each that fails, `graphs` counts the
-    captured steps."""
+    """All checks of one backend; `wrong` collects a line for each that fails, which is printed at
+    once, `done` counts the checks and `graphs` the captured steps."""
 
     def __init__(self, backend: str, device: torch.device) -> None:
         self.backend = backend
         self.device = device
         self.wrong: list[str] = []
+        self.done = 0
         self.graphs = 0
+
+    def report(self, line: str) -> None:
+        self.wrong.append(line)
+        print(f"WRONG: {line}", flush=True)
 
     def pair(
         self, cls: Callable[..., Any], options: dict[str, Any], dtype: torch.dtype, **own: Any
@@ -141,7 +148,7 @@ class Smoke:
     def compare(self, what: str, two: tuple[Run, Run]) -> None:
         wrong = differences(*two)
         if wrong:
-            self.wrong.append(f"{what}: {len(wrong)} tensors differ, {', '.join(wrong[:4])}")
+            self.report(f"{what}: {len(wrong)} tensors differ, {', '.join(wrong[:4])}")
 
     def steps(self, dtype: torch.dtype, rule: str, average: str) -> None:
         """A few steps, then the averages in place and the weights back. Half of the runs leave the
@@ -224,7 +231,7 @@ class Smoke:
                 reference.pull_(replicas, alpha)
             pairs = zip(chain(*ours), chain(*theirs), strict=True)
             if not all(torch.equal(a.cpu(), b) for a, b in pairs):
-                self.wrong.append(f"{dtype}, {count} replicas pulled by {alpha}")
+                self.report(f"{dtype}, {count} replicas pulled by {alpha}")
 
     def recorded(self, step: Callable[[], Any]) -> Callable[[], Any]:
         """A CUDA graph's replay of a step where it can be captured, else the step."""
@@ -236,19 +243,44 @@ class Smoke:
         self.graphs += 1
         return graph.replay
 
-    def all(self) -> list[str]:
-        """Runs everything; the lines that say what is wrong."""
-        self.many()
+    def checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What each check is about, and the check."""
+        yield f"{SEGMENTS} param groups", self.many
         for dtype in DTYPES:
             for count in (2, 3, 6):
-                self.replicas(dtype, count)
+                yield f"{dtype}, {count} replicas", partial(self.replicas, dtype, count)
             for rule in RULES:
                 for average in AVERAGES:
-                    self.steps(dtype, rule, average)
+                    what = f"{dtype}, {rule}, {average}"
+                    yield what, partial(self.steps, dtype, rule, average)
             for rule, average in (("plain", "rbwa"), ("momentum", "own"), ("explicit", "float32")):
-                self.scaled(dtype, rule, average)
-                self.capturable(dtype, rule, average)
+                what = f"{dtype}, {rule}, {average}"
+                yield f"{what}, AMP", partial(self.scaled, dtype, rule, average)
+                yield f"{what}, capturable", partial(self.capturable, dtype, rule, average)
+
+    def all(self) -> list[str]:
+        """Runs everything; the lines that say what is wrong. One that raises is wrong and stops no
+        other, unless the device does nothing any more."""
+        for what, check in self.checks():
+            try:
+                check()
+            except Exception as error:  # of kernels, Triton's compiler, torch
+                lines = str(error).strip().splitlines()
+                self.report(f"{what}: {type(error).__name__}: {lines[0] if lines else ''}")
+                if not self.answers():
+                    self.report(f"the device answers no more after {self.done} checks")
+                    break
+            self.done += 1
         return self.wrong
+
+    def answers(self) -> bool:
+        """Whether the device still does what it is given."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return False
+        return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -258,9 +290,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="cuda", choices=("cpu", "cuda", "triton"))
     args = parser.parse_args(argv)
     smoke = Smoke(args.backend, torch.device(args.device))
-    wrong = smoke.all()
+    try:
+        wrong = smoke.all()
+    except KeyboardInterrupt:  # of whoever has no more time
+        print(f"interrupted after {smoke.done} checks, {len(smoke.wrong)} lines say WRONG")
+        return 130
     ok = f"ok, {smoke.graphs} graphs captured" if smoke.graphs else "ok"
-    print("\n".join(f"WRONG: {line}" for line in wrong) or ok)
+    print(f"{len(wrong)} lines say WRONG, of {smoke.done} checks" if wrong else ok)
     return int(bool(wrong))
 
 

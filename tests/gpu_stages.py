@@ -11,11 +11,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpu_run import ROOT, Stage, judged
+from gpu_process import ROOT, Output, take
+from gpu_run import Stage, judged, last_line
 
 PYTHON = sys.executable
 FACTS = """
@@ -27,10 +30,13 @@ device = Cuda()
 print(json.dumps({**device.description(), "slug": device.slug()}))
 """
 FACTS_SECONDS = 120.0  # the first import of torch from a cold disk
+NVCC_SECONDS = 20.0
+CLOCK_STEP = 1.0  # seconds by which a file's time may lag behind the clock's
 PROCESSES = min(8, os.cpu_count() or 1)
 FIRST_MODELS, OTHER_MODELS = ("resnet18", "gpt2"), ("resnet50", "transformer-1b")
 OURS = "(step|advance|pull)_kernel"
 SANITIZER = ["compute-sanitizer", "--report-api-errors", "no", "--print-limit", "1000"]
+SANITIZER += ["--show-backtrace", "device"]  # the host's is long, and of Python's interpreter
 SMOKE = ("smoke", "smoke triton")
 NAMES = (
     *("build", "check", *SMOKE, "bench", "bench triton", "tests", "tests triton", "rest"),
@@ -44,21 +50,20 @@ def facts() -> dict[str, Any]:
     Raises:
         RuntimeError: if there is no GPU to run on.
     """
-    command = [PYTHON, "-c", FACTS]
+    output = Output()
     try:
-        said = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=FACTS_SECONDS
-        )
+        status = take([PYTHON, "-c", FACTS], FACTS_SECONDS, output, {})
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"no answer from torch in {FACTS_SECONDS:.0f} s") from error
-    if said.returncode != 0:
-        raise RuntimeError((said.stderr.strip().splitlines() or ["torch died"])[-1])
-    found: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])
-    try:
-        version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    except OSError:
-        version = ""
-    return {**found, "nvcc": (re.findall(r"release (\S+),", version) or ["none"])[0]}
+    lines = output.text().splitlines()
+    told = [line for line in lines if line.startswith('{"gpu"')]
+    if status != 0 or not told:
+        raise RuntimeError(last_line(output.text()) or f"torch died, status {status}")
+    found: dict[str, Any] = json.loads(told[-1])
+    version = Output()
+    with suppress(OSError, subprocess.TimeoutExpired):
+        take(["nvcc", "--version"], NVCC_SECONDS, version, {})
+    return {**found, "nvcc": (re.findall(r"release (\S+),", version.text()) or ["none"])[0]}
 
 
 def file_name(machine: Mapping[str, Any]) -> str:
@@ -66,19 +71,22 @@ def file_name(machine: Mapping[str, Any]) -> str:
     return f"{machine['slug']}-{machine['date']}"
 
 
-def marked_gpu() -> list[str]:
-    """The files with tests that need a GPU."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(f.relative_to(ROOT)) for f in files if "mark.gpu" in f.read_text()]
+def tests_of_the_gpu() -> list[str]:
+    """The files with tests that `-m gpu` selects: our own, and torch's catalogue, which spreads its
+    tests over the devices that there are."""
+    files = [ROOT / "tests" / "test_gpu.py", *sorted(ROOT.glob("tests/test_catalogue*.py"))]
+    return [str(f.relative_to(ROOT)) for f in files]
 
 
 def best(out: Path) -> Callable[[int, str], tuple[bool, str]]:
-    """Judges a benchmark by its status, and tells the ratios that it has written."""
+    """Judges a benchmark by its status, and tells the ratios that it has written from now on."""
+    asked = time.time()
 
     def judge(status: int, text: str) -> tuple[bool, str]:
         passed, line = judged(status, text)
         try:
-            problems = json.loads(out.read_text())["problems"]
+            old = out.stat().st_mtime < asked - CLOCK_STEP
+            problems = [] if old else json.loads(out.read_text())["problems"]
         except (OSError, ValueError, KeyError):
             return passed, line
         told = []
@@ -91,6 +99,13 @@ def best(out: Path) -> Callable[[int, str], tuple[bool, str]]:
         return passed, "; ".join(told) or line
 
     return judge
+
+
+def built(status: int, text: str) -> tuple[bool, str]:
+    """Judges the build: one that has left kernels out, which setup.py says in a line, is none."""
+    passed, line = judged(status, text)
+    left_out = re.search(r"^\s*(rbwa_fused: .*without .*)", text, re.MULTILINE)
+    return passed and left_out is None, left_out[1] if left_out else line
 
 
 def checked(status: int, text: str) -> tuple[bool, str]:
@@ -120,13 +135,15 @@ def sanitizer(tool: str, *options: str) -> list[str]:
 def pytest(*options: str) -> list[str]:
     """The tests that need a GPU, in several processes; each stops after some failures."""
     own = ["-q", "--tb=short", "-rfE", "--maxfail=5", "-p", "no:cacheprovider", "-m", "gpu"]
-    return [PYTHON, "tests/parallel.py", str(PROCESSES), *own, *options, *marked_gpu()]
+    return [PYTHON, "tests/parallel.py", str(PROCESSES), *own, *options, *tests_of_the_gpu()]
 
 
 def stages(out: Path, machine: Mapping[str, Any]) -> list[Stage]:
     """All stages, for a machine as `facts` found it; `out` must be absolute."""
     name = file_name(machine)
-    install = [PYTHON, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+    # -v shows what setup.py and the compilers say; --no-index does not ask for a newer pip.
+    install = [PYTHON, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation"]
+    install += ["--no-deps", "-e", "."]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def step(part: str, *options: str) -> tuple[list[str], Any]:
@@ -142,6 +159,7 @@ def stages(out: Path, machine: Mapping[str, Any]) -> list[Stage]:
             "build",
             install,
             200,
+            judge=built,
             environment={"TORCH_CUDA_ARCH_LIST": str(machine["compute capability"])},
             # Triton's kernels need the package alone.
             fallback=Stage("build, no CUDA", install, 90, environment={"RBWA_CUDA": "0"}),

@@ -15,7 +15,8 @@ from typing import Any
 import gpu_smoke
 import gpu_stages
 import pytest
-from gpu_run import ROOT, Run, Stage, chosen, judged, main, wheels_installed
+from gpu_process import ROOT, Output, take
+from gpu_run import Run, Stage, chosen, judged, main, wheels_installed
 
 MACHINE = {"gpu": "none", "compute capability": "9.0", "slug": "none", "date": "2026-01-01"}
 FOLDER = Path("/nowhere")  # for stages that are looked at and not taken
@@ -50,7 +51,7 @@ MISSING = Stage("missing", ["no-such-program"], 5.0, least=0.0)
 def test_a_stage_that_fails_dies_or_hangs_leaves_the_results_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gpu_run.GRACE", 0.2)
+    monkeypatch.setattr("gpu_process.GRACE", 0.2)
     run, failed = runs(tmp_path, [FIRST, FAILING, DYING, HANGING, MISSING, LAST])
     assert failed == 4
     assert [o.status for o in run.outcomes] == ["ok", "failed", "failed", "killed", "failed", "ok"]
@@ -72,6 +73,88 @@ def test_a_stage_that_fails_dies_or_hangs_leaves_the_results_of_the_others(
     assert sys.executable not in json.dumps(written) and str(tmp_path) not in json.dumps(written)
     assert len(list(tmp_path.iterdir())) == 3
     assert "all is well" in capsys.readouterr().out
+
+
+def test_output_without_end_leaves_a_log_that_can_be_kept_and_the_last_line(tmp_path: Path) -> None:
+    flood = "for i in range(60_000): print(f'{i:099}')\nprint('ERROR SUMMARY: 3 errors')"
+    run, _ = runs(tmp_path, [python("floods", flood), LAST])
+    assert run.outcomes[0].line == "ERROR SUMMARY: 3 errors"
+    log = (tmp_path / "log.txt").read_text()
+    assert len(log) < 1_500_000 and "all is well" in log
+    assert f"{0:099}\n" in log and "bytes left out]" in log and f"{59_999:099}\n" in log
+
+
+def test_a_full_disk_and_a_reader_that_is_gone_end_no_stage(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import errno, os, pathlib, gpu_run, gpu_stages\n"
+        "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        f"gpu_stages.facts = lambda: {MACHINE!r}\n"
+        "def stage(name, code):\n"
+        "    return gpu_run.Stage(name, [sys.executable, '-c', code], 60.0)\n"
+        "gpu_stages.stages = lambda out, facts: [\n"
+        "    stage('prints', 'print(12 * \"passed\")'),\n"
+        "    stage('last', f'open({str(pathlib.Path(sys.argv[1]) / \"here\")!r}, \"w\")')]\n"
+        "pathlib.Path.write_text = full\n"
+        "run = gpu_run.main(['--out', sys.argv[1]])\n"
+        "sys.exit(run)\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "log.txt").symlink_to("/dev/full")
+    (out / "table.txt").write_text("an earlier one\n")
+    command = [sys.executable, str(program), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "passedpassed" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("not all written: No space left on device: ")
+    assert (out / "table.txt").read_text() == "an earlier one\n"
+    (out / "here").unlink()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None and process.stderr.read() == ""
+    assert process.wait() == 0 and (out / "here").exists()
+
+
+def test_a_folder_that_cannot_be_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gpu_stages, "facts", lambda: MACHINE)
+    with pytest.raises(SystemExit, match=r"gpu_run: cannot write .*file/out \(Not a directory\)"):
+        main(["--out", str(tmp_path / "file" / "out")])
+
+
+def test_a_stage_is_asked_to_end_where_the_run_was_started_in_the_background() -> None:
+    """What a shell starts with `&` ignores SIGINT, and so would what that starts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    output = Output()
+    code = (
+        "import time\nprint('at work', flush=True)\n"
+        "try: time.sleep(600)\nfinally: print('the first failures')"
+    )
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            take([sys.executable, "-c", code], 1.0, output, {})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "the first failures" in output.text()
+
+
+def test_what_leaves_the_group_and_holds_the_output_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpu_process.GRACE", 0.5)
+    code = (
+        "import subprocess, sys\nprint('done', flush=True)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(5)'],"
+        " start_new_session=True)"
+    )
+    output, begun = Output(), time.perf_counter()
+    assert take([sys.executable, "-c", code], 20.0, output, {}) == 0
+    assert time.perf_counter() - begun < 4.5 and output.text() == "done\n"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +286,16 @@ def test_every_command_names_programs_that_are_there() -> None:
         for part in stage.command:
             if part.startswith("tests/"):
                 assert (ROOT / part).is_file(), part
-    assert "tests/test_gpu.py" in named("tests").command
+
+
+def test_the_build_that_leaves_kernels_out_is_none() -> None:
+    judge = named("build").judge
+    assert judge(0, "  compiling\nSuccessfully installed rbwa_fused-0.1.0") == (
+        True,
+        "Successfully installed rbwa_fused-0.1.0",
+    )
+    why = "rbwa_fused: without CUDA kernels: no nvcc that works on PATH, no CUDA_HOME"
+    assert judge(0, f"  running\n  {why}\nSuccessfully installed") == (False, why)
 
 
 def test_the_smoke_test_takes_its_stages_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +360,8 @@ def test_a_benchmark_tells_the_ratios_that_it_has_written(tmp_path: Path) -> Non
     problem = {"model": "resnet18", "rows": rows, "wrong": []}
     Path(stage.command[-1]).write_text(json.dumps({"problems": [problem]}))
     assert stage.judge(0, "written") == (True, "resnet18: 2 rows, EMA, cuda 1.41")
+    os.utime(stage.command[-1], (0, 0))  # of an earlier run
+    assert stage.judge(1, "died") == (False, "died")
 
 
 # ---- pytest in several processes ----------------------------------------------------------------
