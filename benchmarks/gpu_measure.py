@@ -7,6 +7,7 @@ row may hang, or leave the device in a state in which no other can run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,9 +25,6 @@ USABLE = 0.9  # of the free memory; the rest goes to the allocator's gaps
 TEMPORARY_COPIES = 3  # of the parameters, by passes that do not work in place
 
 Proven = TypeVar("Proven")
-
-
-CANNOT = (RuntimeError, ImportError, ValueError)  # of a row that cannot be built or captured
 
 
 class WrongError(Exception):
@@ -67,7 +65,7 @@ def proven(row: Row, problem: Problem) -> Provider:
 
     Raises:
         WrongError: if they were not.
-        RuntimeError, ImportError, ValueError: if it cannot be built or captured.
+        Exception: if it cannot be built or captured; of Triton's compiler, which knows no better.
     """
     provider = row.build(problem, row.name)
     wrong = check(provider, problem)
@@ -87,7 +85,7 @@ def each(rows: Sequence[Row], prove: Callable[[Row], Proven], skipped: Skipped) 
     for row in rows:
         try:
             kept.append(prove(row))
-        except (WrongError, *CANNOT) as error:
+        except Exception as error:  # each library has its own; a broken device is seen later
             if row.name == BASELINE:
                 raise
             skipped.reasons[row.name] = reason(error)
@@ -186,16 +184,22 @@ def count_launches(
     result: dict[str, Any],
     done: Callable[[], object] = lambda: None,
 ) -> None:
-    """Puts the launches of a step into a result's rows, one row in memory at a time."""
+    """Puts the launches of a step into a result's rows, one row in memory at a time; a row of which
+    they cannot be counted has none."""
     problem = shapes.problem(layout, getattr(torch, result["dtype"]), device.device)
     for row in rows:
         if row.name in result["rows"]:
             device.release()
-            provider = row.build(problem, row.name)
-            for _ in range(provider.eager_steps + 2):  # captured for both sets of gradients
-                provider.prepare()
-                provider.step()
-            provider.prepare()
-            result["rows"][row.name]["launches"] = device.launches(provider.step)
-            del provider
+            with suppress(RuntimeError):  # of a profiler that this machine does not let look
+                result["rows"][row.name]["launches"] = launches(device, problem, row)
             done()
+
+
+def launches(device: Device, problem: Problem, row: Row) -> int | None:
+    """Kernels of a row's step."""
+    provider = row.build(problem, row.name)
+    for _ in range(provider.eager_steps + 2):  # captured for both sets of gradients
+        provider.prepare()
+        provider.step()
+    provider.prepare()
+    return device.launches(provider.step)

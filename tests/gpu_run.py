@@ -273,7 +273,7 @@ def chosen(stages: Sequence[Stage], names: str | None) -> list[Stage]:
 
 def wheels_installed(stages: Sequence[Stage], wheels: Path, site: str) -> list[Stage]:
     """The stages behind one that installs wheels into a folder, which the others see."""
-    files = sorted(str(path) for path in wheels.glob("*.whl"))
+    files = sorted(str(path) for path in wheels.resolve().glob("*.whl"))
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     environment = {"PYTHONPATH": os.pathsep.join([site, os.environ.get("PYTHONPATH", "")])}
     seeing = [
@@ -329,7 +329,7 @@ def taken(args: argparse.Namespace, begun: float) -> int:
         sys.exit(f"gpu_run: {error}")
     with tempfile.TemporaryDirectory() as site:
         if args.wheels is not None:
-            stages = wheels_installed(stages, args.wheels.resolve(), site)
+            stages = wheels_installed(stages, args.wheels, site)
         try:
             return int(run.all(stages) > 0)
         finally:

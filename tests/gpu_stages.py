@@ -94,6 +94,7 @@ def best(out: Path) -> Callable[[int, str], tuple[bool, str]]:
             rows = problem["rows"]
             ours = {name: rows[name]["ratio"] for name in rows if re.match(r"(RBWA|EMA), ", name)}
             wrong = f", WRONG: {len(problem['wrong'])}" if problem["wrong"] else ""
+            wrong += f", skipped: {len(skipped)}" if (skipped := problem.get("skipped")) else ""
             first = ", ".join(f"{name} {ratio:.2f}" for name, ratio in list(ours.items())[:2])
             told.append(f"{problem['model']}: {len(rows)} rows, {first}{wrong}")
         return passed, "; ".join(told) or line

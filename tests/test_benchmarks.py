@@ -514,6 +514,26 @@ def test_a_row_that_ends_the_process_leaves_the_rows_before_it_written(tmp_path:
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_row_that_does_not_compile_or_cannot_be_profiled_leaves_the_others_measured() -> None:
+    class CompilationError(Exception):
+        """As Triton's, which is no RuntimeError."""
+
+    class Unseen(Host):
+        def launches(self, step: device.Step) -> int | None:
+            raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED")
+
+    def failing(problem: Problem, name: str) -> Provider:
+        raise CompilationError("at 21:9:")
+
+    rows = [gpu_row(BASELINE), Row("fails", "ours", failing), gpu_row("torch SGD foreach")]
+    host = Unseen()
+    result = gpu_measure.measure(host, TINY, torch.float32, rows, LEAST_ROUNDS)
+    assert set(result["rows"]) == {BASELINE, "torch SGD foreach"}
+    assert result["skipped"] == {"fails": "at 21:9:"}
+    gpu_measure.count_launches(host, TINY, rows, result)
+    assert all(row["launches"] is None for row in result["rows"].values())
+
+
 def test_a_device_that_a_row_has_broken_is_not_measured_on() -> None:
     class Breaking(Host):
         broken = False
