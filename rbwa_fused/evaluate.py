@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from rbwa_fused.model_state import state_dict_with
-from rbwa_fused.sharded import gathered_by, is_flattened, kind_of_shard, reshard
+from rbwa_fused.sharded import gathered_by, kind_of_shard, reshard
 from rbwa_fused.swap import Swap, averages
 
 if TYPE_CHECKING:
@@ -72,9 +72,6 @@ def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]
     if {p for group in opt.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
         name = type(model).__name__
         raise ValueError(f"Invalid model: none of {name}'s parameters is the optimizer's")
-    if any(is_flattened(p) for group in opt.param_groups for p in group["params"]):
-        with averaged(opt, model):  # FSDP1 gathers what it puts into a state dict
-            return state_dict_with(model, {})
     return state_dict_with(model, dict(averages(opt)))
 
 
@@ -101,7 +98,7 @@ def averaged_model(
 
     Raises:
         ValueError: for a loader without any batch, such as a generator that is used up, where there
-            are statistics to estimate.
+            are statistics to estimate, or for statistics of modules that torch.jit has scripted.
         TypeError: for an optimizer that has no averages.
 
     Example:
@@ -156,6 +153,12 @@ def _estimate(
 ) -> None:
     """Gives statistics the means of all batches. update_bn of torch.optim.swa_utils would reset
     frozen modules, too, pass over InstanceNorm, and take no batch for an answer."""
+    scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    if any(getattr(module, "running_mean", None) is not None for module in scripted):
+        raise ValueError(
+            "Invalid model: statistics of modules that torch.jit has scripted cannot be estimated "
+            "anew (expected the modules themselves)"
+        )
     model.train()
     for module in frozen:
         module.training = False
@@ -208,14 +211,15 @@ class _Kept:
     def restore_buffers(self) -> None:
         """Each buffer has its values again, in the memory that it had, or where it was converted
         or moved inside, as parameters are, in its new memory."""
-        buffers = self.module._buffers
+        buffers = dict(self.module._buffers.items())
         for name, (buffer, value) in self.buffers.items():
             if buffer is not None and value is not None:
                 now = buffers.get(name)
                 if now is None or now.is_meta or _kind(now) == _kind(value):
                     now = buffer
                 buffer = _refilled(now, value)
-            buffers[name] = buffer
+            if name not in buffers or buffers[name] is not buffer:
+                self.module._buffers[name] = buffer
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

@@ -334,9 +334,9 @@ class FusedOptimizer(LaidOut):
 
         Raises:
             ValueError: for DTensor parameters without their model.
-            RuntimeError: on entry, for a parameter that its average does not fit; on exit, for one
-                that cannot take its training weights. An exception that was raised inside comes
-                first, with this one as its context.
+            RuntimeError: on entry, inside FSDP1's summon_full_params or for a parameter that its
+                average does not fit; on exit, for one that cannot take its training weights. An
+                exception that was raised inside comes first, with this one as its context.
 
         Example:
             >>> with opt.averaged():

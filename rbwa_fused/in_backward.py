@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 Launch = tuple[flat.Table, ops.Backend]
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
-# The optimizers with hooks, to find two that step the same parameter.
-_living: weakref.WeakSet[Any] = weakref.WeakSet()
+# The optimizers with hooks by their ids, to find two that step the same parameter. Not a WeakSet:
+# one cannot be gone through while another thread makes an optimizer.
+_living: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 CONVERTED = f"a parameter was converted or moved {MIDWAY}"
 
 
@@ -46,7 +47,7 @@ class InBackward:
         self._frozen: list[Tensor] = []  # autograd takes no hook for them yet
         self._lock = RLock()  # autograd has a thread for each device
         self._replicated = False  # whether DistributedDataParallel was looked for, in vain
-        _living.add(opt)
+        _living[id(opt)] = opt
         weakref.finalize(opt, remove, self._handles).atexit = False
 
     def attach(self, launches: list[Launch], alone: set[Tensor]) -> None:
@@ -180,10 +181,12 @@ class InBackward:
         """The living optimizers that step a parameter of this one in its backward pass as well,
         each with the parameter's name."""
         found = []
-        for other in _living:
-            theirs = other._early._launch_of.keys()
-            if other is opt or theirs.isdisjoint(self._launch_of):
+        for reference in _living.valuerefs():
+            other = reference()
+            early = other._early if other is not None and other is not opt else None
+            if early is None or early._launch_of.keys().isdisjoint(self._launch_of):
                 continue
+            theirs = early._launch_of.keys()
             names = [
                 checks.name_of(group, i)
                 for group in opt.param_groups

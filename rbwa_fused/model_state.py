@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
-from rbwa_fused.sharded import is_sharded, local, reshard
+from rbwa_fused.sharded import is_flattened, is_sharded, local, reshard
 
 
 def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[str, Any]:
     """The model's state dict with others in place of some parameters; every tensor is a copy."""
-    result = model.state_dict(keep_vars=True)  # with the metadata that loading asks for
     other = {p: other[p] for p in model.parameters() if p in other}
+    if any(map(is_flattened, model.parameters())):  # FSDP1 gathers copies, on all ranks
+        return _asked_with(model, other)
+    result = model.state_dict(keep_vars=True)  # with the metadata that loading asks for
     members = {_place(t): t for t in chain(model.parameters(), model.buffers())}
     sources = {
         name: members.get(_place(value))
@@ -35,18 +37,24 @@ def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[st
     # and must ask as often.
     found = set(filter(other.__contains__, sources.values()))
     if other and (None in sources.values() or len(sources) < len(result) or found != other.keys()):
-        with _standing_in(model, other):
-            return _copied(model.state_dict())
+        return _asked_with(model, other)
     for name, source in sources.items():
         if source in other:
             result[name] = other[source].to(source.dtype)
-    return _copied(result)
+    return copied(result)
 
 
-def _copied(result: dict[str, Any]) -> dict[str, Any]:
-    for name, value in result.items():
-        result[name] = tree_map_only(Tensor, lambda t: t.detach().clone(), value)
+def copied(result: dict[str, Any]) -> dict[str, Any]:
+    """A state dict, all of whose tensors it gives memory of their own, that anybody may use."""
+    with torch.inference_mode(False):
+        for name, value in result.items():
+            result[name] = tree_map_only(Tensor, lambda t: t.detach().clone(), value)
     return result
+
+
+def _asked_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[str, Any]:
+    with _standing_in(model, other):
+        return copied(model.state_dict())
 
 
 def _place(tensor: Tensor) -> Hashable:

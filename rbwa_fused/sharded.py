@@ -89,7 +89,18 @@ def is_partial(tensor: Any) -> bool:
 
 
 def reshard(model: nn.Module | None) -> None:
-    """Frees what FSDP has gathered, so that the next forward gathers the shards as they are now."""
+    """Frees what FSDP has gathered, so that the next forward gathers the shards as they are now.
+
+    Raises:
+        RuntimeError: inside FSDP1's summon_full_params, which goes on with what it has gathered.
+    """
+    for module in _modules(model, "FullyShardedDataParallel"):
+        if module.training_state.name == "SUMMON_FULL_PARAMS":
+            raise RuntimeError(
+                "averaged weights inside FullyShardedDataParallel.summon_full_params(), which "
+                "would write to the shards what it has gathered before (expected "
+                "summon_full_params() inside averaged())"
+            )
     for module in _modules(model, "FSDPModule"):
         for group in _param_groups(module):
             group.wait_for_unshard()  # of unshard(async_op=True), which outlives reshard()

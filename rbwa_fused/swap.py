@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rbwa_fused import checks
 from rbwa_fused.flat import DTYPES
-from rbwa_fused.sharded import is_sharded, local, reshard, shard_of
+from rbwa_fused.sharded import beside, is_sharded, local, reshard, shard_of
 
 if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
@@ -50,6 +50,8 @@ class Swap:
             Nothing has been changed then, nor if memory runs out.
     """
 
+    # A compiled function that evaluates would compile these for each parameter's shape.
+    @torch._disable_dynamo
     def __init__(self, opt: FusedOptimizer, model: nn.Module | None) -> None:
         self.over = False
         self._missing = "averaged() was interrupted on exit"
@@ -65,6 +67,7 @@ class Swap:
         addresses = [average.data_ptr() for average in self._averages.values()]
         self._taken = {*addresses, *(saved.address for saved in self._saved.values())}
 
+    @torch._disable_dynamo
     def put(self) -> None:
         """Copies the averages over the weights."""
         with _plain():
@@ -72,6 +75,7 @@ class Swap:
                 local(p).copy_(average)
             _announce(self._averages)
 
+    @torch._disable_dynamo
     def restore(self) -> RuntimeError | None:
         """Brings back all training weights that can be, wherever the parameters are by now.
 
@@ -113,12 +117,12 @@ class Swap:
 
 
 def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each parameter that has an average beside it, with that average."""
+    """Each parameter that has an average beside it, with that average, laid out as it is."""
     for plan in _sampled(opt):
         for p in plan.group["params"]:
             average = opt.state.get(p, {}).get("average")
             if plan.buffered(p) and average is not None:
-                yield p, average
+                yield p, beside(shard_of(average, p), p)
 
 
 def _sampled(opt: FusedOptimizer) -> list[GroupPlan]:

@@ -12,11 +12,14 @@ from typing import Any
 
 import fsdp_jobs
 import torch
+from elastic_jobs import refused
 from fsdp_jobs import batch, loss, network, optimizer, train, train_alone
 from runs import bits
 from torch import distributed, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
+    FullStateDictConfig,
     FullyShardedDataParallel,
     MixedPrecision,
     ShardingStrategy,
@@ -218,6 +221,67 @@ def exception_in_evaluation() -> None:
     except KeyboardInterrupt:
         pass
     assert weights(model) == before
+
+
+def one_of_two_models(kind: StateDictType) -> None:
+    """An optimizer of both, as of a generator and its critic, in each form of a state dict."""
+    a, b = sharded_network(), sharded_network()
+    opt = rf.FusedSGD([*a.parameters(), *b.parameters()], lr=0.1, average=rf.ema(0.5))
+    for step in range(1, 4):
+        (loss(a, step, 0) + loss(b, step, 1)).backward()
+        opt.step()
+        opt.zero_grad()
+    before, versions = weights(a), [p._version for p in a.parameters()]
+    whole = FullStateDictConfig(rank0_only=True)
+    config = whole if kind is StateDictType.FULL_STATE_DICT else None
+    with FSDP.state_dict_type(a, kind, config):
+        with opt.averaged(nn.ModuleList([a, b])):
+            expected = copy.deepcopy({k: shards_of(v) for k, v in a.state_dict().items()})
+            inside = opt.averaged_state_dict(a)
+        versions = [p._version for p in a.parameters()]
+        found = opt.averaged_state_dict(a)
+    for averaged in (inside, found):
+        assert {k: [bits(t) for t in shards_of(v)] for k, v in averaged.items()} == {
+            k: [bits(t) for t in v] for k, v in expected.items()
+        }
+    assert weights(a) == before
+    assert [p._version for p in a.parameters()] == versions  # a backward pass may need them
+
+
+def shards_of(value: Any) -> list[Any]:
+    if isinstance(value, ShardedTensor):
+        return [shard.tensor for shard in value.local_shards()]
+    return [value]
+
+
+def summoned(inside: bool) -> list[str]:
+    """`averaged()` around summon_full_params, and within it, where both would write."""
+    model = sharded_network().eval()
+    opt = optimizer(model)
+    train(model, opt, 1, 3)
+    before, averaged = weights(model), plain_names(opt.averaged_state_dict(model))
+    found = []
+    for writeback in (True, False):
+        whole = FSDP.summon_full_params(model, writeback=writeback)
+        if inside:
+            with opt.averaged(model), whole:
+                assert weights_of_whole(model).items() <= averaged.items()
+                for p in model.parameters():
+                    p.data.add_(1)
+        else:
+            with whole:
+                found += [refused(lambda: opt.averaged(model).__enter__())]
+                found += [refused(lambda: opt.averaged_state_dict(model))]
+                assert weights_of_whole(model).items() <= before.items()
+        assert weights(model) == before
+    assert plain_names(opt.averaged_state_dict(model)) == averaged
+    train(model, opt, 4, 4)
+    return found
+
+
+def weights_of_whole(model: nn.Module) -> dict[str, str | None]:
+    """Of a model that is summoned."""
+    return {n.replace("_fsdp_wrapped_module.", ""): bits(p) for n, p in model.named_parameters()}
 
 
 def refusals() -> dict[str, str]:

@@ -331,6 +331,7 @@ SHARDED: Mutants = [
     ("            _reshard(module, handle, True)", "            pass"),
     ("ran = module._is_root is not None", "ran = True"),
     ('_modules(model, "FullyShardedDataParallel")\n    members', "[model]\n    members"),
+    ('.training_state.name == "SUMMON_FULL_PARAMS"', ".training_state.name is None"),
 ]
 SHARDS_IN_TABLES: Mutants = [
     ("all(local(param) is shard for param, shard in self.shards)", "True"),
@@ -343,7 +344,6 @@ SHARDS_IN_EVALUATION: Mutants = [
     ("    reshard(model)\n    members", "    members"),
     ("if params and model is None:", "if False:"),
     ("    if missing:\n", "    if False:\n"),
-    ("if any(is_flattened(p) for", "if any(False for"),
 ]
 SHARDS_IN_LAYOUT: Mutants = [
     ("self._step_supports_amp_scaling = False", "pass"),

@@ -659,6 +659,28 @@ def test_a_loader_without_a_batch_does_not_leave_mean_0_and_variance_1(loader: s
         pass
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_a_scripted_part_is_evaluated_and_its_statistics_are_not_passed_over() -> None:
+    norms: list[nn.Module] = [nn.BatchNorm1d(4), nn.BatchNorm1d(4)]
+    for scripted in (0, 1):
+        parts = [torch.jit.script(nn.Linear(4, 4)), norms[0]]
+        if scripted:
+            parts.append(torch.jit.script(norms[1]))
+        model = nn.Sequential(*parts)
+        opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+        for _ in range(3):
+            model(torch.randn(8, 4)).square().sum().backward()
+            opt.step()
+        before = held(model)
+        if scripted:
+            with pytest.raises(ValueError, match="Invalid model: statistics of modules that torch"):
+                rf.averaged_model(opt, model, [torch.randn(8, 4)]).__enter__()
+        else:
+            with rf.averaged_model(opt, model, [torch.randn(8, 4)]):
+                assert held(model)["1.running_mean"] != before["1.running_mean"]
+        assert held(model) == before
+
+
 def test_an_optimizer_without_averages_is_named() -> None:
     model = Net()
     with pytest.raises(TypeError, match="Invalid opt: SGD"):

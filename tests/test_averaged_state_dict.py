@@ -312,10 +312,33 @@ def test_a_sharded_model_that_returns_copies_returns_averaged_ones(process_group
     assert all(isinstance(value, DTensor) for value in averaged.values())
     assert held(full(averaged)) == right != training
     assert held(full(model.state_dict())) == training
+    for p in model.parameters():  # whole, until a step lays it out as its parameter
+        state = opt.state[p]
+        state["average"] = state["average"].full_tensor()  # type: ignore[attr-defined]
+    plain = opt.averaged_state_dict(model[2])
+    again = opt.averaged_state_dict(model)
+    assert all(isinstance(value, DTensor) for value in [*plain.values(), *again.values()])
+    assert held(full(again)) == right
 
 
 def full(state: dict[str, Any]) -> dict[str, Tensor]:
     return {key: value.full_tensor() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("layer", [OfCopies, nn.Linear])
+def test_taken_in_inference_mode_it_can_be_trained_on(layer: type[nn.Linear]) -> None:
+    model = layer(4, 4)
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+    for _ in range(3):
+        model(torch.ones(2, 4)).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    expected = held(opt.averaged_state_dict(model))
+    with torch.inference_mode():
+        averaged = opt.averaged_state_dict(model)
+    assert held(averaged) == expected
+    for value in averaged.values():
+        nn.Parameter(value).square().sum().backward()
 
 
 def test_the_mean_of_replicas_reaches_what_a_model_makes_of_it() -> None:

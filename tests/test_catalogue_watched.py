@@ -234,6 +234,31 @@ def test_a_compiled_run_builds_its_optimizer_and_sees_gradients_come_and_go() ->
     same_bits(torch.compile(run, backend="eager")(), eager)
 
 
+def test_a_compiled_evaluation_compiles_nothing_for_each_parameter() -> None:
+    net = network()
+    opt = rf.FusedSGD(net.parameters(), lr=0.1, average=rf.ema(0.5))
+    for i in range(3):
+        net(batch(i)).square().mean().backward()
+        opt.step()
+    before = weights(net)
+    nodes: list[str] = []
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    @torch.no_grad()
+    def evaluate(x: Tensor) -> Tensor:
+        with opt.averaged():
+            return net(x)
+
+    expected = evaluate(batch(0))
+    torch._dynamo.reset()
+    same_bits([torch.compile(evaluate, backend=noted)(batch(0))], [expected])
+    same_bits(weights(net), before)
+    assert not [node for node in nodes if "copy_" in node or "size" in node]
+
+
 def test_a_closure_in_a_compiled_function_returns_its_loss() -> None:
     ends = []
     for compiling in (False, True):

@@ -7,6 +7,7 @@ from typing import Any
 import fsdp1_jobs
 import pytest
 from ranks import ranks
+from torch.distributed.fsdp import StateDictType
 
 import rbwa_fused as rf
 
@@ -52,6 +53,23 @@ def test_batch_norm_is_estimated_with_averaged_shards_and_comes_back() -> None:
 
 def test_the_training_weights_come_back_after_an_exception() -> None:
     ranks(2).run(fsdp1_jobs.exception_in_evaluation)
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP.state_dict_type:FutureWarning")
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"])
+def test_averages_of_one_of_two_models_are_saved_in_each_form(kind: str) -> None:
+    ranks(2).run(fsdp1_jobs.one_of_two_models, StateDictType[kind])
+
+
+def test_gathered_weights_inside_the_context_are_averages() -> None:
+    ranks(2).run(fsdp1_jobs.summoned, True)
+
+
+def test_averages_inside_gathered_weights_are_refused_not_lost_with_the_weights() -> None:
+    for found in ranks(2).run(fsdp1_jobs.summoned, False):
+        assert len(found) == 4
+        for answer in found:
+            assert answer.startswith("RuntimeError: averaged weights inside FullyShardedDataParal")
 
 
 def test_what_would_be_wrong_under_fsdp1_is_refused_in_plain_words() -> None:

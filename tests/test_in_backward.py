@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -414,6 +416,30 @@ def test_an_optimizer_made_again_takes_the_steps_alone() -> None:
     finally:
         gc.enable()
     assert result(early) == result(opt)
+
+
+def test_a_backward_pass_goes_on_while_another_thread_makes_an_optimizer() -> None:
+    made = []
+
+    def make() -> None:
+        made.append(rf.FusedSGD([nn.Parameter(torch.ones(1))], in_backward=True))
+
+    class MadeMeanwhile(dict[Any, Any]):
+        """Parameters that, looked at, let the other thread come in between."""
+
+        def keys(self) -> Any:
+            thread = threading.Thread(target=make)
+            thread.start()
+            thread.join()
+            return super().keys()
+
+    make()
+    made[0]._early._launch_of = MadeMeanwhile(made[0]._early._launch_of)
+    (_, opt), (net, early) = trained(False), trained(True)
+    assert len(made) > 6 and result(early) == result(opt)
+    before = [bits(p) for p in net.parameters()]
+    learn(net, early, 0)
+    assert [bits(p) for p in net.parameters()] != before
 
 
 def test_optimizers_of_different_parameters_step_side_by_side() -> None:

@@ -196,6 +196,28 @@ def test_averages_saved_beside_the_weights_are_what_a_test_evaluates(
     assert not [w for w in seen if "averaged weights" in str(w.message)]
 
 
+class WithExtraState(Net):
+    def get_extra_state(self) -> Any:
+        return {"head": self.net[3].weight}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.loss(batch)
+
+
+def test_weights_that_a_module_saves_as_extra_state_are_averages_there_too(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, filename="last")
+    ours = AveragedEvaluation(save_averaged=True)
+    trainer(tmp_path, ours, saving).fit(WithExtraState(), loader(), loader())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for key in (KEY, "state_dict"):
+        head = saved[key]["_extra_state"]["head"]
+        assert torch.equal(head, saved[key]["net.3.weight"]), key
+    assert not torch.equal(saved[KEY]["net.3.weight"], saved["state_dict"]["net.3.weight"])
+
+
 def test_a_checkpoint_before_the_first_sample_has_the_weights_for_averages(tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, filename="first")
     model, _ = fit(tmp_path, AveragedEvaluation(save_averaged=True), saving, max_epochs=1)

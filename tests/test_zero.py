@@ -175,11 +175,17 @@ REFUSED = {
     "another optimizer": ("TypeError", "Invalid optimizer_class: <class 'torch.optim.sgd.SGD'>"),
     "no averages": ("TypeError", "Invalid opt: ZeroRedundancyOptimizer over Adam"),
     "no sharding": ("TypeError", "Invalid opt: FusedSGD over NoneType"),
+    "a group inside": ("RuntimeError", "add_param_group() inside averaged()"),
     "joined": ("TypeError", "ranks differ in their state"),
     "uneven": ("RuntimeError", "with old gradients"),
     "not consolidated": ("RuntimeError", "consolidate_state_dict"),
     "overlapped": ("ValueError", "functional"),
 }
+
+
+def test_parameters_made_to_share_memory_inside_have_their_own_weights_again() -> None:
+    for before, after in ranks(2).run(zero_jobs.made_to_share_memory_inside):
+        assert after == before
 
 
 def test_mistakes_are_refused_by_name_and_nothing_is_written() -> None:

@@ -254,6 +254,17 @@ def groups_of_some_ranks() -> dict[str, Any]:
     return {"own": own, "warned": [str(w.message) for w in caught], "saved": saved}
 
 
+def made_to_share_memory_inside() -> tuple[Any, Any]:
+    model, ddp, opt = build("ema")
+    train(ddp, opt, 1, 6)
+    before, memory = weights(model), torch.zeros(1000)
+    with opt.averaged():
+        for p in model.parameters():
+            if p is not model.scalar:  # without an average it is live inside, too
+                p.data = memory[: p.numel()].view(p.shape)
+    return before, weights(model)
+
+
 def refusals() -> dict[str, str]:
     _, ddp, opt = build("ema")
     train(ddp, opt, 1, 3)
@@ -283,7 +294,12 @@ def refusals() -> dict[str, str]:
             )
         ),
     }
-    answers["untouched"] = str(before == held(other.optim.state_dict()))
+    groups_before = len(opt.param_groups)
+    with opt.averaged():
+        group = {"params": [nn.Parameter(torch.zeros(2))]}
+        answers["a group inside"] = refused(lambda: opt.add_param_group(group))
+    same = before == held(other.optim.state_dict()) and len(opt.param_groups) == groups_before
+    answers["untouched"] = str(same)
     return answers
 
 

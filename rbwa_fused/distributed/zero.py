@@ -76,6 +76,16 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         """See `rbwa_fused.distributed.averaged`; `rbwa_fused.averaged_model` takes this, too."""
         return averaged(self)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group on all ranks. See torch's.
+
+        Raises:
+            RuntimeError: inside `averaged`, on all ranks and before any has taken the group.
+        """
+        if self.initialized:
+            self.optim._refuse_inside_averaged("add_param_group")
+        super().add_param_group(param_group)
+
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """Refused.
 
@@ -178,6 +188,8 @@ def averaged(opt: optim.ZeroRedundancyOptimizer) -> Iterator[None]:
     if not isinstance(local, FusedOptimizer):
         raise TypeError(f"Invalid opt: {type(opt).__name__} over {type(local).__name__}")
     shares = _shares(opt)
+    own = set(_params(local))
+    others = {p: p.data_ptr() for p in _params(opt) if p not in own}
     live = False
     try:
         with local.averaged():
@@ -186,6 +198,9 @@ def averaged(opt: optim.ZeroRedundancyOptimizer) -> Iterator[None]:
             yield
     finally:
         if live:
+            for p, address in others.items():
+                if p.data_ptr() != address:  # `p.data = ...` inside, where another one may lie, too
+                    p.data = torch.empty_like(p)
             _broadcast(opt, shares)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rbwa_fused.evaluate import averaged_estimated, has_statistics
 from rbwa_fused.fused import FusedOptimizer
+from rbwa_fused.model_state import copied
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -195,16 +196,16 @@ class AveragedEvaluation(Callback):
     ) -> None:
         if self._live is not None:
             averaged = checkpoint["state_dict"]
-            buffers = _copy(dict(pl_module.named_buffers()))
+            buffers = copied(dict(pl_module.named_buffers()))
             self._leave()
             try:
-                checkpoint["state_dict"] = _copy(trainer.strategy.lightning_module_state_dict())
+                checkpoint["state_dict"] = copied(trainer.strategy.lightning_module_state_dict())
             finally:
                 self._enter(trainer, pl_module, buffers)
         elif self._save_averaged:
             self._enter(trainer, pl_module)
             try:
-                averaged = _copy(trainer.strategy.lightning_module_state_dict())
+                averaged = copied(trainer.strategy.lightning_module_state_dict())
             finally:
                 self._leave()
         if self._save_averaged:
@@ -239,15 +240,10 @@ def _ours(trainer: Trainer) -> list[FusedOptimizer]:
     return [opt for opt in trainer.optimizers if isinstance(opt, FusedOptimizer)]
 
 
-def _copy(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Detached from the model's memory, where the next evaluation would change them."""
-    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in tensors.items()}
-
-
 @contextmanager
 def _with_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """The model's buffers have these values inside, and their own again after it."""
-    own = _copy(dict(model.named_buffers()))
+    own = copied(dict(model.named_buffers()))
     _assign(model, values)
     try:
         yield
