@@ -70,7 +70,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
         if hook_result is not None:
             state_dict = hook_result
     form.check(state_dict)
-    saved_groups = deepcopy(state_dict["param_groups"])
+    saved_groups = [_users_own(saved) for saved in deepcopy(state_dict["param_groups"])]
     groups = opt.param_groups
     if len(groups) != len(saved_groups):
         raise ValueError("loaded state dict has a different number of parameter groups")
@@ -83,14 +83,15 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
     merged = []
     notes: dict[str, None] = {}
     for saved in saved_groups:
-        _check_counters(opt, saved)
-    outdated = _leave_out_outdated(saved_groups, notes)
+        check_counters(opt, saved)
+    outdated = leave_out_outdated(saved_groups, notes)
     for group, saved in zip(groups, saved_groups, strict=True):
-        _check_policy(group["average"], saved, notes)
+        check_policy(group["average"], saved, notes)
         new = {**group, **live_keys(saved)}
         opt._check_hyperparameters(new)
         merged.append(new)
-    taken = _steps_taken(opt, saved_groups, step, not outdated, notes)
+    policies = [group["average"] for group in groups]
+    taken = steps_taken(policies, saved_groups, step, not outdated, notes)
 
     ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     params = chain.from_iterable(group["params"] for group in groups)
@@ -113,7 +114,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
         for i, p in enumerate(plan.group["params"]):
             name = f"parameter {i} of group {plan.index}"
             n_averaged = saved.get("n_averaged") or 0
-            _check_state(name, p, state.get(p, {}), opt.streams, plan, n_averaged)
+            check_state(name, p, state.get(p, {}), opt.streams, plan, n_averaged)
 
     if notes:
         warnings.warn("; ".join(notes), stacklevel=3)
@@ -137,6 +138,13 @@ def live_keys(saved: Mapping[Any, Any]) -> dict[Any, Any]:
     return keys | {own[k]: v for k, v in saved.items() if k in own and v is not None}
 
 
+def _users_own(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved group, in which torch.optim.SGD's keys that are named like ours are its user's."""
+    if form.exported(saved):
+        return saved
+    return {OWN + k if k in OURS else k: v for k, v in saved.items() if not _absent(v)}
+
+
 def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
     """Raise where averages were assigned before the first step: with no sample counted, the next
     one would replace them."""
@@ -153,7 +161,7 @@ def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and not value)
 
 
-def _check_counters(opt: LaidOut, saved: dict[str, Any]) -> None:
+def check_counters(opt: LaidOut, saved: dict[str, Any]) -> None:
     rule = saved.get("rule") or "sgd"
     if rule != opt.rule_name:
         raise ValueError(f"the checkpoint's rule is {rule!r}, the optimizer's {opt.rule_name!r}")
@@ -163,7 +171,7 @@ def _check_counters(opt: LaidOut, saved: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {key} in the checkpoint: {count!r} (expected a count)")
 
 
-def _leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, None]) -> set[Any]:
+def leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, None]) -> set[Any]:
     """Takes averages and counts of samples out of the groups that torch.optim.SGD went on with: it
     has moved the weights and not the averages. Returns the parameters whose averages they are."""
     outdated: set[Any] = set()
@@ -180,8 +188,8 @@ def _leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, Non
     return outdated
 
 
-def _steps_taken(
-    opt: FusedOptimizer,
+def steps_taken(
+    policies: list[Average | None],
     saved_groups: list[dict[str, Any]],
     step: int | None,
     counted: bool,
@@ -193,7 +201,6 @@ def _steps_taken(
     taken: int = max(counts, default=0)
     if counted and step not in (None, taken):
         raise ValueError(f"Invalid step: {step} (the checkpoint has counted {taken})")
-    policies = [group["average"] for group in opt.param_groups]
     policy = next((p for p in policies if p is not None and p.by_step), None)
     if step is None and not counted and policy is not None:
         notes[
@@ -203,7 +210,7 @@ def _steps_taken(
     return taken if step is None else step
 
 
-def _check_policy(policy: Average | None, saved: dict[str, Any], notes: dict[str, None]) -> None:
+def check_policy(policy: Average | None, saved: dict[str, Any], notes: dict[str, None]) -> None:
     theirs = saved.get("average")
     ours = None if policy is None else repr(policy)
     if theirs is None or theirs == ours:
@@ -220,7 +227,7 @@ def _check_policy(policy: Average | None, saved: dict[str, Any], notes: dict[str
         notes[f"the checkpoint's average was {theirs}; going on with the optimizer's {ours}"] = None
 
 
-def _check_state(
+def check_state(
     name: str,
     param: Tensor,
     held: dict[str, Any],
