@@ -10,12 +10,13 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rbwa_fused import checkpoint, checks
+from rbwa_fused import checkpoint, checks, form, ops
 from rbwa_fused.plan import GroupPlan, Plan
 
 if TYPE_CHECKING:
@@ -26,8 +27,14 @@ Group = dict[str, Any]
 
 
 def complete(opt: LaidOut, group: Group) -> Group:
-    """A group with what it lacks of ours, and without what a state dict adds to one."""
-    exported = _exported(group)
+    """A group with what it lacks of ours, and without what a state dict adds to one.
+
+    Raises:
+        ValueError: for a group of another class of optimizer.
+    """
+    exported = form.exported(group)
+    if _is_torchs(group):
+        form.of_sgd("param group", group)
     full = {**opt.defaults, **(checkpoint.live_keys(group) if exported else group)}
     full["params"] = group["params"]
     if exported or isinstance(group.get("average", ""), str):
@@ -39,8 +46,8 @@ def complete(opt: LaidOut, group: Group) -> Group:
 def adopt(opt: LaidOut, groups: list[Group], held: Any) -> tuple[Any, int, Counters]:
     """Completes the groups in place, after checking them and the state that belongs to them.
 
-    Returns the state, the steps taken and each group's counters: what the groups say of them, or
-    else what the optimizer has counted.
+    Returns the state, the steps taken and each group's counters: what a checkpoint's groups say of
+    them, as load_state_dict takes it, or else what the optimizer has counted.
 
     Raises:
         ValueError, TypeError: as load_state_dict; also for float32 state that was cast to 16 bits,
@@ -48,54 +55,68 @@ def adopt(opt: LaidOut, groups: list[Group], held: Any) -> tuple[Any, int, Count
     """
     opt._settle()
     plan = Plan(opt.rule, opt._check_hyperparameters, opt.hyperparameters, opt._master_weights)
-    completed = []
-    counters: Counters = []
+    loaded = held is not opt.__dict__.get("state")
     notes: dict[str, None] = {}
-    for group in groups:
-        if _exported(group) or _is_torchs(group):
-            checkpoint.check_counters(opt, group)
-        if isinstance(group.get("average"), str):
-            checkpoint.check_policy(_policy(opt, group), group, notes)
-        full = complete(opt, group)
+    completed = [complete(opt, group) for group in groups]
+    saved = [_saved(group, loaded) for group in groups]
+    for group, said in zip(groups, saved, strict=True):
+        if said is not None or _is_torchs(group):
+            checkpoint.check_counters(opt, said or {})
+    told = [said for said in saved if said is not None]
+    outdated = checkpoint.leave_out_outdated(told, notes)
+    params = chain.from_iterable(group["params"] for group in groups)
+    kept = {p: _kept(held[p], p in outdated) for p in params if p in held}
+    counters: Counters = []
+    for group, said, full in zip(groups, saved, completed, strict=True):
+        theirs = group if said is None else said
+        if isinstance(theirs.get("average"), str):
+            checkpoint.check_policy(full["average"], theirs, notes)
         opt._check_hyperparameters(full)
         checks.params(full, opt._master_weights)
-        counters.append(_counted(opt, group, held))
+        if said is None:
+            counters.append(_counted(opt, group, kept))
+        else:
+            counters.append((said.get("n_averaged") or 0, said.get("implicit_momentum")))
         group_plan = plan.add(full, *counters[-1])
         for i, p in enumerate(full["params"]):
             name = f"parameter {i} of group {group_plan.index}"
-            streams = _streams(held, p)
+            streams = kept.get(p, {})
             _check_not_cast(name, p, streams, group_plan)
             checkpoint.check_state(name, p, streams, opt.streams, group_plan, counters[-1][0])
-        completed.append(full)
-    steps = [group["step"] for group in groups if _exported(group)]
-    if not steps and opt._steps == 0:
+    steps = opt._steps
+    if told:
+        policies = [full["average"] for full in completed]
+        steps = checkpoint.steps_taken(policies, told, None, not outdated, notes)
+    elif steps == 0:
         checkpoint.refuse_uncounted(held)
 
     if notes:
-        warnings.warn("; ".join(notes), stacklevel=4)
+        warnings.warn("; ".join(notes), stacklevel=ops._user_level())
     for group, full in zip(groups, completed, strict=True):
         for key in group.keys() - full.keys():
             del group[key]
         group.update(full)
-        for p in group["params"]:
-            if p in held:
-                held[p] = _streams(held, p)
+    held.update(kept)
     state = held if isinstance(held, defaultdict) else defaultdict(dict, held)
-    return state, max(steps, default=opt._steps), counters
+    return state, steps, counters
 
 
-def _streams(held: Mapping[Any, Any], param: Tensor) -> dict[str, Any]:
+def _kept(held: Mapping[str, Any], outdated: bool) -> dict[str, Any]:
     """A parameter's state without Nones, which older versions of torch kept for momentum."""
-    return {k: v for k, v in held.get(param, {}).items() if v is not None}
+    return {k: v for k, v in held.items() if v is not None and not (k == "average" and outdated)}
 
 
-def _exported(group: Group) -> bool:
-    """Whether a group is a state dict's: keys of such names may be a user's own, but not all."""
-    return all(group.get(key) is not None for key in ("rule", "step", "n_averaged"))
+def _saved(group: Group, loaded: bool) -> Group | None:
+    """What a checkpoint says of a group: all that ours have, of torch.optim.SGD's that it counts
+    nothing. None where the group is of no checkpoint."""
+    if form.exported(group):
+        return group.copy()
+    return {"params": group["params"]} if loaded and _is_torchs(group) else None
 
 
 def _is_torchs(group: Group) -> bool:
-    return "rule" not in group and "nesterov" in group
+    """Whether a group is not even a part of ours."""
+    return not all(key in group for key in checkpoint.OURS)
 
 
 def _known(opt: LaidOut, group: Group) -> GroupPlan | None:
@@ -110,17 +131,15 @@ def _policy(opt: LaidOut, group: Group) -> Any:
     return known.policy if known is not None else opt.defaults.get("average")
 
 
-def _counted(opt: LaidOut, group: Group, held: Mapping[Any, Any]) -> tuple[int, float | None]:
-    """A group's samples and beta."""
-    if _exported(group):
-        return group["n_averaged"], group.get("implicit_momentum")
+def _counted(opt: LaidOut, group: Group, kept: Mapping[Any, Any]) -> tuple[int, float | None]:
+    """A group's samples and beta, as the optimizer has counted them."""
     known = _known(opt, group)
     if known is None:
         return 0, None
-    kept = [_streams(held, p) for p in group["params"]]
+    streams = [kept.get(p, {}) for p in group["params"]]
     buffered = any(map(known.buffered, group["params"]))
-    averaged = not buffered or any("average" in streams for streams in kept)
-    moved = any("momentum_buffer" in streams for streams in kept)
+    averaged = not buffered or any("average" in held for held in streams)
+    moved = any("momentum_buffer" in held for held in streams)
     return known.n_averaged if averaged else 0, known.beta if moved else None
 
 

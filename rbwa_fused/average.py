@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from rbwa_fused.fingerprint import alike, fingerprint
+from rbwa_fused.fingerprint import alike, fingerprint, where
 from rbwa_fused.flat import DTYPES
 from rbwa_fused.rules import number
 
@@ -183,12 +183,12 @@ class Average:
         return not (every and isinstance(self.weight, Mean | Ema))
 
     def __repr__(self) -> str:
-        weight, code, function = repr(self.weight), "", cast(Any, self.weight)
+        weight, code = repr(self.weight), ""
         if self.custom:
-            kind = type(function)
-            name = getattr(function, "__qualname__", kind.__qualname__)
-            where = f"{getattr(function, '__module__', kind.__module__)}.{name}"
-            weight, code = f"<{self.name or where}>", f", code={fingerprint(function)}"
+            function = cast(Callable[..., Any], self.weight)
+            weight = f"<{self.name or where(function)}>"
+            digest = fingerprint(function)
+            code = f", code={digest}" if digest else ""
         return (
             f"Average({weight}, start={self.start}, every={self.every}, "
             f"write_back_every={self.write_back_every}, initial={self.initial!r}, "

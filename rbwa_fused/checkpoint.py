@@ -70,7 +70,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
         if hook_result is not None:
             state_dict = hook_result
     form.check(state_dict)
-    saved_groups = deepcopy(state_dict["param_groups"])
+    saved_groups = [_users_own(saved) for saved in deepcopy(state_dict["param_groups"])]
     groups = opt.param_groups
     if len(groups) != len(saved_groups):
         raise ValueError("loaded state dict has a different number of parameter groups")
@@ -84,13 +84,14 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
     notes: dict[str, None] = {}
     for saved in saved_groups:
         check_counters(opt, saved)
-    outdated = _leave_out_outdated(saved_groups, notes)
+    outdated = leave_out_outdated(saved_groups, notes)
     for group, saved in zip(groups, saved_groups, strict=True):
         check_policy(group["average"], saved, notes)
         new = {**group, **live_keys(saved)}
         opt._check_hyperparameters(new)
         merged.append(new)
-    taken = _steps_taken(opt, saved_groups, step, not outdated, notes)
+    policies = [group["average"] for group in groups]
+    taken = steps_taken(policies, saved_groups, step, not outdated, notes)
 
     ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     params = chain.from_iterable(group["params"] for group in groups)
@@ -137,6 +138,13 @@ def live_keys(saved: Mapping[Any, Any]) -> dict[Any, Any]:
     return keys | {own[k]: v for k, v in saved.items() if k in own and v is not None}
 
 
+def _users_own(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved group, in which torch.optim.SGD's keys that are named like ours are its user's."""
+    if form.exported(saved):
+        return saved
+    return {OWN + k if k in OURS else k: v for k, v in saved.items() if not _absent(v)}
+
+
 def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
     """Raise where averages were assigned before the first step: with no sample counted, the next
     one would replace them."""
@@ -164,7 +172,7 @@ def check_counters(opt: LaidOut, saved: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {key} in the checkpoint: {count!r} (expected a count)")
 
 
-def _leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, None]) -> set[Any]:
+def leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, None]) -> set[Any]:
     """Takes averages and counts of samples out of the groups that torch.optim.SGD went on with: it
     has moved the weights and not the averages. Returns the parameters whose averages they are."""
     outdated: set[Any] = set()
@@ -181,8 +189,8 @@ def _leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, Non
     return outdated
 
 
-def _steps_taken(
-    opt: FusedOptimizer,
+def steps_taken(
+    policies: list[Average | None],
     saved_groups: list[dict[str, Any]],
     step: int | None,
     counted: bool,
@@ -195,7 +203,6 @@ def _steps_taken(
     taken: int = max(counts, default=0)
     if counted and step not in (None, taken):
         raise ValueError(f"Invalid step: {step} (the checkpoint has counted {taken})")
-    policies = [group["average"] for group in opt.param_groups]
     policy = next((p for p in policies if p is not None and p.by_step), None)
     if step is None and not counted and policy is not None:
         notes[

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import CodeType, FunctionType
+from itertools import chain
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 # Bytecode differs between interpreters, so digests of two of them say nothing of each other.
 INTERPRETER = f"{sys.implementation.name}{sys.version_info.major}{sys.version_info.minor}"
+MOST = 10_000  # values that are read, in some 0.1 s
+DEEPEST = 50  # of these one in the other
+
+NUMBERS = (int, float, complex, str, bytes)
+
+
+class _TooMuchError(Exception):
+    """There is more to read than a state dict may wait for."""
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
@@ -23,10 +32,14 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
     They follow the code, and the numbers and texts that it reads: constants, defaults, globals,
     what it closes over, the arguments of a functools.partial, the attributes of an instance that is
-    called. Other objects count by their type alone.
+    called. Other objects count by their type alone. Empty where these are more than MOST.
     """
-    digest = hashlib.sha256(repr(_parts(function, ())).encode()).hexdigest()
-    return f"{INTERPRETER}-{digest[:8]}"
+    try:
+        parts = repr(_parts(function, (), iter(range(MOST))))
+    except _TooMuchError:
+        return ""
+    digest = hashlib.sha256(parts.encode())
+    return f"{INTERPRETER}-{digest.hexdigest()[:8]}"
 
 
 def alike(left: str, right: str) -> bool:
@@ -35,34 +48,67 @@ def alike(left: str, right: str) -> bool:
     return left == right or not (left and right and same_interpreter)
 
 
-def _parts(value: Any, above: tuple[int, ...]) -> Any:
-    """What a value is made of, in primitives; `above` are the ids of what it is part of."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return value
+def where(function: Any) -> str:
+    """The module and the name in it of a function, or of the class of what has none."""
+    kind = type(function)
+    name = _text(function, "__qualname__") or kind.__qualname__
+    return f"{_text(function, '__module__') or kind.__module__}.{name}"
+
+
+def _text(value: Any, attribute: str) -> str:
+    """An attribute that is a text, else an empty one: some objects have any attribute that they
+    are asked for, others raise what they like."""
+    try:
+        text = getattr(value, attribute, "")
+    except Exception:
+        return ""
+    return text if type(text) is str else ""
+
+
+def _parts(value: Any, above: tuple[int, ...], left: Iterator[int]) -> Any:
+    """What a value is made of, in primitives; `above` are the ids of what it is part of.
+
+    Nothing here depends on ids, on the order in a set, or on what a class of the user's does when
+    it is asked: a digest is to be the same in another process.
+    """
+    if next(left, None) is None or len(above) > DEEPEST:
+        raise _TooMuchError
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    base = next((base for base in type(value).__mro__ if base in NUMBERS), None)
+    if base is not None:  # in hexadecimal digits, as Python writes no long number in decimal ones
+        return [kind, hex(int(value)) if base is int else base.__repr__(value)]
     if id(value) in above:  # a function may close over itself
         return kind
     above = (*above, id(value))
-    if isinstance(value, list | tuple):
-        return [kind, [_parts(item, above) for item in value]]
-    if isinstance(value, set | frozenset):
-        return [kind, sorted(repr(_parts(item, above)) for item in value)]
-    if isinstance(value, dict):
-        return [kind, [(repr(key), _parts(item, above)) for key, item in value.items()]]
-    if isinstance(value, partial):
-        return [_parts(part, above) for part in (value.func, value.args, value.keywords)]
-    if isinstance(value, CodeType):
-        constants = [_parts(constant, above) for constant in value.co_consts]
-        return [value.co_code, value.co_names, value.co_freevars, constants]
-    if isinstance(value, FunctionType):
-        return [_parts(part, above) for part in _read_by(value)]
-    method = getattr(value, "__func__", None)
-    if method is not None:  # its object goes on changing, as a trainer does that counts epochs
-        return _parts(method, above)
-    call = getattr(type(value), "__call__", None)  # noqa: B004
-    if len(above) == 1 and isinstance(call, FunctionType):
-        return [kind, _parts(call, above), _parts(_plain(getattr(value, "__dict__", {})), above)]
-    return [kind, getattr(value, "__qualname__", "")]
+
+    def parts(values: Iterable[Any]) -> list[Any]:
+        return [_parts(item, above, left) for item in values]
+
+    for listed in (list, tuple):
+        if _is(value, listed):
+            return [kind, parts(listed.__iter__(value))]
+    for gathered in (set, frozenset):
+        if _is(value, gathered):
+            return [kind, sorted(map(repr, parts(gathered.__iter__(value))))]
+    if _is(value, dict):
+        return [kind, parts(chain.from_iterable(dict.items(value)))]
+    if _is(value, partial):
+        return parts((value.func, value.args, value.keywords))
+    if _is(value, CodeType):
+        return [value.co_code, value.co_names, value.co_freevars, parts(value.co_consts)]
+    if _is(value, FunctionType):
+        return parts(_read_by(value))
+    if _is(value, MethodType):  # its object goes on changing, as a trainer does that counts epochs
+        return parts((value.__func__,))
+    call = getattr(type(value), "__call__", None) if len(above) == 1 else None  # noqa: B004
+    if isinstance(call, FunctionType):
+        return [kind, *parts((call, _attributes(value)))]
+    return [kind, _text(value, "__qualname__")]
+
+
+def _is(value: Any, *classes: type) -> bool:
+    """isinstance, but for what an object says itself of its class."""
+    return issubclass(type(value), classes)
 
 
 def _read_by(function: FunctionType) -> Iterator[Any]:
@@ -75,8 +121,8 @@ def _read_by(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # not assigned yet
             yield "empty"
-    names = _names(function.__code__)
-    yield _plain({k: v for k, v in function.__globals__.items() if k in names})
+    known = function.__globals__
+    yield _plain({name: known[name] for name in _names(function.__code__) if name in known})
 
 
 def _names(code: CodeType) -> set[str]:
@@ -84,7 +130,14 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*nested)
 
 
+def _attributes(value: Any) -> dict[str, Any]:
+    try:
+        return _plain(vars(value))
+    except Exception:  # it has none, or a class that has a word in it
+        return {}
+
+
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """The numbers and texts among values, and what lists of them there are."""
-    kinds = (bool, int, float, complex, str, bytes, list, tuple)
-    return {key: values[key] for key in sorted(values) if isinstance(values[key], kinds)}
+    kinds = (*NUMBERS, list, tuple)
+    return {key: values[key] for key in sorted(values) if _is(values[key], *kinds)}

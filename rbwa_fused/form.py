@@ -13,6 +13,12 @@ from rbwa_fused.flat import STREAMS
 OF_SGD = ("lr", "momentum", "dampening", "weight_decay")
 
 
+def exported(group: Mapping[str, Any]) -> bool:
+    """Whether a group is of a state dict of ours: keys of such names may be a user's own, but not
+    all."""
+    return all(group.get(key) is not None for key in ("rule", "step", "n_averaged"))
+
+
 def check(state_dict: Any) -> None:
     """Raise ValueError or TypeError for what no optimizer's ``state_dict()`` returns."""
     mapping("state_dict", state_dict)
@@ -33,8 +39,10 @@ def check(state_dict: Any) -> None:
             if param in known:
                 raise ValueError(f"Invalid params of {name}: {short(param)} is named twice")
             known.add(param)
-        _kind(name, group)
-        _numbers(group)
+        if not exported(group):
+            of_sgd(name, group)
+        else:
+            _numbers(group)
     for key, held in state.items():
         if key in known:
             mapping(f"state of parameter {short(key)} in the checkpoint", held)
@@ -74,10 +82,10 @@ def _params(name: str, group: Mapping[str, Any]) -> list[int | str]:
     return list(params)
 
 
-def _kind(name: str, group: Mapping[str, Any]) -> None:
-    """Raise for a group of another class of optimizer. Ours say what rule they follow."""
+def of_sgd(name: str, group: Mapping[str, Any]) -> None:
+    """Raise for a group of another class of optimizer than torch.optim.SGD."""
     missing = [key for key in OF_SGD if key not in group]
-    if group.get("rule") is None and missing:
+    if missing:
         keys = [key for key in group if key not in ("params", "param_names")]
         raise ValueError(
             f"Invalid {name}: another optimizer's, with {', '.join(map(str, keys)) or 'no keys'} "

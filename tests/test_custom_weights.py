@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -88,8 +89,77 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 }
 
 
+class Echo:
+    """Has whatever it is asked for, as some configurations and proxies do."""
+
+    def __getattr__(self, name: str) -> Echo:
+        return Echo()
+
+    def __call__(self, n: int, step: int) -> float:
+        return 0.5
+
+
+class Sulking:
+    """Raises where it is asked for what it has not, and has a word in what it has."""
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("no attributes here")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name} here")
+
+    def __call__(self, n: int, step: int) -> float:
+        return 0.5
+
+
+class Boasting(float):
+    def __repr__(self) -> str:
+        return f"{float(self)} at {id(self)}"
+
+
+class Hiding(list[float]):
+    def __iter__(self) -> Any:
+        raise RuntimeError("not to be read")
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def doubled(depth: int) -> Callable[[int, int], float]:
+    """A function that reaches one function in 2^depth ways."""
+    weight: Any = by_default
+    for _ in range(depth):
+        weight = (lambda f, g: lambda n, step: (f(n, step) + g(n, step)) / 2)(weight, weight)
+    result: Callable[[int, int], float] = weight
+    return result
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "keys by address": lambda: closing({by_default: 1, object(): 2}),
+    "keys in the order of hashes": lambda: closing({frozenset("abcdefgh"): 1}),
+    "a set": lambda: closing(set("abcdefgh")),
+    "a number's own text": lambda: closing(Boasting(0.5)),
+    "a long number": lambda: closing(10**5000),
+    "a list's own iterator": lambda: closing(Hiding([0.5])),
+    "any attribute": Echo,
+    "closes over any attribute": lambda: closing(Echo()),
+    "no attribute": Sulking,
+    "closes over no attribute": lambda: closing(Sulking()),
+    "a builtin": lambda: max,
+    "deep": lambda: closing(nested(5000)),
+    "deep functions": lambda: doubled(40),
+    "long": lambda: closing([0.5] * 1_000_000),
+}
+
+
 def fingerprints() -> list[str]:
-    return [fingerprint(weight) for pair in PAIRS.values() for weight in pair]
+    odd = [fingerprint(weight()) for weight in ODD.values()]
+    return odd + [fingerprint(weight) for pair in PAIRS.values() for weight in pair]
 
 
 def average(weight: Any, name: str | None = "ramp") -> rf.Average:
@@ -151,6 +221,23 @@ def test_a_function_is_the_same_in_another_process() -> None:
         timeout=60,
     ).stdout
     assert printed.strip() == str(fingerprints())
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_state_dict_neither_fails_nor_waits_for_what_a_function_holds(name: str) -> None:
+    weight = ODD[name]()
+    begun = time.process_time()
+    fingerprint(weight)
+    assert time.process_time() - begun < 1.0  # 0.1 at most; some never ended, or took seconds
+    policy = average(weight)
+    assert structure(repr(policy))[0] == "<ramp>"
+    assert loaded(policy, policy) == []
+    assert structure(repr(rf.Average(weight))) == structure(repr(rf.Average(weight)))
+
+
+def test_a_function_that_holds_too_much_is_believed() -> None:
+    left, right = (average(closing([rate] * 20_000)) for rate in (0.5, 0.25))
+    assert loaded(left, right) == [] and "code=" not in repr(left)
 
 
 def test_a_name_finds_a_function_that_was_moved() -> None:

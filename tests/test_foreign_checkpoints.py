@@ -72,19 +72,60 @@ OURS: dict[str, Callable[..., Any]] = {
 }
 
 
+def by_the_class(opt: Any, saved: Any) -> None:
+    torch.optim.Optimizer.load_state_dict(opt, saved)
+
+
+def by_the_method(opt: Any, saved: Any) -> None:
+    opt.load_state_dict(saved)
+
+
+DOORS = [by_the_method, by_the_class]
+
+
+@pytest.mark.parametrize("load", DOORS)
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("cls", OURS)
 @pytest.mark.parametrize("name", [*OTHERS, "schedule-free", "Unknown"])
 def test_another_optimizers_checkpoint_changes_no_hyperparameter_and_no_state(
-    name: str, cls: str, steps: int
+    name: str, cls: str, steps: int, load: Any
 ) -> None:
     saved = of_others(name, steps)
     parameters = matrices()
     opt = stepped(OURS[cls](parameters), 3, parameters)
     before = snapshot(opt)
     with pytest.raises(ValueError, match=r"another optimizer's, with .*lr.* and without .*dampen"):
-        opt.load_state_dict(saved)
+        load(opt, saved)
     assert snapshot(opt) == before
+
+
+def test_another_optimizers_groups_with_a_key_of_ours_are_refused_too() -> None:
+    parameters = matrices()
+    opt = rf.FusedSGD(parameters, lr=0.1)
+    adam = torch.optim.Adam(parameters)
+    adam.param_groups[0]["rule"] = "mine"
+    for load in DOORS:
+        with pytest.raises(ValueError, match="another optimizer's"):
+            load(opt, adam.state_dict())
+    opt.param_groups = adam.param_groups
+    with pytest.raises(ValueError, match="another optimizer's"):
+        stepped(opt, 1, parameters)
+
+
+@pytest.mark.parametrize("load", DOORS)
+@pytest.mark.parametrize("key", ["rule", "step", "n_averaged", "implicit_momentum"])
+@pytest.mark.parametrize("value", [3, "mine"])
+def test_a_users_keys_in_torchs_checkpoint_are_the_users(key: str, value: Any, load: Any) -> None:
+    parameters = matrices()
+    sgd = stepped(torch.optim.SGD(parameters, lr=0.5, momentum=0.9), 2, parameters)
+    sgd.param_groups[0][key] = value
+    opt = rf.FusedSGD(parameters, lr=0.1, average=rf.ema(0.5))
+    load(opt, sgd.state_dict())
+    assert opt.param_groups[0][key] == value and opt.n_averaged == 0
+    saved = stepped(opt, 1, parameters).state_dict()
+    assert (saved["param_groups"][0]["step"], saved["param_groups"][0]["rule"]) == (1, "sgd")
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0][key] == value and opt.n_averaged == 1
 
 
 def test_a_second_groups_class_is_looked_at_too() -> None:
@@ -144,14 +185,19 @@ def test_torchs_sgd_loads_with_whatever_its_groups_have_beside(
 # ---- where the run stands ----------------------------------------------------------------------
 
 
-def taken_over(average: rf.Average | None, **options: Any) -> tuple[Any, list[str]]:
+def taken_over(
+    average: rf.Average | None,
+    load: Any = rf.FusedSGD.load_state_dict,
+    before: int = 0,
+    **options: Any,
+) -> tuple[Any, list[str]]:
     """An optimizer that goes on with six steps of torch's, and its warnings."""
     parameters = matrices()
     saved = stepped(torch.optim.SGD(parameters, 0.1, 0.9), 6, parameters).state_dict()
-    opt = rf.FusedSGD(parameters, lr=0.1, average=average)
+    opt = stepped(rf.FusedSGD(parameters, lr=0.1, average=average), before, parameters)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        opt.load_state_dict(saved, **options)
+        load(opt, saved, **options)
     assert all(w.filename == __file__ for w in seen)
     return opt, [str(w.message) for w in seen]
 
@@ -179,9 +225,19 @@ def test_a_policy_that_goes_by_steps_asks_where_torchs_run_stands(name: str) -> 
     assert seen == [] and opt.state_dict()["param_groups"][0]["step"] == 6
 
 
+@pytest.mark.parametrize("before", [0, 10])
+@pytest.mark.parametrize("name", BY_STEP)
+def test_torchs_run_taken_over_by_the_class_is_counted_as_by_the_method(
+    name: str, before: int
+) -> None:
+    opt, seen = taken_over(BY_STEP[name], by_the_class, before)
+    assert len(seen) == 1 and "from 0 on" in seen[0]
+    assert opt.n_averaged == opt.state_dict()["param_groups"][0]["step"] == 0
+
+
 @pytest.mark.parametrize("average", [None, rf.ema(0.9), rf.mean(), rf.rbwa(4, 0)], ids=str)
 def test_a_policy_that_does_not_go_by_steps_asks_nothing(average: rf.Average | None) -> None:
-    assert taken_over(average)[1] == []
+    assert taken_over(average)[1] == taken_over(average, by_the_class, 3)[1] == []
 
 
 def test_averaging_starts_where_it_would_have_in_one_run() -> None:
@@ -288,6 +344,20 @@ def test_an_average_that_torch_has_left_behind_does_not_come_back_silently(
     }
     train(model, opt, 10, 10)
     assert opt.n_averaged == 1 and opt.state_dict()["param_groups"][0]["step"] == 10
+
+
+@pytest.mark.parametrize("average", [rf.ema(0.9), rf.mean(start=2), rf.rbwa(2, 1)], ids=str)
+def test_an_average_that_torch_has_left_behind_does_not_come_back_by_the_class(
+    average: rf.Average,
+) -> None:
+    model, saved = through_torch(average)
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, average=average)
+    with pytest.warns(UserWarning, match=r"its average of \d samples behind") as seen:
+        by_the_class(opt, saved)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    assert opt.n_averaged == 0 and not any("average" in held for held in opt.state.values())
+    train(model, opt, 10, 10)
+    assert opt.n_averaged == 1 and opt.state_dict()["param_groups"][0]["step"] == 6
 
 
 def test_the_step_that_torch_did_not_count_is_asked_for() -> None:
