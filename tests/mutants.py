@@ -165,7 +165,7 @@ EVALUATE: Mutants = [
     ("_kind(now) == _kind(value)", "True"),
     ("buffer.shape == value.shape and ", ""),
     ("with suppress(RuntimeError):", "if True:"),
-    ("            buffers[name] = buffer\n", ""),
+    ("                self.module._buffers[name] = buffer\n", "                pass\n"),
 ]
 SWAP: Mutants = [
     ("local(p).detach().clone()", "local(p).detach()"),
