@@ -109,7 +109,7 @@ CHECKPOINT: Mutants = [
         "policy\n        for key",
     ),
     ("state_dict = hook_result", "pass"),
-    ("saved_groups = deepcopy(state_dict[", "saved_groups = (state_dict["),
+    ("for saved in deepcopy(state_dict[", "for saved in (state_dict["),
     ("if lengths != [", "if False and lengths != ["),
     ("new = {**group, **live_keys(saved)}", "new = {**live_keys(saved), **group}"),
     ("group[OWN + key] = group[key]", "pass"),
@@ -272,19 +272,19 @@ FUSED: Mutants = [
 ]
 AFTER_A_LAUNCH: Mutants = [("if all(map(is_, grads, refused)):", "if False:")]
 ADOPTED: Mutants = [
-    ("if _exported(group) or _is_torchs(group):", "if _exported(group):"),
-    ("if _exported(group) or _is_torchs(group):", "if _is_torchs(group):"),
-    ('if isinstance(group.get("average"), str):', "if False:"),
+    ("if said is not None or _is_torchs(group):", "if said is not None:"),
+    ("if said is not None or _is_torchs(group):", "if _is_torchs(group):"),
+    ('if isinstance(theirs.get("average"), str):', "if False:"),
     ("opt._check_hyperparameters(full)", "pass"),
     ("            _check_not_cast(name, p, streams, group_plan)\n", ""),
-    ("max(steps, default=opt._steps)", "opt._steps"),
-    ("max(steps, default=opt._steps)", "max(steps, default=0)"),
+    ("steps = checkpoint.steps_taken(policies, told, None, not outdated, notes)", "pass"),
+    ("    steps = opt._steps\n", "    steps = 0\n"),
     ("        checkpoint.refuse_uncounted(held)\n", "        pass\n"),
     ("            del group[key]\n", "            pass\n"),
     ("known.n_averaged if averaged else 0", "known.n_averaged"),
     ("not buffered or any(", "any("),
     ("known.beta if moved else None", "None"),
-    ("if v is not None}", "}"),
+    ("if v is not None and not (k", "if not (k"),
 ]
 IN_BACKWARD: Mutants = [
     ("            param.grad = None\n", ""),
