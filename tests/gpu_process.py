@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +59,12 @@ def own_group() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def path() -> str:
+    """PATH, and behind it where ninja, nvcc and compute-sanitizer are where it does not say so."""
+    beside = os.path.dirname(sys.executable)
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), beside, "/usr/local/cuda/bin"])
+
+
 def take(
     command: Sequence[str], seconds: float, output: Output, environment: Mapping[str, str]
 ) -> int:
@@ -70,7 +77,7 @@ def take(
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        env={**os.environ, "PATH": path(), "PYTHONUNBUFFERED": "1", **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

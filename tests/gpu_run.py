@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks")
     args = parser.parse_args(argv)
-    if args.minutes <= 0:
+    if not args.minutes > 0:  # nor NaN
         parser.error(f"--minutes must be positive, not {args.minutes:g}")
     if args.wheels is not None and not any(args.wheels.glob("*.whl")):
         parser.error(f"--wheels: no wheel in {args.wheels}")

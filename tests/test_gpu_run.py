@@ -143,6 +143,25 @@ def test_a_stage_is_asked_to_end_where_the_run_was_started_in_the_background() -
     assert "the first failures" in output.text()
 
 
+def test_ninja_beside_python_and_the_toolkit_are_found_where_path_lacks_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    output = Output()
+    code = "import os; print(os.environ['PATH'])"
+    assert take([sys.executable, "-c", code], 20.0, output, {}) == 0
+    beside = os.path.dirname(sys.executable)
+    assert output.text().strip().split(":") == ["/usr/bin", "/bin", beside, "/usr/local/cuda/bin"]
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_minutes_in_which_nothing_fits_are_refused(minutes: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--out", str(tmp_path / "out"), "--minutes", minutes])
+    assert ended.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_leaves_the_group_and_holds_the_output_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
