@@ -84,13 +84,15 @@ class FusedOptimizer(LaidOut):
 
     def _call(self, closure: Callable[[], Any]) -> Any:
         """Runs a closure, in which no GradScaler is at work: it takes none. Lightning clips
-        gradients in it, and refuses optimizers that unscale them."""
-        unscaling, self._step_supports_amp_scaling = self._step_supports_amp_scaling, False
+        gradients in it, and refuses optimizers that unscale them. A step in it is one of its own.
+        """
+        before = self._step_supports_amp_scaling, self._watched
+        self._step_supports_amp_scaling = self._watched = False
         try:
             with torch.enable_grad():
                 return closure()
         finally:
-            self._step_supports_amp_scaling = unscaling
+            self._step_supports_amp_scaling, self._watched = before
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:

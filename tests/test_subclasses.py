@@ -20,6 +20,9 @@ from torch.optim.optimizer import (
 import rbwa_fused as rf
 
 
+ONCE_GLOBALLY = ["global before", "global after"]
+
+
 class Child(rf.FusedSGD):
     """Overrides `step` and calls the one above, as most do."""
 
@@ -158,7 +161,21 @@ def test_hooks_run_again_after_a_step_that_failed(seen: list[str]) -> None:
             opt.step(fails)
     assert seen == ["global before"] * 2
     opt.step()
-    assert seen[2:] == ["global before", "global after"]
+    assert seen[2:] == ONCE_GLOBALLY
+
+
+@pytest.mark.parametrize("cls", [rf.FusedSGD, Child, Grandchild, torch.optim.SGD])
+def test_a_step_taken_in_a_closure_is_seen_as_one_more(cls: Any, seen: list[str]) -> None:
+    opt = cls([parameter()], lr=0.1)
+
+    def closure() -> None:
+        opt.step()
+        assert seen == ["global before", *ONCE_GLOBALLY]
+
+    opt.step(closure)
+    assert seen == ["global before", *ONCE_GLOBALLY, "global after"]
+    opt.step()
+    assert seen[4:] == ONCE_GLOBALLY
 
 
 def test_a_hook_that_exchanges_the_closure_reaches_the_step_above() -> None:
