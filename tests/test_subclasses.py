@@ -19,7 +19,6 @@ from torch.optim.optimizer import (
 
 import rbwa_fused as rf
 
-
 ONCE_GLOBALLY = ["global before", "global after"]
 
 
