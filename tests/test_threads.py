@@ -207,6 +207,34 @@ def test_two_processes_step_a_model_in_shared_memory(among_processes: dict[str, 
     assert seen["both"]  # steps may be lost where two write at once, as in torch
 
 
+READ_ONLY = """
+import mmap, warnings
+import torch
+from torch import nn
+import rbwa_fused as rf
+
+warnings.simplefilter("ignore", UserWarning)  # torch's, of memory that is not writable
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for kept, masters in ((None, False), (dtype, False), (None, True)):
+        memory = mmap.mmap(-1, 4 * mmap.PAGESIZE, prot=mmap.PROT_READ)
+        frozen = nn.Parameter(torch.frombuffer(memory, dtype=dtype))
+        trained = nn.Parameter(torch.ones(3, dtype=dtype))
+        average = rf.Average(rf.Ema(0.5), dtype=None if kept is None else kept)
+        opt = rf.FusedSGD([frozen, trained], 0.1, average=average, flatten=False,
+                          master_weights=masters, backend="cpu")
+        for _ in range(3):
+            trained.grad = torch.ones_like(trained)
+            opt.step()
+        assert not opt.state[frozen]["average"].any()
+"""
+
+
+def test_weights_that_are_only_sampled_are_not_written() -> None:
+    """Another process may write them at that time, and its step would be lost."""
+    done = subprocess.run([sys.executable, "-c", READ_ONLY], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)  # -11: killed for writing
+
+
 def test_an_optimizer_sent_to_a_spawned_process_goes_on_there(
     among_processes: dict[str, Any],
 ) -> None:
