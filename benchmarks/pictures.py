@@ -272,7 +272,7 @@ def main() -> None:
     parser = command.Parser(
         "python -m benchmarks.pictures", description="Draws results in JSON again."
     )
-    parser.add_argument("file", nargs="+", type=Path, help="as python -m benchmarks writes it")
+    parser.add_argument("file", nargs="*", type=Path, help="as python -m benchmarks writes it")
     for file in parser.parse_args().file:
         print(*draw(json.loads(file.read_text()), file.with_suffix("")))
 

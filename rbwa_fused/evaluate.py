@@ -69,7 +69,8 @@ def _free_gathered(opt: FusedOptimizer, model: nn.Module | None) -> None:
 def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]:
     """See FusedOptimizer.averaged_state_dict."""
     reshard(model)  # or its parameters are what FSDP has gathered
-    if {p for group in opt.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
+    members = set(model.parameters())
+    if members and members.isdisjoint(p for group in opt.param_groups for p in group["params"]):
         name = type(model).__name__
         raise ValueError(f"Invalid model: none of {name}'s parameters is the optimizer's")
     return state_dict_with(model, dict(averages(opt)))

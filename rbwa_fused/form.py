@@ -11,12 +11,15 @@ from rbwa_fused.flat import STREAMS
 # What torch.optim.SGD has had in its groups from its first version on, and no other class of torch
 # has all of.
 OF_SGD = ("lr", "momentum", "dampening", "weight_decay")
+RULES = ("sgd", "sgdm", "rsgdm_implicit", "rsgdm_explicit")  # names in our checkpoints
 
 
 def exported(group: Mapping[str, Any]) -> bool:
-    """Whether a group is of a state dict of ours: keys of such names may be a user's own, but not
-    all."""
-    return all(group.get(key) is not None for key in ("rule", "step", "n_averaged"))
+    """Whether a group is of a state dict of ours: it names one of our rules, or has all counters.
+    One key of such a name may be a user's own."""
+    rule = group.get("rule")
+    known = isinstance(rule, str) and rule in RULES
+    return known or all(group.get(key) is not None for key in ("rule", "step", "n_averaged"))
 
 
 def check(state_dict: Any) -> None:

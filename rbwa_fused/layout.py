@@ -205,7 +205,10 @@ class LaidOut(Optimizer):
             checks.state(group, self.state)
         waiting = self._settle()
         if counters is None and self._steps == 0:
-            checkpoint.refuse_uncounted(self.state)
+            if self._deferred is None:
+                checkpoint.refuse_uncounted(self.state)
+            for held in self.state.values():  # all steps so far were skipped
+                held.pop("average", None)
         counters = counters or self._counters()
         for p in waiting:
             for stream in self.streams:

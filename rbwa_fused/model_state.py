@@ -28,8 +28,8 @@ def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[st
         return _asked_with(model, other)
     result = model.state_dict(keep_vars=True)  # with the metadata that loading asks for
     members = {_place(t): t for t in chain(model.parameters(), model.buffers())}
-    sources = {
-        name: members.get(_place(value))
+    sources = {  # parameters that share memory are told apart by what they are
+        name: value if value in other else members.get(_place(value))
         for name, value in result.items()
         if isinstance(value, Tensor)
     }

@@ -155,7 +155,7 @@ EVALUATE: Mutants = [
         "        failure = swap.restore()\n        if failure",
         "        failure = None\n        if failure",
     ),
-    (".isdisjoint(model.parameters())", ".isdisjoint(())"),
+    ("if members and members.isdisjoint(", "if members.isdisjoint("),
     ("restore_modes()\n                if has", "restore_buffers\n                if has"),
     ("    for module in frozen:\n        module.training = False\n", ""),
     ("if has_statistics(m) and m.training]", "if has_statistics(m)]"),
