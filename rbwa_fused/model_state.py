@@ -27,9 +27,10 @@ def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[st
     if any(map(is_flattened, model.parameters())):  # FSDP1 gathers copies, on all ranks
         return _asked_with(model, other)
     result = model.state_dict(keep_vars=True)  # with the metadata that loading asks for
-    members = {_place(t): t for t in chain(model.parameters(), model.buffers())}
-    sources = {  # parameters that share memory are told apart by what they are
-        name: value if value in other else members.get(_place(value))
+    members = dict.fromkeys(chain(model.parameters(), model.buffers()))
+    placed = {_place(t): t for t in members}
+    sources = {  # members that share memory are told apart by what they are
+        name: value if value in members else placed.get(_place(value))
         for name, value in result.items()
         if isinstance(value, Tensor)
     }

@@ -240,17 +240,22 @@ def test_what_has_no_memory_is_not_taken_for_a_frozen_weight_that_has_none() -> 
     assert saved["frozen"].held.tolist() == [[2.0] * 4] * 4
 
 
-def test_parameters_that_share_memory_show_their_own_averages() -> None:
-    model = nn.ParameterList([torch.ones(3), torch.ones(3)])
-    model[1].data = model[0].data
-    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_parameters_that_share_memory_show_their_own_averages(kept: int) -> None:
+    model = nn.ParameterList([torch.ones(3) for _ in range(3)])
+    first, *others = model.parameters()
+    for p in others:
+        p.data = first.data
+    policies = [False if i == kept else rf.ema(0.5) for i in range(3)]
+    groups = zip(model.parameters(), policies, strict=True)
+    opt = rf.FusedSGD([{"params": [p], "average": policy} for p, policy in groups], lr=0.1)
     for _ in range(3):
         for i, p in enumerate(model.parameters()):
             p.grad = torch.full((3,), float(i + 1))
         opt.step()
     saved = opt.averaged_state_dict(model)
     for i, p in enumerate(model.parameters()):
-        assert torch.equal(saved[str(i)], opt.state[p]["average"])
+        assert torch.equal(saved[str(i)], opt.state[p].get("average", p))
 
 
 def test_a_model_that_cannot_be_asked_keeps_its_training_weights() -> None:
