@@ -57,12 +57,6 @@ inline void narrow(const float* from, Float16* to, int64_t n) {
 }
 #endif
 
-// Whether a step writes theta: not where it only samples, since another process may write it then.
-template <Rule rule, typename T>
-inline bool writes_theta(const Coefficients<T>& k) {
-  return rule != Rule::kSample || k.write_back;
-}
-
 // The whole of the work for float and double.
 template <Rule rule, bool averaged, typename T>
 void loop(const Coefficients<T>& coefficients, T* theta, const T* g, T* m, T* z, T* previous, T* a,
@@ -80,7 +74,7 @@ void loop(const Coefficients<T>& coefficients, T* theta, const T* g, T* m, T* z,
     if constexpr (rule == Rule::kMomentum || rule == Rule::kDifference) m[i] = e.m;
     if constexpr (rule == Rule::kDifference) z[i] = e.z, previous[i] = e.previous;
     if constexpr (averaged) a[i] = e.a;
-    if (writes_theta<rule>(k)) theta[i] = e.theta;
+    if (writes_weight<rule>(k)) theta[i] = e.theta;
   }
 }
 
@@ -150,7 +144,7 @@ void range_16bit(const Segment& s, const Coefficients<float>& k, int64_t begin, 
     if constexpr (averaged) a.store(at, size);
     if constexpr (rule == Rule::kDifference) z.store(at, size), previous.store(at, size);
     if constexpr (momentum) m.store(at, size);
-    if (!writes_theta<rule>(k)) continue;
+    if (!writes_weight<rule>(k)) continue;
     theta.store(at, size);
     if (param != nullptr) narrow(theta_at, param + at, size);
   }

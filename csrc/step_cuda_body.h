@@ -106,6 +106,15 @@ struct Chunk {
 template <typename S, typename W>
 constexpr bool kHasMaster = sizeof(S) != sizeof(W);
 
+template <typename S, typename W, typename A>
+RBWA_INLINE S* weights(const Chunk<S, W, A>& chunk) {
+  if constexpr (kHasMaster<S, W>) {
+    return chunk.param;
+  } else {
+    return chunk.theta;
+  }
+}
+
 // `unscale` is what the gradient is multiplied by and stored again, if `scaled`.
 template <typename T>
 struct Unscale {
@@ -138,8 +147,8 @@ RBWA_INLINE void one(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, cons
   }
   if constexpr (averaged) e.a = widen(chunk.a[i]);
   update<rule, averaged>(k, e);
-  narrow(e.theta, chunk.theta[i]);
-  if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.param[i]);
+  if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.theta[i]);
+  if (writes_weight<rule>(k)) narrow(e.theta, weights(chunk)[i]);
   if constexpr (momentum) narrow(e.m, chunk.m[i]);
   if constexpr (rule == Rule::kDifference) {
     narrow(e.z, chunk.z[i]);
@@ -207,8 +216,12 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
                                      z[f].at(i),     previous[f].at(i), a[f].at(i),  1};
         one<rule, averaged>(element, k, u, 0);
       }
-      theta[f].store(chunk.theta, v);
-      if constexpr (kHasMaster<S, W>) param[f].store(chunk.param, v);
+      if constexpr (kHasMaster<S, W>) {
+        theta[f].store(chunk.theta, v);
+        if (writes_weight<rule>(k)) param[f].store(chunk.param, v);
+      } else {
+        if (writes_weight<rule>(k)) theta[f].store(chunk.theta, v);
+      }
       if constexpr (rule != Rule::kSample) {
         if (u.scaled) store_gradient(chunk.g + v * count, g_bytes, g[f]);
       }

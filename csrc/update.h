@@ -76,6 +76,12 @@ RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
   e.theta = x;
 }
 
+// Not where a step only samples the weight, which another process may write at that time.
+template <Rule rule, typename T>
+RBWA_INLINE bool writes_weight(const Coefficients<T>& k) {
+  return rule != Rule::kSample || k.write_back;
+}
+
 // Elastic replicas: one weight of K models. The mean is the first model's weight and the mean
 // distance of the others from it, so that equal weights are exactly their own mean; distances are
 // summed in the models' order, and `share` is 1/K.

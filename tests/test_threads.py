@@ -208,10 +208,17 @@ def test_two_processes_step_a_model_in_shared_memory(among_processes: dict[str, 
 
 
 READ_ONLY = """
-import mmap, warnings
+import mmap, sys, warnings
 import torch
 from torch import nn
 import rbwa_fused as rf
+from rbwa_fused import ops
+
+if sys.argv[1] == "cuda":
+    import emulation
+
+    emulated = emulation.backend()
+    ops.choose = lambda name, device: emulated
 
 warnings.simplefilter("ignore", UserWarning)  # torch's, of memory that is not writable
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -221,7 +228,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         trained = nn.Parameter(torch.ones(3, dtype=dtype))
         average = rf.Average(rf.Ema(0.5), dtype=None if kept is None else kept)
         opt = rf.FusedSGD([frozen, trained], 0.1, average=average, flatten=False,
-                          master_weights=masters, backend="cpu")
+                          master_weights=masters, backend=sys.argv[1])
         for _ in range(3):
             trained.grad = torch.ones_like(trained)
             opt.step()
@@ -229,9 +236,15 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 """
 
 
-def test_weights_that_are_only_sampled_are_not_written() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
+def test_weights_that_are_only_sampled_are_not_written(backend: str) -> None:
     """Another process may write them at that time, and its step would be lost."""
-    done = subprocess.run([sys.executable, "-c", READ_ONLY], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ONLY, backend],
+        env={**os.environ, "PYTHONPATH": str(HERE), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, (done.returncode, done.stderr)  # -11: killed for writing
 
 

@@ -154,9 +154,15 @@ def step_block(
         store(previous_at, previous, mask, FULL)
     if AVERAGED:
         store(a_at, a, a_mask, False)
-    store(theta_at, theta, mask, FULL)
+    weights_at = theta_at
     if MASTER:
-        store(param_at, theta, mask, FULL)
+        store(theta_at, theta, mask, FULL)
+        weights_at = param_at
+    if RULE == SAMPLE:
+        if k[11]:  # write_back, or another process may write them at this time
+            store(weights_at, theta, mask, FULL)
+    else:
+        store(weights_at, theta, mask, FULL)
 
 
 @triton.jit
