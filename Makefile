@@ -10,8 +10,9 @@ CPP := csrc/* benchmarks/*.cpp tests/*.cpp
 demo: .venv/demo
 	$(BIN)/python -m examples.train
 
+# As many processes as the machine has cores, each with files of its own, in their order.
 test: .venv/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 	RBWA_BENCHMARK_MODEL=squeezenet1_0 $(BIN)/python -m pytest -q benchmarks --benchmark-disable
 
 check: .venv/dev

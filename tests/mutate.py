@@ -47,6 +47,10 @@ UPDATE = [
     ("  e.theta = x;\n", ""),
     ("rounded == param ? master : param", "master"),
 ]
+SAMPLED = [
+    ("return rule != Rule::kSample || k.write_back;", "return true;"),
+    ("return rule != Rule::kSample || k.write_back;", "return rule != Rule::kSample;"),
+]
 PULLED = [
     ("distance + (theta - first)", "distance - (theta - first)"),
     ("distance + (theta - first)", "theta - first"),
@@ -77,9 +81,11 @@ PULL_LAUNCHES = [
 BODY = [
     ("eta * a.scale", "eta"),
     ("first ? group.first : group.usual", "group.usual"),
-    ("narrow(e.theta, chunk.theta[i]);", ""),
-    ("if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.param[i]);", ""),
-    ("if constexpr (kHasMaster<S, W>) param[f].store(chunk.param, v);", ""),
+    ("if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.theta[i]);", ""),
+    ("narrow(e.theta, weights(chunk)[i]);", ""),
+    ("if (writes_weight<rule>(k)) param[f].store(chunk.param, v);", ""),
+    ("if (writes_weight<rule>(k)) theta[f].store(chunk.theta, v);", ""),
+    ("if (writes_weight<rule>(k)) theta[f].store", "theta[f].store"),
     ("if constexpr (kHasMaster<S, W>) all |= address(chunk.param);", ""),
     ("if constexpr (momentum) narrow(e.m, chunk.m[i]);", ""),
     ("narrow(e.z, chunk.z[i]);", ""),
@@ -202,8 +208,10 @@ TRITON = [
     ("store(g_at, g * unscale, mask, FULL)", "store(g_at, g, mask, FULL)"),
     ("store(z_at, z, mask, FULL)", "pass"),
     ("theta = followed(theta, rounded, param)", "pass"),
-    ("store(param_at, theta, mask, FULL)", "pass"),
+    ("store(theta_at, theta, mask, FULL)", "pass"),
+    ("weights_at = param_at", "pass"),
 ]
+TRITON_SAMPLED = [("        if k[11]:", "        if k[11] | (k[9] != 0):")]
 UPLOADS = [
     ("or (at, used) != (self.key[0], self.used)", ""),
     ("or (at, used) != (self.key[0], self.used)", "or True"),
@@ -219,18 +227,21 @@ COUNTERS = [
 
 CUDA = ("test_cuda.py",)
 REPLICAS = ("test_replicas.py",)
+SAMPLES = ("test_threads.py::test_weights_that_are_only_sampled_are_not_written",)
 PYTHON = ("test_update.py", "test_methods.py", "test_optimizer.py")
 # file, mutants, tests, whether the CPU module must be compiled
 CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     ("csrc/update.h", UPDATE, CUDA, False),
+    ("csrc/update.h", SAMPLED, (*CUDA, *SAMPLES), False),
     ("csrc/update.h", PULLED, REPLICAS, False),
     ("csrc/replicas_cuda_body.h", PULL_BODY, REPLICAS, False),
     ("csrc/replicas_launches.cpp", PULL_LAUNCHES, (*REPLICAS, "test_sanitized.py"), False),
-    ("csrc/step_cuda_body.h", BODY, (*CUDA, "test_sanitized.py"), False),
+    ("csrc/step_cuda_body.h", BODY, (*CUDA, *SAMPLES, "test_sanitized.py"), False),
     ("csrc/average.h", AVERAGE_H, CUDA, False),
     ("csrc/launches.cpp", LAUNCHES, CUDA, False),
     ("csrc/launches.cpp", FORMS, ("test_launch_forms.py",), False),
     ("triton_kernels/update.py", TRITON, ("test_triton.py",), False),
+    ("triton_kernels/update.py", TRITON_SAMPLED, SAMPLES, False),
     ("triton_kernels/step.py", UPLOADS, ("test_triton.py",), False),
     ("triton_kernels/advance.py", COUNTERS, ("test_triton.py",), False),
     ("rbwa_fused/reference.py", REFERENCE, PYTHON, False),
