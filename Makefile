@@ -1,9 +1,9 @@
 # `make demo` and `make test` set themselves up: they need Python, a C++ compiler and the network.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 TREES := rbwa_fused triton_kernels tests benchmarks examples setup.py
-CPP := csrc/* benchmarks/*.cpp tests/*.cpp
+CPP := $(wildcard csrc/*.* csrc/*/*) benchmarks/*.cpp tests/*.cpp
 
 .PHONY: demo test check format abi mutants sanitize soak bench gpu clean
 

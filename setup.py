@@ -94,14 +94,21 @@ def extensions() -> list:
     if shutil.which(compiler[0] if compiler else "c++") is None:
         print("rbwa_fused: no C++ compiler found; installing without compiled kernels")
         return []
-    depends = glob("csrc/*.h")
-    names = ["ops.cpp", "tables.cpp", "step_cpu.cpp", "replica_tables.cpp", "replicas_cpu.cpp"]
+    depends = glob("csrc/**/*.h", recursive=True)
+    include_dirs = [os.path.abspath("csrc"), *pybind11()]
+    names = [
+        "cpu/ops_cpu.cpp",
+        "tables.cpp",
+        "cpu/step_cpu.cpp",
+        "replica_tables.cpp",
+        "cpu/pull_cpu.cpp",
+    ]
     found = [
         CppExtension(
             "rbwa_fused._C",
             [f"csrc/{name}" for name in names],
             depends=depends,
-            include_dirs=pybind11(),
+            include_dirs=include_dirs,
             extra_compile_args=FLAGS,
         )
     ]
@@ -113,14 +120,20 @@ def extensions() -> list:
         # torch fails on an empty list, and on an empty entry, which a blank too many is.
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(given) or ARCHITECTURES
         told = f'-DRBWA_ARCHITECTURES="{architectures}"'
-        names = ["ops_cuda.cpp", "tables.cpp", "cuda_tables.cpp", "launches.cpp", "step_cuda.cu"]
-        names += ["replica_tables.cpp", "replicas_launches.cpp", "replicas_cuda.cu"]
+        names = [
+            "cuda/ops_cuda.cpp",
+            "tables.cpp",
+            "cuda/device_tables.cpp",
+            "cuda/packer.cpp",
+            "cuda/step_cuda.cu",
+        ]
+        names += ["replica_tables.cpp", "cuda/pull_packer.cpp", "cuda/pull_cuda.cu"]
         found.append(
             CUDAExtension(
                 "rbwa_fused._C_cuda",
                 [f"csrc/{name}" for name in names],
                 depends=depends,
-                include_dirs=pybind11(),
+                include_dirs=include_dirs,
                 extra_compile_args={"cxx": [*FLAGS, told], "nvcc": NVCC_FLAGS},
             )
         )

@@ -22,7 +22,7 @@ from benchmarks.gpu_measure import LIMIT, count_launches, measure
 from benchmarks.gpu_timing import LEAST_ROUNDS
 from benchmarks.progress import bar
 from benchmarks.providers import Row, selected
-from rbwa_fused import ops
+from rbwa_fused.engine import backends as ops
 
 BACKENDS = ("cuda", "triton")
 

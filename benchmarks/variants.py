@@ -11,7 +11,7 @@ from dataclasses import replace
 from benchmarks.problem import Problem
 from benchmarks.provider import Provider
 from benchmarks.providers import METHODS, Build, Row, ours
-from rbwa_fused import ops
+from rbwa_fused.engine import backends as ops
 
 USUAL = (True, False)  # of launch_form
 VARIED = ("SGD + momentum", "EMA")
@@ -20,7 +20,7 @@ Setting = Callable[[], AbstractContextManager[None]]
 
 
 def launch_form(small: bool, block_table: bool) -> None:
-    """How the CUDA kernels are launched from now on (csrc/launches.h)."""
+    """How the CUDA kernels are launched from now on (csrc/cuda/packer.h)."""
     assert ops._C_cuda is not None
     ops._C_cuda.launch_form(small, block_table)
 

@@ -1,5 +1,5 @@
 // 16-bit storage, on the device and on the host. The CPU kernel has conversions of its own, which
-// are compiled for each instruction set (step_cpu_loop.h).
+// are compiled for each instruction set (cpu/loop.h).
 #pragma once
 
 #include <cstdint>

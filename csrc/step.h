@@ -23,7 +23,8 @@ struct Segment {
   Dtype a_dtype;
 };
 
-// The coefficient tables as plan.py packs them; names as in update.h. A param group has rows:
+// The coefficient tables as engine/rows.py packs them; names as in update.h. A param group has
+// rows:
 struct Row {
   double s, lambda, mu, c, kappa, alpha, gamma, delta, eta;
 };

@@ -18,8 +18,8 @@ constexpr DLDataType kInt64{kDLInt, 64, 1};
 constexpr DLDataType kFloat{kDLFloat, 32, 1};
 constexpr DLDataType kDouble{kDLFloat, 64, 1};
 
-// Columns of the segment table, which flat.py writes. A stream is a pair: which of the `state`
-// buffers holds it (-1: none does) and the element at which it starts.
+// Columns of the segment table, which engine/segments.py writes. A stream is a pair: which of the
+// `state` buffers holds it (-1: none does) and the element at which it starts.
 enum SegmentColumn {
   kLength,  // elements
   kRow,     // of the coefficient tables

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import rbwa_fused as rf
-from rbwa_fused import ops
 from rbwa_fused.command import Parser, run
+from rbwa_fused.engine import backends
 
 PROG = "python -m rbwa_fused"
 STEPS = 5
@@ -19,20 +19,20 @@ STEPS = 5
 
 def facts() -> dict[str, str]:
     """Versions and what was compiled, in the order in which they are printed."""
-    cpu, cuda = ops._C, ops._C_cuda
+    cpu, cuda = backends._C, backends._C_cuda
     return {
         "rbwa_fused": rf.__version__,
         "torch": f"{torch.__version__} (built with CUDA {torch.version.cuda})",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
-        "cpu kernels": f"built with {cpu.COMPILER}" if cpu is not None else ops._missing,
+        "cpu kernels": f"built with {cpu.COMPILER}" if cpu is not None else backends._missing,
         "cpu instruction set": cpu.cpu_capability() if cpu is not None else "-",
         "direct call": "yes" if hasattr(cpu, "step") else "no (all goes through the dispatcher)",
         "cuda kernels": (
             f"built with CUDA {cuda.TOOLKIT / 1000:.1f} for {cuda.ARCHITECTURES}"
             if cuda is not None
-            else ops._missing_cuda
+            else backends._missing_cuda
         ),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
@@ -79,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in facts().items():
         print(f"{name:20} {value}")
     verdicts = []
-    for backend in ops.BACKENDS:
+    for backend in backends.BACKENDS:
         if backend == "reference":
             continue  # the yardstick
         gpu = backend != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if gpu else "cpu")
-        why = ops.unavailable(backend, device)
+        why = backends.unavailable(backend, device)
         if why is not None:
             print(f"{'check ' + backend:20} not run: {why}")
             continue

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rbwa_fused import checkpoint, checks, form, ops
-from rbwa_fused.plan import GroupPlan, Plan
+from rbwa_fused import checkpoint, form
+from rbwa_fused.engine import backends, checks
+from rbwa_fused.engine.rows import GroupPlan, Plan
 
 if TYPE_CHECKING:
     from rbwa_fused.layout import Counters, LaidOut
@@ -91,7 +92,7 @@ def adopt(opt: LaidOut, groups: list[Group], held: Any) -> tuple[Any, int, Count
         checkpoint.refuse_uncounted(held)
 
     if notes:
-        warnings.warn("; ".join(notes), stacklevel=ops._user_level())
+        warnings.warn("; ".join(notes), stacklevel=backends._user_level())
     for group, full in zip(groups, completed, strict=True):
         for key in group.keys() - full.keys():
             del group[key]

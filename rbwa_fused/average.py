@@ -9,7 +9,6 @@ paper; Lookahead, Zhang et al. 2019; Switch-EMA, Li et al. 2024.
 
 from __future__ import annotations
 
-import operator
 import pickle
 import re
 import sys
@@ -22,8 +21,8 @@ from typing import Any, Literal, cast
 import torch
 
 from rbwa_fused.fingerprint import alike, fingerprint, where
-from rbwa_fused.flat import DTYPES
-from rbwa_fused.rules import number
+from rbwa_fused.numbers import fraction, integer, number
+from rbwa_fused.streams import DTYPES
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Ema:
     decay: float
 
     def __post_init__(self) -> None:
-        _fraction("decay", self.decay)
+        fraction("decay", self.decay)
 
 
 @dataclass(frozen=True)
@@ -339,7 +338,7 @@ def rbwa_e(beta: float = 0.9, *, steps_per_epoch: int, start_epoch: int = 10) ->
     """RBWA with an exponential moving average (eq. 4-5), 0 <= beta < 1."""
     epoch = integer("steps_per_epoch", steps_per_epoch, least=1)
     start = integer("start_epoch", start_epoch, least=0) * epoch
-    return Average(Ema(_fraction("beta", beta)), start=start, write_back_every=1)
+    return Average(Ema(fraction("beta", beta)), start=start, write_back_every=1)
 
 
 def lookahead(k: int = 5, alpha: float = 0.5) -> Average:
@@ -358,26 +357,6 @@ def switch_ema(decay: float = 0.999, *, steps_per_epoch: int) -> Average:
     """Switch-EMA: an EMA of every step, written back once an epoch, 0 <= decay < 1."""
     epoch = integer("steps_per_epoch", steps_per_epoch, least=1)
     return Average(Ema(decay), write_back_every=epoch)
-
-
-def integer(name: str, value: int, *, least: int) -> int:
-    """An integer of at least so much, or TypeError or ValueError with the argument's name."""
-    if isinstance(value, bool):
-        raise TypeError(f"Invalid {name}: {value!r} (expected an integer)")
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"Invalid {name}: {value!r} (expected an integer)") from None
-    if value < least:
-        raise ValueError(f"Invalid {name}: {value} (expected at least {least})")
-    return value
-
-
-def _fraction(name: str, value: float) -> float:
-    fraction = number(name, value)
-    if not 0.0 <= fraction < 1.0:
-        raise ValueError(f"Invalid {name}: {value} (expected 0 <= {name} < 1)")
-    return fraction
 
 
 # Frozen numbers and names: torch.load(weights_only=True) may make them, as where a trainer saves a

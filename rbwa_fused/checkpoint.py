@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from rbwa_fused import form
-from rbwa_fused.average import Average, integer, same, structure
-from rbwa_fused.flat import DTYPES, STREAMS
+from rbwa_fused.average import Average, same, structure
+from rbwa_fused.numbers import integer
+from rbwa_fused.streams import DTYPES, STREAMS
 
 if TYPE_CHECKING:
+    from rbwa_fused.engine.rows import GroupPlan
     from rbwa_fused.fused import FusedOptimizer
     from rbwa_fused.layout import LaidOut
-    from rbwa_fused.plan import GroupPlan
 
 # What `export` adds to a group. A checkpoint of torch.optim.SGD has none of them. Live groups have
 # the keys too, with None for a value: torch.distributed.checkpoint, taking a flattened state dict
@@ -239,7 +240,7 @@ def check_state(
     n_averaged: int,
 ) -> None:
     """Raise for a parameter's state that does not go with its group's plan and count of samples."""
-    for stream in STREAMS.keys() & held.keys():
+    for stream in held.keys() & STREAMS:
         value = held[stream]
         if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.is_meta:
             what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)

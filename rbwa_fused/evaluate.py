@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from rbwa_fused.engine.sharded import gathered_by, kind_of_shard, reshard
 from rbwa_fused.model_state import state_dict_with
-from rbwa_fused.sharded import gathered_by, kind_of_shard, reshard
 from rbwa_fused.swap import Swap, averages
 
 if TYPE_CHECKING:

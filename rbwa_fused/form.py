@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
-from rbwa_fused.flat import STREAMS
+from rbwa_fused.streams import STREAMS
 
 # What torch.optim.SGD has had in its groups from its first version on, and no other class of torch
 # has all of.
@@ -49,7 +49,7 @@ def check(state_dict: Any) -> None:
     for key, held in state.items():
         if key in known:
             mapping(f"state of parameter {short(key)} in the checkpoint", held)
-        elif isinstance(held, Mapping) and STREAMS.keys() & held.keys():
+        elif isinstance(held, Mapping) and held.keys() & STREAMS:
             raise ValueError(
                 f"Invalid state in the checkpoint: that of {short(key)}, which is no parameter "
                 f"(expected some of {short(sorted(known, key=str))})"

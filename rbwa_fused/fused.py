@@ -1,8 +1,8 @@
 """FusedOptimizer: the step that hands parameters, gradients and tables to a kernel.
 
 `_update` is the data path: gradients are gathered, the rows of the coefficient tables brought up
-to date (plan.py), and one call of the backend (ops.py) steps every parameter of a device. What the
-tables hold is layout.py's.
+to date (engine/rows.py), and one call of the backend (engine/backends.py) steps every parameter of
+a device. What the tables hold is layout.py's.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rbwa_fused import adopted, checkpoint, checks, evaluate, flat, ops, rules
-from rbwa_fused.deferred import Deferred
+from rbwa_fused import adopted, checkpoint, evaluate, rules
+from rbwa_fused.engine import backends, checks, segments
+from rbwa_fused.engine.counters import Deferred
+from rbwa_fused.engine.rows import Plan
+from rbwa_fused.engine.sharded import local
 from rbwa_fused.in_backward import InBackward
 from rbwa_fused.layout import LaidOut
-from rbwa_fused.plan import Plan
-from rbwa_fused.sharded import local
 
 Grads = list[Tensor | None]
-Gathered = tuple[flat.Table, ops.Backend, Grads]
+Gathered = tuple[segments.Segments, backends.Backend, Grads]
 
 
 class FusedOptimizer(LaidOut):
@@ -41,7 +42,7 @@ class FusedOptimizer(LaidOut):
     and points its segment at the group's first-step row, the kernel runs, `_finish` points it back.
     A segment that is to have momentum or a master but has had no gradient yet waits in
     `table.lacking`.
-    Where the device counts, its `marks` say all this instead (deferred.py).
+    Where the device counts, its `marks` say all this instead (engine/counters.py).
     """
 
     _watched = False  # hooks and profiler are told of the step under way
@@ -134,7 +135,9 @@ class FusedOptimizer(LaidOut):
             plan.starting = True
         for table, backend in self._launches:
             grads, some_absent, some_present, some_negated = (
-                ops.described(table.gradients()) if table.shards else ops.gradients(table.params)
+                backends.described(table.gradients())
+                if table.shards
+                else backends.gradients(table.params)
             )
             absent = absent or some_absent
             present = present or some_present
@@ -189,7 +192,7 @@ class FusedOptimizer(LaidOut):
             return False
         return all(table.holds_state() and table.holds_shards() for table, _ in self._launches)
 
-    def _start(self, plan: Plan, table: flat.Table, grads: Grads) -> None:
+    def _start(self, plan: Plan, table: segments.Segments, grads: Grads) -> None:
         """Gives parameters the state they come to need; momentum's absence marks its first step."""
         averages: dict[int, Tensor | None] = {}
         masters: dict[int, Tensor | None] = {}
@@ -224,8 +227,8 @@ class FusedOptimizer(LaidOut):
     def _launch(
         self,
         plan: Plan,
-        table: flat.Table,
-        step: ops.Step,
+        table: segments.Segments,
+        step: backends.Step,
         grads: Grads,
         deferred: Deferred | None = None,
     ) -> bool:
@@ -282,7 +285,7 @@ class FusedOptimizer(LaidOut):
         return True
 
     def _finish(
-        self, plan: Plan, table: flat.Table, grads: Grads, absent: bool, scale: float
+        self, plan: Plan, table: segments.Segments, grads: Grads, absent: bool, scale: float
     ) -> None:
         """After the kernel: first-step marks, versions, unscaled gradients."""
         for i in table.first:

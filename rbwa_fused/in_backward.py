@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from rbwa_fused import checks, flat, ops
-from rbwa_fused.plan import Plan
+from rbwa_fused.engine import backends, checks, segments
+from rbwa_fused.engine.rows import Plan
 
 if TYPE_CHECKING:
     from rbwa_fused.fused import FusedOptimizer
     from rbwa_fused.layout import LaidOut
 
-Launch = tuple[flat.Table, ops.Backend]
+Launch = tuple[segments.Segments, backends.Backend]
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 # The optimizers with hooks by their ids, to find two that step the same parameter. Not a WeakSet:
 # one cannot be gone through while another thread makes an optimizer.
@@ -149,7 +149,9 @@ class InBackward:
         opt._steps += 1
         plan.commit()
 
-    def _start(self, opt: FusedOptimizer, plan: Plan, table: flat.Table) -> list[Tensor | None]:
+    def _start(
+        self, opt: FusedOptimizer, plan: Plan, table: segments.Segments
+    ) -> list[Tensor | None]:
         """The gradient of a table's parameter, which is given the state that it comes to need."""
         grads = [table.params[0].grad]
         if not checks.fit(table, grads, opt.param_groups):

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from rbwa_fused import adopted, checkpoint, checks, flat, ops, rules
-from rbwa_fused.deferred import Deferred
+from rbwa_fused import adopted, checkpoint, rules, streams
+from rbwa_fused.engine import backends, checks, memory, segments
+from rbwa_fused.engine.counters import Deferred
+from rbwa_fused.engine.rows import GroupPlan, Plan
+from rbwa_fused.engine.sharded import is_flattened, kind_of_shard, local, shard_of
 from rbwa_fused.in_backward import MIDWAY, InBackward
-from rbwa_fused.plan import GroupPlan, Plan
-from rbwa_fused.sharded import is_flattened, kind_of_shard, local, shard_of
 from rbwa_fused.swap import Swap
 
 Group = dict[str, Any]
@@ -115,7 +116,7 @@ class LaidOut(Optimizer):
                 # leaves out for who unscales by himself.
                 self._step_supports_amp_scaling = False
             for device in {p.device for p in group["params"]}:
-                ops.choose(self._backend_name, device)
+                backends.choose(self._backend_name, device)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -134,7 +135,7 @@ class LaidOut(Optimizer):
             self.rule, self._check_hyperparameters, self.hyperparameters, self._master_weights
         )
         self._deferred = None
-        self._tables: dict[tuple[torch.device, int], flat.Table] = {}
+        self._tables: dict[tuple[torch.device, int], segments.Segments] = {}
         self._add(plan, groups, move, counters)
 
     @torch._disable_dynamo
@@ -144,27 +145,29 @@ class LaidOut(Optimizer):
         known = [p for table in self._tables.values() for p in table.params]
         known_turns = [turn for (_, turn), table in self._tables.items() for _ in table.params]
         new = [p for group in groups for p in group["params"]]
-        turns, alone = flat.turns(known + new, known_turns)
+        turns, alone = memory.launch_order(known + new, known_turns)
         if self._early is not None:  # a launch for each parameter
             turns = list(range(len(turns)))
         turn_of = dict(zip(known + new, turns, strict=True))
         if move:
-            flat.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
+            memory.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
         for group, counted in zip(groups, counters or [(0, None)] * len(groups), strict=True):
             group_plan = plan.add(group, *counted)
             for index, p in enumerate(group["params"]):
-                table = self._tables.setdefault((p.device, turn_of[p]), flat.Table())
+                table = self._tables.setdefault((p.device, turn_of[p]), segments.Segments())
                 row, sampling = group_plan.row(first=False), group_plan.sampling(p)
                 table.add(p, group_plan.index, index, row, sampling)
-        self.backend = ops.choose(self._backend_name, torch.device("cpu")).name if not new else ""
-        self._launches: list[tuple[flat.Table, ops.Backend]] = []
+        self.backend = (
+            backends.choose(self._backend_name, torch.device("cpu")).name if not new else ""
+        )
+        self._launches: list[tuple[segments.Segments, backends.Backend]] = []
         for (device, _), table in self._tables.items():  # each turn's is made after those before it
-            backend = ops.choose(self._backend_name, device)
+            backend = backends.choose(self._backend_name, device)
             self.backend = backend.name
             self._launches.append((table, backend))
             if self.backend == "reference" and self._backend_name == "auto" and not self._warned:
                 self._warned = True
-                ops.warn_of_reference(device)
+                backends.warn_of_reference(device)
             self._take_over_state(plan, table, set(new))
         custom = any(p.policy is not None and p.policy.custom for p in plan.groups)
         self._may_defer = not custom and all(b.advance is not None for _, b in self._launches)
@@ -175,8 +178,8 @@ class LaidOut(Optimizer):
             owners = {p for p, own in zip(known + new, alone, strict=True) if own}
             self._early.attach(self._launches, owners)
 
-    def _take_over_state(self, plan: Plan, table: flat.Table, new: set[Tensor]) -> None:
-        for stream in flat.STREAMS:
+    def _take_over_state(self, plan: Plan, table: segments.Segments, new: set[Tensor]) -> None:
+        for stream in streams.STREAMS:
             values: dict[int, Tensor | None] = {}
             for i, p in enumerate(table.params):
                 held = self.state.get(p, {}) if p in new else {}
@@ -189,7 +192,7 @@ class LaidOut(Optimizer):
             self._attach(plan, table, stream, values)
 
     def _attach(
-        self, plan: Plan, table: flat.Table, stream: str, values: dict[int, Tensor | None]
+        self, plan: Plan, table: segments.Segments, stream: str, values: dict[int, Tensor | None]
     ) -> None:
         dtypes = {i: plan.groups[table.groups[i]].dtype_of(stream, table.params[i]) for i in values}
         for i, view in table.attach(stream, values, dtypes).items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
-from rbwa_fused.sharded import is_flattened, is_sharded, local, reshard
+from rbwa_fused.engine.sharded import is_flattened, is_sharded, local, reshard
 
 
 def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[str, Any]:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from rbwa_fused import checks, flat, ops, reference
-from rbwa_fused.average import integer
+from rbwa_fused import reference
+from rbwa_fused.engine import backends, checks, memory
+from rbwa_fused.engine.sharded import is_flattened, is_sharded
 from rbwa_fused.model_state import state_dict_with
-from rbwa_fused.rules import number
-from rbwa_fused.sharded import is_flattened, is_sharded
+from rbwa_fused.numbers import integer, number
 
 Replica = nn.Module | Iterable[Tensor]
 
@@ -54,7 +54,7 @@ def pull_(replicas: Sequence[Replica], alpha: float) -> None:
     if alpha == 0 or len(lists) == 1:
         return
     with torch.no_grad():
-        ops.pull_(lists, alpha)
+        backends.pull_(lists, alpha)
     increment_version([p for params in lists for p in params if not p.is_inference()])
 
 
@@ -239,7 +239,7 @@ def fit(replica: Replica) -> list[Tensor]:
 
 def sharing(params: Sequence[Tensor]) -> int | None:
     """The first tensor that shares memory with another one, if any does."""
-    _, alone = flat.turns(params)
+    _, alone = memory.launch_order(params)
     return None if all(alone) else alone.index(False)
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rbwa_fused.numbers import flag, number
+
 ROW = struct.Struct("9d")  # s, lambda, Coefficients, eta
 SAMPLING = struct.Struct("5d")  # Sampling
 
@@ -144,25 +146,3 @@ def implementation(foreach: Any, differentiable: Any, fused: Any) -> None:
             f"Invalid differentiable: {differentiable!r} (expected False: autograd sees no "
             "step of ours, but that of torch.optim.SGD(differentiable=True))"
         )
-
-
-def flag(name: str, value: Any) -> None:
-    """Raise for what is true in Python and means nothing here, such as "no" and nan."""
-    if value is None or value is True or value is False:
-        return
-    try:
-        known = number(name, value) in (0.0, 1.0)
-    except TypeError:
-        known = False
-    if not known:
-        raise ValueError(f"Invalid {name}: {value!r} (expected True or False)")
-
-
-def number(name: str, value: Any) -> float:
-    """A number as a float, or TypeError with the argument's name."""
-    try:
-        if not isinstance(value, str | bytes):
-            return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        pass
-    raise TypeError(f"Invalid {name}: {value!r} (expected a number)")

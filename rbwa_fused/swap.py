@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rbwa_fused import checks
-from rbwa_fused.flat import DTYPES
-from rbwa_fused.sharded import beside, is_sharded, local, reshard, shard_of
+from rbwa_fused.engine import checks
+from rbwa_fused.engine.sharded import beside, is_sharded, local, reshard, shard_of
+from rbwa_fused.streams import DTYPES
 
 if TYPE_CHECKING:
+    from rbwa_fused.engine.rows import GroupPlan
     from rbwa_fused.fused import FusedOptimizer
-    from rbwa_fused.plan import GroupPlan
 
 MEND = (
     "once every parameter has its shape, a floating dtype and memory of its own again, enter and "

@@ -7,14 +7,14 @@
 #include <memory>
 #include <utility>
 
-#include "cuda_tables.h"
-#include "launches.h"
+#include "cuda/device_tables.h"
+#include "cuda/packer.h"
 #include "python_tensors.h"
 #include "replica_tables.h"
-#include "replicas_cuda.h"
-#include "replicas_cuda_body.h"
-#include "step_cuda.h"
-#include "step_cuda_body.h"
+#include "cuda/pull_cuda.h"
+#include "cuda/pull_body.h"
+#include "cuda/kernel.h"
+#include "cuda/body.h"
 
 namespace {
 

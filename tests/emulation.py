@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import rbwa_fused as rf
-from rbwa_fused import ops
-from rbwa_fused.deferred import Deferred
+from rbwa_fused.engine import backends
+from rbwa_fused.engine.counters import Deferred
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["tests/emulated_cuda.cpp", "csrc/cuda_tables.cpp", "csrc/launches.cpp"]
-SOURCES += ["csrc/tables.cpp", "csrc/replica_tables.cpp", "csrc/replicas_launches.cpp"]
+SOURCES = ["tests/emulated_cuda.cpp", "csrc/cuda/device_tables.cpp", "csrc/cuda/packer.cpp"]
+SOURCES += ["csrc/tables.cpp", "csrc/replica_tables.cpp", "csrc/cuda/pull_packer.cpp"]
 FLAGS = ["-O1", "-g0", "-std=c++20", "-ffp-contract=off"]
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
@@ -51,26 +51,26 @@ def emulated() -> Any:
     return module
 
 
-def backend() -> ops.Backend:
-    """`ops.CUDA`, with the compiled module exchanged for the emulated one."""
+def backend() -> backends.Backend:
+    """`backends.CUDA`, with the compiled module exchanged for the emulated one."""
     module = emulated()
 
     def advance(d: Deferred) -> None:
         module.advance(d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf)
 
-    return ops.Backend("cuda", ops._door(module), True, advance)
+    return backends.Backend("cuda", backends._door(module), True, advance)
 
 
 @pytest.fixture
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """backend="cuda" serves CPU tensors by emulated kernels; an lr tensor counts as on a device."""
     chosen = backend()
-    choose = ops.choose
+    choose = backends.choose
 
-    def pick(name: str, device: torch.device) -> ops.Backend:
+    def pick(name: str, device: torch.device) -> backends.Backend:
         return chosen if name == "cuda" else choose(name, device)
 
-    monkeypatch.setattr(ops, "choose", pick)
+    monkeypatch.setattr(backends, "choose", pick)
     monkeypatch.setattr(
         rf.rules,
         "lr_on_device",

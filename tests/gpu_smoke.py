@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import rbwa_fused as rf
 from rbwa_fused import reference
-from rbwa_fused.flat import kept_dtype
+from rbwa_fused.streams import working_dtype
 
 STEPS = 4
 CHUNKS = 3 * 4096 + 5  # elements: several chunks and a tail
@@ -155,7 +155,7 @@ class Smoke:
         parameters where they are."""
         cls, options = RULES[rule]
         flatten = average != "own"
-        kept = kept_dtype(dtype, options.get("master_weights", False))
+        kept = working_dtype(dtype, options.get("master_weights", False))
         two = self.pair(cls, {**options, "average": policy(average, kept)}, dtype, flatten=flatten)
         for step in range(1, STEPS + 1):
             for run in two:

@@ -85,7 +85,7 @@ TABLES: Mutants = [
     ("(segment.z == nullptr) == (segment.previous == nullptr)", "true"),
     ("grad.data != nullptr || segment.length == 0", "true"),
 ]
-FLAT: Mutants = [
+MEMORY: Mutants = [
     ("expected *= size", "expected = size"),
     ("a == b or size == 1 or", "a == b or"),
     ("length = -(-tensor.numel() // step) * step", "length = tensor.numel()"),
@@ -96,6 +96,8 @@ FLAT: Mutants = [
     ("and not param.is_shared()", ""),
     ('and param.device.type == "cpu"', ""),
     ("and param.untyped_storage().nbytes() == param.numel() * param.element_size()", ""),
+]
+SEGMENTS: Mutants = [
     (
         "self._columns[segment][ROW] = row\n        self._tensors = None",
         "self._columns[segment][ROW] = row",
@@ -338,8 +340,10 @@ SHARDED: Mutants = [
 SHARDS_IN_TABLES: Mutants = [
     ("all(local(param) is shard for param, shard in self.shards)", "True"),
     ("                if alike is not g:\n                    param.grad = alike\n", ""),
-    ("enumerate(map(local, params))", "enumerate(params)"),
     ("return {i: beside(view, self.params[i]) for i, view in views.items()}", "return views"),
+]
+SHARDS_IN_MEMORY: Mutants = [
+    ("enumerate(map(local, params))", "enumerate(params)"),
     ("        and not is_flattened(param)\n", ""),
 ]
 SHARDS_IN_EVALUATION: Mutants = [
@@ -387,24 +391,31 @@ SHARDS = ("test_fsdp.py", "test_fsdp1.py", "test_tensor_parallel.py")
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/compiled.py", COMPILED, ("test_compiled.py",), False),
     ("rbwa_fused/__main__.py", CHECKED, ("test_compiled.py",), False),
-    ("csrc/step_cpu_loop.h", CPU_LOOP, BITS, True),
-    ("csrc/step_cpu.cpp", STEP_CPU, BITS, True),
+    ("csrc/cpu/loop.h", CPU_LOOP, BITS, True),
+    ("csrc/cpu/step_cpu.cpp", STEP_CPU, BITS, True),
     (
         "csrc/gradients.h",
         GRADIENTS,
         ("test_plain_memory.py", "test_optimizer.py", "test_outside_edits.py"),
         True,
     ),
-    ("csrc/ops.cpp", OPS, ("test_ops.py", "test_outside_edits.py", "test_threads.py"), True),
+    (
+        "csrc/cpu/ops_cpu.cpp",
+        OPS,
+        ("test_ops.py", "test_outside_edits.py", "test_threads.py"),
+        True,
+    ),
     (
         "csrc/tables.cpp",
         TABLES,
         ("test_ops.py", "test_outside_edits.py", "test_optimizer.py"),
         True,
     ),
-    ("rbwa_fused/flat.py", FLAT, STEPS, False),
-    ("rbwa_fused/sharded.py", SHARDED, SHARDS, False),
-    ("rbwa_fused/flat.py", SHARDS_IN_TABLES, SHARDS, False),
+    ("rbwa_fused/engine/memory.py", MEMORY, STEPS, False),
+    ("rbwa_fused/engine/memory.py", SHARDS_IN_MEMORY, SHARDS, False),
+    ("rbwa_fused/engine/segments.py", SEGMENTS, STEPS, False),
+    ("rbwa_fused/engine/sharded.py", SHARDED, SHARDS, False),
+    ("rbwa_fused/engine/segments.py", SHARDS_IN_TABLES, SHARDS, False),
     ("rbwa_fused/evaluate.py", SHARDS_IN_EVALUATION, SHARDS, False),
     ("rbwa_fused/layout.py", SHARDS_IN_LAYOUT, SHARDS, False),
     ("rbwa_fused/layout.py", LAYOUT, STEPS, False),
@@ -431,7 +442,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         False,
     ),
     ("rbwa_fused/swap.py", SHARDS_IN_SWAP, SHARDS, False),
-    ("rbwa_fused/plan.py", PLAN, ("test_step_fails.py",), False),
+    ("rbwa_fused/engine/rows.py", PLAN, ("test_step_fails.py",), False),
     ("rbwa_fused/fused.py", INTERRUPTED, ("test_step_fails.py",), False),
     (
         "rbwa_fused/checkpoint.py",

@@ -32,7 +32,7 @@ PULL: Mutants = [
 ]
 EXCHANGE: Mutants = [
     (
-        "ops.pull_([[piece] for piece in pieces], 1.0)",
+        "backends.pull_([[piece] for piece in pieces], 1.0)",
         "pieces[0] = pieces.mean(0)",
     ),
     ("        if self._piece is not None:\n            return\n", ""),

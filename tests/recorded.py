@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from rbwa_fused import ops
-from rbwa_fused.deferred import Deferred
+from rbwa_fused.engine import backends
+from rbwa_fused.engine.counters import Deferred
 
 
 class Host:
@@ -169,7 +169,7 @@ class Recording(Host):
         return recorder.replay
 
 
-def recorded_backend() -> ops.Backend:
+def recorded_backend() -> backends.Backend:
     """The emulated kernels, which pass by torch's operators, for a Recorder to see."""
     kernels = backend()
     take, count = kernels.step, kernels.advance

@@ -46,8 +46,8 @@ class Canary(NamedTuple):
     found: str
 
 
-LOOP = "csrc/step_cpu_loop.h"
-BODY = "csrc/step_cuda_body.h"
+LOOP = "csrc/cpu/loop.h"
+BODY = "csrc/cuda/body.h"
 TABLES = "csrc/tables.cpp"
 FLOAT32_ALONE: tuple[Edit, ...] = tuple(  # which compiles in a fraction of the time
     ("tests/emulated_cuda.cpp", f"with_average<{kind}>(", "with_average<float>(")

@@ -168,7 +168,7 @@ def events(rule: str, groups: SearchStrategy[GroupSpec]) -> SearchStrategy[Event
 
 @st.composite
 def cases(draw: st.DrawFn, device: bool = False) -> Case:
-    """With `device`, cases in which a device may count (deferred.py)."""
+    """With `device`, cases in which a device may count (engine/counters.py)."""
     rule = draw(st.sampled_from(RULES))
     capturable = device and draw(st.booleans())
     master_weights = draw(st.booleans())

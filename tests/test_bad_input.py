@@ -20,7 +20,7 @@ from runs import EPOCH, METHODS, STEPS, Model, bits, build, feed, groups, result
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import ops
+from rbwa_fused.engine import backends
 
 NAN = float("nan")
 INF = float("inf")
@@ -414,7 +414,7 @@ def test_an_empty_group_is_torchs_empty_group() -> None:
     opt = rf.FusedSGD([{"params": []}], lr=0.1, momentum=0.9, average=rf.ema())
     opt.step()
     opt.zero_grad()
-    assert (opt.n_averaged, opt.backend) == (0, "cpu" if ops._C is not None else "reference")
+    assert (opt.n_averaged, opt.backend) == (0, "cpu" if backends._C is not None else "reference")
     with opt.averaged():
         pass
     saved = copy.deepcopy(opt.state_dict())
@@ -431,8 +431,8 @@ def test_an_empty_group_is_torchs_empty_group() -> None:
 
 @pytest.fixture
 def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_C", None)
-    monkeypatch.setattr(ops, "_missing", "not built here, run `pip install`")
+    monkeypatch.setattr(backends, "_C", None)
+    monkeypatch.setattr(backends, "_missing", "not built here, run `pip install`")
 
 
 @pytest.mark.usefixtures("unbuilt")

@@ -15,7 +15,8 @@ import torch
 from torch.torch_version import TorchVersion
 
 import rbwa_fused as rf
-from rbwa_fused import compiled, ops
+from rbwa_fused import compiled
+from rbwa_fused.engine import backends
 
 pytest.importorskip("rbwa_fused._C")
 
@@ -103,7 +104,7 @@ def test_a_source_folder_alone_says_how_it_is_built(source: Path) -> None:
 
 def test_a_module_that_cannot_be_loaded_is_not_called_unbuilt(source: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(source, tmp_path / "broken")
-    name = Path(ops._C.__file__).name
+    name = Path(backends._C.__file__).name
     (broken / "rbwa_fused" / name).write_text("no library")
     told = lines(start(CHECK, broken).stdout)
     assert told["cpu kernels"].startswith(

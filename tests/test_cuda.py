@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rbwa_fused as rf
-from rbwa_fused import flat
 from rbwa_fused.average import Average
-from rbwa_fused.deferred import Deferred
+from rbwa_fused.engine import memory
+from rbwa_fused.engine.counters import Deferred
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -362,7 +362,7 @@ def test_captured_steps_count_and_read_their_learning_rate_on_the_device(
     """A replay runs the launches of one step again, with nothing from the host."""
     ends = []
     for captured in (False, True):
-        ps = [p for p in params(torch.float32) if flat.is_dense(p)]  # others cost copies
+        ps = [p for p in params(torch.float32) if memory.is_dense(p)]  # others cost copies
         lr = torch.tensor(0.1)
         policy = AVERAGES[average]
         backend = "cuda" if captured else "cpu"

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from rbwa_fused import ops
+from rbwa_fused.engine import backends
 
-if ops._C_cuda is None:
+if backends._C_cuda is None:
     pytest.skip("the CUDA kernels are not built here", allow_module_level=True)
 
 HERE = Path(__file__).parent
-# Every function of csrc/*.cu that launches, as g++ mangles it. Each does so once.
+# Every function of csrc/cuda/*.cu that launches, as g++ mangles it. Each does so once.
 PROGRAM = """
 import ctypes, sys
-from rbwa_fused import ops
+from rbwa_fused.engine import backends
 
-runtime, kernels = ctypes.CDLL(sys.argv[1]), ctypes.CDLL(ops._C_cuda.__file__)
+runtime, kernels = ctypes.CDLL(sys.argv[1]), ctypes.CDLL(backends._C_cuda.__file__)
 memory = [ctypes.create_string_buffer(1 << 16) for _ in range(2)]
 some = [address + -address % 16 for address in map(ctypes.addressof, memory)]
 calls = {

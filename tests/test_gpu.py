@@ -13,7 +13,7 @@ from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import ops
+from rbwa_fused.engine import backends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +23,8 @@ pytestmark = [
 GPU = torch.device("cuda", 0)
 BACKENDS = [
     pytest.param(
-        name, marks=pytest.mark.skipif(ops.unavailable(name, GPU) is not None, reason="not there")
+        name,
+        marks=pytest.mark.skipif(backends.unavailable(name, GPU) is not None, reason="not there"),
     )
     for name in ("cuda", "triton")
 ]

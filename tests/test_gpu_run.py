@@ -183,8 +183,8 @@ def test_what_leaves_the_group_and_holds_the_output_holds_up_nobody(
         "ERROR process 3 died by signal 11",
         "WRONG: torch.float32, plain, none: 2 tensors differ",
         "**WRONG: EMA, cuda, not timed**",
-        "      csrc/ops.cpp:4:10: fatal error: pybind11/pybind11.h: No such file or directory",
-        "      csrc/step_cuda.cu(12): error: identifier is undefined",
+        "      csrc/cpu/ops_cpu.cpp:4:10: fatal error: pybind11/pybind11.h: No such file",
+        "      csrc/cuda/step_cuda.cu(12): error: identifier is undefined",
         "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
     ],
 )

@@ -38,7 +38,7 @@ from benchmarks.check import Maths
 from benchmarks.problem import Problem
 from benchmarks.provider import Provider
 from benchmarks.providers import BASELINE, CAPTURED, ON_GPU, named
-from rbwa_fused import ops
+from rbwa_fused.engine import backends
 
 WAITS = "called a synchronizing operation"
 NO_GRAPH = {  # and why
@@ -62,12 +62,12 @@ def tiny(name: str = "tiny", dtype: torch.dtype = torch.float32) -> nn.Module:
 def recording(monkeypatch: pytest.MonkeyPatch, emulated_cuda: Any) -> Iterator[Recording]:  # noqa: F811
     """A GPU that is the CPU; ours run on the emulated kernels."""
     kernels, device, threads = recorded_backend(), Recording(), torch.get_num_threads()
-    choose = ops.choose
+    choose = backends.choose
 
-    def pick(name: str, where: torch.device) -> ops.Backend:
+    def pick(name: str, where: torch.device) -> backends.Backend:
         return kernels if name in ("auto", "cuda") else choose(name, where)
 
-    monkeypatch.setattr(ops, "choose", pick)
+    monkeypatch.setattr(backends, "choose", pick)
     monkeypatch.setattr(training, "torchvision_model", tiny)
     monkeypatch.setattr(training, "Cuda", lambda: device)
     monkeypatch.setattr(variants, "launch_form", emulated_cuda.launch_form)

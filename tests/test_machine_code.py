@@ -12,14 +12,16 @@ from typing import NamedTuple
 
 import pytest
 
-from rbwa_fused import ops
-from rbwa_fused.deferred import POLICY_COLUMNS
+from rbwa_fused.engine import backends
+from rbwa_fused.engine.counters import POLICY_COLUMNS
 
-if ops._C_cuda is None:
+if backends._C_cuda is None:
     pytest.skip("the CUDA kernels are not built here", allow_module_level=True)
 
 ARCHITECTURES = [
-    name for name in ("sm_80", "sm_90") if f"{name[-2]}.{name[-1]}" in ops._C_cuda.ARCHITECTURES
+    name
+    for name in ("sm_80", "sm_90")
+    if f"{name[-2]}.{name[-1]}" in backends._C_cuda.ARCHITECTURES
 ]
 # As g++ mangles it: storage of the parameter, of theta, of the average, where
 # S1_ repeats the first; rule, averaged, arithmetic; bytes of tables.
@@ -63,7 +65,7 @@ def cuobjdump(*args: str) -> str:
     if found is None:
         triton = pytest.importorskip("triton")
         found = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-    command = [found, *args, ops._C_cuda.__file__]
+    command = [found, *args, backends._C_cuda.__file__]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -196,8 +198,8 @@ def test_every_kernel_that_may_be_launched_is_compiled(architecture: str) -> Non
 
 
 def test_python_and_cpp_agree_on_a_policy() -> None:
-    assert ops._C_cuda.POLICY_COLUMNS == POLICY_COLUMNS
+    assert backends._C_cuda.POLICY_COLUMNS == POLICY_COLUMNS
 
 
 def test_the_module_is_small_enough_to_ship() -> None:
-    assert Path(ops._C_cuda.__file__).stat().st_size < 3.5e6
+    assert Path(backends._C_cuda.__file__).stat().st_size < 3.5e6

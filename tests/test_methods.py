@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import reference
+from rbwa_fused import papers
 
 EPOCHS, BATCHES, C = 6, 5, 2
 STEPS = EPOCHS * BATCHES
@@ -55,27 +55,27 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], limit: float = 1e
 WRITTEN_BACK: dict[str, tuple[rf.Average, Callable[[], list[Tensor]]]] = {
     "rswa": (
         rf.rswa(BATCHES, C),
-        lambda: reference.rswa(initial(), quadratic, LR, EPOCHS, BATCHES, C),
+        lambda: papers.rswa(initial(), quadratic, LR, EPOCHS, BATCHES, C),
     ),
     "rbwa": (
         rf.rbwa(BATCHES, C),
-        lambda: reference.rbwa(initial(), quadratic, LR, EPOCHS, BATCHES, C, "running"),
+        lambda: papers.rbwa(initial(), quadratic, LR, EPOCHS, BATCHES, C, "running"),
     ),
     "rbwa, Algorithm 2": (
         rf.rbwa(BATCHES, C, count="algorithm2"),
-        lambda: reference.rbwa(initial(), quadratic, LR, EPOCHS, BATCHES, C, "algorithm2"),
+        lambda: papers.rbwa(initial(), quadratic, LR, EPOCHS, BATCHES, C, "algorithm2"),
     ),
     "rbwa-e": (
         rf.rbwa_e(0.9, steps_per_epoch=BATCHES, start_epoch=C),
-        lambda: reference.rbwa_e(initial(), quadratic, LR, EPOCHS, BATCHES, C, 0.9),
+        lambda: papers.rbwa_e(initial(), quadratic, LR, EPOCHS, BATCHES, C, 0.9),
     ),
     "lookahead": (
         rf.lookahead(4, 0.3),
-        lambda: reference.lookahead(initial(), quadratic, LR, STEPS, 4, 0.3),
+        lambda: papers.lookahead(initial(), quadratic, LR, STEPS, 4, 0.3),
     ),
     "switch-ema": (
         rf.switch_ema(0.8, steps_per_epoch=BATCHES),
-        lambda: reference.switch_ema(initial(), quadratic, LR, EPOCHS, BATCHES, 0.8),
+        lambda: papers.switch_ema(initial(), quadratic, LR, EPOCHS, BATCHES, 0.8),
     ),
 }
 
@@ -99,11 +99,11 @@ def test_recurrent_batch_averages_need_no_buffer_and_equal_the_ones_that_have_it
 SHADOW: dict[str, tuple[rf.Average, Callable[[], tuple[list[Tensor], Tensor]]]] = {
     "swa": (
         rf.swa(start=7, every=BATCHES),
-        lambda: reference.swa(initial(), quadratic, LR, STEPS, 7, BATCHES),
+        lambda: papers.swa(initial(), quadratic, LR, STEPS, 7, BATCHES),
     ),
     "ema": (
         rf.ema(0.9, start=3, every=2),
-        lambda: reference.ema(initial(), quadratic, LR, STEPS, 3, 2, 0.9),
+        lambda: papers.ema(initial(), quadratic, LR, STEPS, 3, 2, 0.9),
     ),
 }
 
@@ -124,12 +124,12 @@ def test_swa_from_current_weights_counts_them_as_its_first_model() -> None:
 
 
 RSGDM_CASES = [
-    ("implicit", reference.rsgdm, 0.9, 0.0),
-    ("implicit", reference.rsgdm, 0.5, 0.0),
-    ("explicit", reference.rsgdm, 0.9, 0.0),
-    (None, reference.sgdm, 0.9, 0.0),
-    ("implicit", reference.rsgdm, 0.9, 0.05),
-    ("explicit", reference.rsgdm, 0.8, 0.05),
+    ("implicit", papers.rsgdm, 0.9, 0.0),
+    ("implicit", papers.rsgdm, 0.5, 0.0),
+    ("explicit", papers.rsgdm, 0.9, 0.0),
+    (None, papers.sgdm, 0.9, 0.0),
+    ("implicit", papers.rsgdm, 0.9, 0.05),
+    ("explicit", papers.rsgdm, 0.8, 0.05),
 ]
 
 

@@ -11,25 +11,26 @@ import torch
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import _C, flat, ops, rules
+from rbwa_fused import _C, rules
+from rbwa_fused.engine import backends, memory, segments
 
-MOMENTUM = flat.STREAMS["momentum_buffer"]
+MOMENTUM = segments.COLUMN_OF["momentum_buffer"]
 STEP = torch.ops.rbwa_fused.step_.default
 
 
 def arguments(n: int = 3, length: int = 40) -> list[Any]:
     """The operator's arguments as the optimizer makes them, in the schema's order."""
     params = [nn.Parameter(torch.randn(length)) for _ in range(n)]
-    table = flat.Table()
-    flat.move(params)
+    table = segments.Segments()
+    memory.move(params)
     for i, p in enumerate(params):
         table.add(p, 0, i, row=0, sampling=0)
     table.attach("momentum_buffer", dict.fromkeys(range(n)), {})
-    segments, shapes = table.tensors()
+    columns, shapes = table.tensors()
     rows = torch.tensor([[1.0, 0.1, 0.9, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5]], dtype=torch.float64)
     samplings = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     grads = [torch.randn(length) for _ in range(n)]
-    return [params, grads, table.state, segments, shapes, rows, samplings]
+    return [params, grads, table.state, columns, shapes, rows, samplings]
 
 
 def test_both_doors_take_the_same_step() -> None:
@@ -52,7 +53,7 @@ def test_the_operator_keeps_its_schema() -> None:
 
 
 def test_python_and_cpp_agree_on_the_tables() -> None:
-    assert flat.COLUMNS == _C.SEGMENT_COLUMNS
+    assert segments.COLUMNS == _C.SEGMENT_COLUMNS
     assert rules.ROW.size == 8 * _C.ROW_COLUMNS
     assert rules.SAMPLING.size == 8 * _C.SAMPLING_COLUMNS
 
@@ -110,17 +111,17 @@ def edit(column: int, value: int) -> Any:
 
 LARGEST = 2**63 - 1
 BROKEN: dict[str, tuple[Any, str]] = {
-    "row out of range": (edit(flat.ROW, 1), "outside its tables"),
-    "negative row": (edit(flat.ROW, -1), "outside its tables"),
-    "sampling out of range": (edit(flat.SAMPLING, 1), "outside its tables"),
-    "negative sampling": (edit(flat.SAMPLING, -1), "outside its tables"),
-    "negative length": (edit(flat.LENGTH, -1), "outside its tables"),
-    "another length than the parameter's": (edit(flat.LENGTH, 41), "differs from what"),
-    "shape out of range": (edit(flat.SHAPE, 5), "outside its tables"),
-    "shape below range": (edit(flat.SHAPE, -1), "outside its tables"),
-    "a shape whose end overflows": (edit(flat.SHAPE, LARGEST), "outside its tables"),
-    "negative dimensions": (edit(flat.DIMS, -1), "outside its tables"),
-    "dimensions whose strides overflow": (edit(flat.DIMS, 2**62), "outside its tables"),
+    "row out of range": (edit(segments.ROW, 1), "outside its tables"),
+    "negative row": (edit(segments.ROW, -1), "outside its tables"),
+    "sampling out of range": (edit(segments.SAMPLING, 1), "outside its tables"),
+    "negative sampling": (edit(segments.SAMPLING, -1), "outside its tables"),
+    "negative length": (edit(segments.LENGTH, -1), "outside its tables"),
+    "another length than the parameter's": (edit(segments.LENGTH, 41), "differs from what"),
+    "shape out of range": (edit(segments.SHAPE, 5), "outside its tables"),
+    "shape below range": (edit(segments.SHAPE, -1), "outside its tables"),
+    "a shape whose end overflows": (edit(segments.SHAPE, LARGEST), "outside its tables"),
+    "negative dimensions": (edit(segments.DIMS, -1), "outside its tables"),
+    "dimensions whose strides overflow": (edit(segments.DIMS, 2**62), "outside its tables"),
     "buffer out of range": (edit(MOMENTUM, 1), "outside its buffer"),
     "buffer below range": (edit(MOMENTUM, -2), "outside its buffer"),
     "buffer far below range": (edit(MOMENTUM, -(2**40)), "outside its buffer"),
@@ -128,13 +129,13 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "negative offset": (edit(MOMENTUM + 1, -1), "outside its buffer"),
     "an offset whose end overflows": (edit(MOMENTUM + 1, LARGEST), "outside its buffer"),
     "no momentum buffer": (edit(MOMENTUM, -1), "no momentum buffer"),
-    "half a difference": (edit(flat.STREAMS["difference_buffer"], 0), "both buffers"),
+    "half a difference": (edit(segments.COLUMN_OF["difference_buffer"], 0), "both buffers"),
     "too few gradients": (lambda a: a[1].pop(), "gradients"),
     "rows of another dtype": (lambda a: a.__setitem__(5, a[5].float()), "documented dtype"),
     "samplings of another dtype": (lambda a: a.__setitem__(6, a[6].float()), "documented dtype"),
     "segments of another dtype": (lambda a: a.__setitem__(3, a[3].int()), "documented dtype"),
     "rows that are one row in memory": (
-        lambda a: (a.__setitem__(5, a[5].expand(50, -1)), edit(flat.ROW, 49)(a)),
+        lambda a: (a.__setitem__(5, a[5].expand(50, -1)), edit(segments.ROW, 49)(a)),
         "contiguous",
     ),
     "rows that overlap": (
@@ -182,7 +183,7 @@ def heap() -> int:
 @pytest.mark.parametrize("average", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_an_average_of_a_dtype_that_no_kernel_has_is_refused(average: torch.dtype) -> None:
     param = nn.Parameter(torch.ones(40, dtype=torch.float64))
-    table = flat.Table()
+    table = segments.Segments()
     table.add(param, 0, 0, row=0, sampling=0)
     table.attach("average", {0: None}, {0: average})
     rows = torch.tensor([[1.0, 0, 0, 0, 0, 1.0, 0, 0, 0.5]], dtype=torch.float64)
@@ -205,7 +206,7 @@ def test_a_master_of_a_dtype_that_no_kernel_has_is_refused(
     param: torch.dtype, master: torch.dtype
 ) -> None:
     p = nn.Parameter(torch.ones(40, dtype=param))
-    table = flat.Table()
+    table = segments.Segments()
     table.add(p, 0, 0, row=0, sampling=0)
     table.attach("master_param", {0: None}, {0: master})
     rows = torch.tensor([[1.0, 0, 0, 0, 0, 1.0, 0, 0, 0.5]], dtype=torch.float64)
@@ -276,8 +277,8 @@ def test_a_nan_is_stored_as_one_in_sixteen_bits_whatever_its_payload(dtype: torc
 
 
 def test_a_backend_that_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_C", None)
-    monkeypatch.setattr(ops, "_missing", "with a C++ compiler at hand run this")
+    monkeypatch.setattr(backends, "_C", None)
+    monkeypatch.setattr(backends, "_missing", "with a C++ compiler at hand run this")
     with pytest.raises(RuntimeError, match=r"C.. compiler"):
         rf.FusedSGD([nn.Parameter(torch.ones(2))], backend="cpu")
     with pytest.warns(UserWarning, match=r"C.. compiler") as caught:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import (
 )
 
 import rbwa_fused as rf
-from rbwa_fused import flat
+from rbwa_fused.engine import memory
 
 KINDS: dict[str, Any] = {
     "sgd": lambda ps, **o: rf.FusedSGD(ps, lr=0.1, momentum=0.9, weight_decay=0.01, **o),
@@ -234,8 +234,8 @@ def test_strides_that_mean_nothing_make_no_gradient_a_misfit() -> None:
 
 def test_strides_that_mean_nothing_cost_no_copy_of_a_gradient() -> None:
     one, none = torch.ones(10).as_strided((1, 5), (7, 1)), torch.empty(0, 3).t()
-    assert flat.same_layout(one, torch.ones(1, 5)) and flat.same_layout(none, torch.empty(3, 0))
-    assert not flat.same_layout(torch.ones(10)[::2], torch.ones(5))
+    assert memory.same_layout(one, torch.ones(1, 5)) and memory.same_layout(none, torch.empty(3, 0))
+    assert not memory.same_layout(torch.ones(10)[::2], torch.ones(5))
 
 
 def test_state_that_a_user_clears_starts_again() -> None:
@@ -270,7 +270,7 @@ def test_every_parameter_and_state_tensor_has_a_storage_of_its_own() -> None:
     tensors = [*net.parameters(), *itertools.chain(*(s.values() for s in opt.state.values()))]
     for tensor in tensors:
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        assert tensor.data_ptr() % flat.ALIGNMENT == 0
+        assert tensor.data_ptr() % memory.ALIGNMENT == 0
 
 
 def test_flat_parameters_lie_one_behind_the_other_and_large_ones_apart(
@@ -280,11 +280,11 @@ def test_flat_parameters_lie_one_behind_the_other_and_large_ones_apart(
     rf.FusedSGD(params)
     starts = [p.data_ptr() - params[0].data_ptr() for p in params]
     assert starts == [0, 128, 256, 512]
-    monkeypatch.setattr(flat, "LARGEST_BUFFER", 256)
+    monkeypatch.setattr(memory, "LARGEST_BUFFER", 256)
     limited = [torch.ones(n) for n in (5, 32, 100, 1)]
     sizes = [
         sorted(offsets.values())
-        for _, offsets in flat.allocate(enumerate(limited), torch.float32, torch.device("cpu"))
+        for _, offsets in memory.allocate(enumerate(limited), torch.float32, torch.device("cpu"))
     ]
     assert sizes == [[0, 32], [0], [0]]
 
@@ -312,7 +312,7 @@ def test_memory_that_somebody_else_holds_is_left_where_it_is() -> None:
 def test_parameters_on_a_gpu_are_left_where_they_are() -> None:
     """The device without memory stands for a GPU; whatever `is_shared` says there."""
     here, there = (nn.Parameter(torch.ones(3, device=device)) for device in ("cpu", "meta"))
-    assert flat.may_move(here) and not flat.may_move(there)
+    assert memory.may_move(here) and not memory.may_move(there)
 
 
 def test_state_is_made_on_a_gpu_that_is_not_the_current_one(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import flat
+from rbwa_fused.engine import memory
 
 Edit = Callable[[torch.optim.Optimizer], None]
 
@@ -230,8 +230,8 @@ def test_implicit_rsgdm_may_start_again_with_another_momentum() -> None:
 
 def test_neighbours_in_one_storage_share_no_memory() -> None:
     base = torch.zeros(8)
-    assert flat.turns([base[:4], base[4:]]) == ([0, 0], [True, True])
-    assert flat.turns([base[:5], base[4:]]) == ([0, 1], [False, False])
+    assert memory.launch_order([base[:4], base[4:]]) == ([0, 0], [True, True])
+    assert memory.launch_order([base[:5], base[4:]]) == ([0, 1], [False, False])
 
 
 def test_a_momentum_switched_on_elsewhere_brings_no_stale_learning_rate() -> None:

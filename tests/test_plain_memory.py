@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import ops
+from rbwa_fused.engine import backends
 
 BACKENDS = ["cpu", "reference"]
 
@@ -154,10 +154,10 @@ def test_the_gradients_of_a_users_own_class_are_its_own() -> None:
 
     plain = nn.Parameter(torch.zeros(3))
     own: Any = torch.zeros(3).as_subclass(Own)
-    grads, absent, present, negated = ops.gradients([plain, own])
+    grads, absent, present, negated = backends.gradients([plain, own])
     assert grads[0] is None and grads[1] is not None and torch.equal(grads[1], -torch.ones(3))
     assert (absent, present, negated) == (True, True, True)
-    assert ops.gradients([plain])[1:] == (True, False, False)
-    assert ops.gradients([])[1:] == (False, False, False)
+    assert backends.gradients([plain])[1:] == (True, False, False)
+    assert backends.gradients([])[1:] == (False, False, False)
     plain.grad = torch.ones(3)
-    assert ops.gradients([plain])[1:] == (False, True, False)
+    assert backends.gradients([plain])[1:] == (False, True, False)

@@ -16,7 +16,8 @@ from test_methods import quadratic
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import _C, ops, reference
+from rbwa_fused import _C, papers, reference
+from rbwa_fused.engine import backends
 
 PULL = torch.ops.rbwa_fused.pull_.default
 COUNTS = (1, 2, 3, 5)
@@ -35,7 +36,7 @@ def drawn(dtype: torch.dtype, count: int) -> list[list[Tensor]]:
 
 def dense(models: list[list[Tensor]]) -> list[list[Tensor]]:
     """What an operator takes; the others go through plain torch."""
-    fits = [ops.is_dense(p) for p in models[0]]
+    fits = [backends.is_dense(p) for p in models[0]]
     return [list(itertools.compress(model, fits)) for model in models]
 
 
@@ -199,7 +200,7 @@ def test_without_the_compiled_kernels_the_bits_are_the_same(
 ) -> None:
     models, others = drawn(torch.float32, 3), drawn(torch.float32, 3)
     rf.pull_(models, 0.3)
-    monkeypatch.setattr(ops, "_C", None)
+    monkeypatch.setattr(backends, "_C", None)
     rf.pull_(others, 0.3)
     assert_same_bits(models, others)
 
@@ -225,7 +226,7 @@ def starts(count: int) -> list[Tensor]:
 def test_elastic_training_follows_its_literal_loop(count: int, every: int) -> None:
     """Float64; the two sum in another order, and a run of 12 steps carries that on: 1e-12."""
     gradients = [own_batches(k) for k in range(count)]
-    path = reference.elastic(starts(count), gradients, LR, EPOCHS, BATCHES, every)
+    path = papers.elastic(starts(count), gradients, LR, EPOCHS, BATCHES, every)
     models = [[nn.Parameter(w)] for w in starts(count)]
     optimizers = [rf.FusedSGD(model, lr=LR) for model in models]
     elastic = rf.Elastic(models, epochs=EPOCHS)

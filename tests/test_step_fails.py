@@ -14,7 +14,7 @@ from runs import METHODS, STEPS, build, feed, result, train
 from torch import nn
 
 import rbwa_fused as rf
-from rbwa_fused import plan
+from rbwa_fused.engine import rows
 from rbwa_fused.fused import FusedOptimizer
 
 
@@ -37,8 +37,8 @@ class Failing:
 
 @pytest.fixture
 def pack(monkeypatch: pytest.MonkeyPatch) -> Failing:
-    failing = Failing(plan.Table.pack)
-    monkeypatch.setattr(plan.Table, "pack", failing)
+    failing = Failing(rows.Table.pack)
+    monkeypatch.setattr(rows.Table, "pack", failing)
     return failing
 
 

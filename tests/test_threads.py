@@ -212,13 +212,13 @@ import mmap, sys, warnings
 import torch
 from torch import nn
 import rbwa_fused as rf
-from rbwa_fused import ops
+from rbwa_fused.engine import backends
 
 if sys.argv[1] == "cuda":
     import emulation
 
     emulated = emulation.backend()
-    ops.choose = lambda name, device: emulated
+    backends.choose = lambda name, device: emulated
 
 warnings.simplefilter("ignore", UserWarning)  # torch's, of memory that is not writable
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

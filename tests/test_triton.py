@@ -23,9 +23,10 @@ from cases import AVERAGES, DTYPES, RULES, gradients, params, policy_for, produc
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import flat, ops, reference, rules
+from rbwa_fused import reference, rules
 from rbwa_fused.average import weight_of
-from rbwa_fused.deferred import policy_row
+from rbwa_fused.engine import backends, segments
+from rbwa_fused.engine.counters import policy_row
 
 pytest.importorskip("triton")
 pytest.importorskip("numpy")  # what the interpreter computes with
@@ -110,8 +111,8 @@ def run_twice(
     steps: int,
 ) -> None:
     both = Twice()
-    backend = ops.Backend("triton", both.step, False)
-    monkeypatch.setattr(ops, "choose", lambda name, device: backend)
+    backend = backends.Backend("triton", both.step, False)
+    monkeypatch.setattr(backends, "choose", lambda name, device: backend)
     cls, options, _ = RULES[rule]
     opt = cls(ps, **options, average=policy_for(average, rule, dtype), backend="reference")
     for step in range(steps):
@@ -169,7 +170,7 @@ class TestInterpreted:
             [0.5, *row] for row in itertools.product((0.0, 0.3, 1.0), (1.0,), flags, flags)
         ]
         samplings.append([0.7, 0.3, 0.0, 0.0, 1.0])  # not sampled, whatever else it says
-        table = flat.Table()
+        table = segments.Segments()
         memory, grads = [], []
         for i, (row, sampling) in enumerate(itertools.product(range(8), range(len(samplings)))):
             memory.append(torch.randn(40, generator=random))
@@ -193,7 +194,9 @@ class TestInterpreted:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         both = Twice()
-        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", both.step, False))
+        monkeypatch.setattr(
+            backends, "choose", lambda *_: backends.Backend("triton", both.step, False)
+        )
         launched: list[tuple[torch.dtype, torch.dtype]] = []
         launch = triton_step.Launch._launch
 
@@ -247,7 +250,7 @@ class TestInterpreted:
             triton_step.step_triton(*args)
             tables.append(triton_step._launches[args[3]][0].upload)
 
-        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", step, False))
+        monkeypatch.setattr(backends, "choose", lambda *_: backends.Backend("triton", step, False))
         p = nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
         opt = rf.FusedSGD([p], lr=0.5, momentum=0.5, backend="triton")
@@ -267,7 +270,9 @@ class TestInterpreted:
     ) -> None:
         """A mean's weight is another one each step, and an lr may be."""
         both, copied = Twice(), []
-        monkeypatch.setattr(ops, "choose", lambda *_: ops.Backend("triton", both.step, False))
+        monkeypatch.setattr(
+            backends, "choose", lambda *_: backends.Backend("triton", both.step, False)
+        )
         copy = triton_step._copied
 
         def spy(pieces: Any, device: Any) -> Any:
@@ -460,7 +465,7 @@ class OnDevice:
 
     def __init__(self, ps: list[nn.Parameter], opt: Any, policy: rf.Average | None) -> None:
         self.params, self.opt = ps, opt
-        self.table = flat.Table()
+        self.table = segments.Segments()
         for i, p in enumerate(ps):
             group = int(i == 2)
             elided = policy is not None and policy.elided_for(p.dtype) and group == 0
@@ -539,7 +544,7 @@ class TestCompiled:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         assert "TRITON_INTERPRET=1" in (triton_step.available(CPU) or "")
         p = torch.ones(3)
-        table = flat.Table()
+        table = segments.Segments()
         table.add(p, 0, 0, row=0, sampling=0)
         rows = torch.zeros(1, 9, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):

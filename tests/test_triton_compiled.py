@@ -22,8 +22,8 @@ from cases import RULES, policy_for, products
 from rbwa_fused.triton_kernels import step as triton_step
 from torch import Tensor, nn
 
-from rbwa_fused.deferred import Deferred
-from rbwa_fused.flat import DTYPES
+from rbwa_fused.engine.counters import Deferred
+from rbwa_fused.streams import DTYPES
 
 pytest.importorskip("triton")
 

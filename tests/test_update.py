@@ -23,7 +23,7 @@ from oracle import Oracle, ulps
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import ops
+from rbwa_fused.engine import backends
 
 # The reference gives the kernel's bits (below), so it takes part here for one dtype only.
 CASES = [(*case, "cpu") for case in products(DTYPES, RULES, AVERAGES)]
@@ -197,7 +197,7 @@ def test_layerwise_learning_rates_are_one_launch(monkeypatch: pytest.MonkeyPatch
     ps = params(torch.float32)
     opt = rf.FusedSGD([{"params": [p], "lr": 0.01 * i} for i, p in enumerate(ps)], momentum=0.9)
     launches = []
-    backend = ops.CPU
+    backend = backends.CPU
     counting = backend._replace(step=lambda *a, **k: launches.append(a) or backend.step(*a, **k))
     monkeypatch.setattr(opt, "_launches", [(table, counting) for table, _ in opt._launches])
     for p in ps:

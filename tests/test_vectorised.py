@@ -13,7 +13,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("step_cpu_loop.h", "step_cpu_pull.h")
+FILES = ("cpu/loop.h", "cpu/pull_loop.h")
 ELEMENTS = re.compile(r"for \(int64_t i = 0; i < (n|size); \+\+i\)")
 BASELINE_ALONE = re.compile(r"(widen|narrow)_float16\(from")  # F16C has instructions for it
 SIZES = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes of a vector
@@ -56,15 +56,17 @@ def test_no_rule_average_dtype_or_instruction_set_is_left_with_a_scalar_loop(
     told = tmp_path / "vectorised.txt"
     subprocess.run(
         [
-            *("g++", *flags(), *(f"-I{path}" for path in include_paths())),
-            *(f"-fopt-info-vec-all={told}", "-fPIC", "-c", "csrc/step_cpu.cpp"),
+            *("g++", *flags(), *(f"-I{path}" for path in ("csrc", *include_paths()))),
+            *(f"-fopt-info-vec-all={told}", "-fPIC", "-c", "csrc/cpu/step_cpu.cpp"),
             *("-o", tmp_path / "step.o"),
         ],
         cwd=ROOT,
         check=True,
         timeout=300,
     )
-    says = re.compile(r"csrc/(\w+\.h:\d+):\d+: (missed: couldn't|optimized: loop) vectori\w+(.*)")
+    says = re.compile(
+        r"csrc/(cpu/\w+\.h:\d+):\d+: (missed: couldn't|optimized: loop) vectori\w+(.*)"
+    )
     missed: set[str] = set()
     sizes: dict[str, set[int]] = {}
     for line in told.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""The counters on the device: csrc/average.h mirrored, for steps that the host does not count."""
+"""The counters on the device: csrc/policy.h mirrored, for steps that the host does not count."""
 
 # Constants are in capitals.
 # ruff: noqa: N803
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 SAMPLING_COLUMNS = tl.constexpr(5)  # of the coefficient table, see csrc/step.h
-POLICY_COLUMNS = tl.constexpr(8)  # see csrc/average.h
+POLICY_COLUMNS = tl.constexpr(8)  # see csrc/policy.h
 MEAN = tl.constexpr(1)  # kinds of policy; 0 is none, 3 Algorithm2
 EMA = tl.constexpr(2)
 
@@ -23,7 +23,7 @@ def number(policy, column, mask):
 
 @triton.jit
 def sample(policy, n, step, mask):
-    """`Sampler.update` in plan.py and `weight_of` in average.py, for a vector of samplers.
+    """`Sampler.update` in engine/rows.py and `weight_of` in average.py, for a vector of samplers.
 
     Returns the samples averaged after the step, and of the step w, whether a sample is due, the
     average starts at theta, and is written back.
@@ -109,7 +109,7 @@ def advance_kernel(
     SAMPLERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Counts the step just taken, if it was; see `Sampler` in plan.py.
+    """Counts the step just taken, if it was; see `Sampler` in engine/rows.py.
 
     The first program counts and the others advance the marks, by functions of their own: what both
     branches of an `if` assign must have one shape. One warp runs it: all lanes have read a counter

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rbwa_fused.flat import DTYPE, DTYPES, LENGTH, ROW, SAMPLING, STREAMS
+from rbwa_fused.engine.segments import COLUMN_OF, DTYPE, LENGTH, ROW, SAMPLING
+from rbwa_fused.streams import DTYPES
 
 if TYPE_CHECKING:
-    from rbwa_fused.deferred import Deferred
+    from rbwa_fused.engine.counters import Deferred
 
 CHUNK = 4096  # elements that a program takes
 LARGE = 100_000_000  # elements of a table from which on a program takes several chunks in turn
@@ -74,8 +75,8 @@ def step_triton(
     Args:
         params, grads, state, segments, shapes, rows, samplings: as `ops.step_cpu`'s, already
             checked; the tables lie on the CPU.
-        deferred: None, or what the device decides by itself (rbwa_fused/deferred.py): samplings of
-            its own stand for `samplings`; segment i takes its row, or before its first step with
+        deferred: None, or what the device decides by itself (engine/counters.py): samplings of its
+            own stand for `samplings`; segment i takes its row, or before its first step with
             momentum, which marks[i] tell and note, the odd row after it; a step may be skipped.
             Both rows of every group must be up to date then, and `advance_triton` follows.
 
@@ -221,7 +222,7 @@ class Launch:
             # Where the device counts, it decides itself whether a sample is due.
             sampled = lrs is not None or used[1][sampling]
             streams_at = {}
-            for name, column in STREAMS.items():
+            for name, column in COLUMN_OF.items():
                 buffer, offset = columns[column : column + 2]
                 dtype = self.average_dtype if name == "average" else self.theta_dtype
                 touched = {"average": sampled, "master_param": True}.get(name, moving)
@@ -298,8 +299,8 @@ def _plan(segments: Tensor, state: Sequence[Tensor], device: torch.device) -> li
     without: dict[tuple[torch.dtype, ...], list[tuple[int, list[int]]]] = {}
     table = segments.tolist()
     for number, columns in enumerate(table):
-        dtype, buffer = DTYPES[columns[DTYPE]], columns[STREAMS["average"]]
-        mastered = columns[STREAMS["master_param"]] != -1
+        dtype, buffer = DTYPES[columns[DTYPE]], columns[COLUMN_OF["average"]]
+        mastered = columns[COLUMN_OF["master_param"]] != -1
         dtypes = (dtype, torch.float32 if mastered else dtype)
         if buffer == -1:
             without.setdefault(dtypes, []).append((number, columns))

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rbwa_fused import replicas
-from rbwa_fused.average import integer
 from rbwa_fused.distributed.exchange import Group, explained
 from rbwa_fused.distributed.pull import Pull
+from rbwa_fused.numbers import integer
 
 
 class Elastic(replicas.Schedule):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rbwa_fused import ops
+from rbwa_fused.engine import backends
 
 Group = dist.ProcessGroup | None  # None is the default group
 UNCHANGED = "The weights of this rank are unchanged by this pull, and can be saved."
@@ -58,7 +58,7 @@ class Mean:
             return
         self._wait()
         pieces = self._received.view(self._world, -1)
-        ops.pull_([[piece] for piece in pieces], 1.0)  # each is their mean now
+        backends.pull_([[piece] for piece in pieces], 1.0)  # each is their mean now
         self._piece = pieces[0].clone()
         with _explained(dist.DistError):
             self._work = dist.all_gather_into_tensor(

@@ -17,7 +17,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from rbwa_fused.distributed.exchange import Group, explained
-from rbwa_fused.sharded import kind_of_shard
+from rbwa_fused.engine.sharded import kind_of_shard
 
 
 class _Elsewhere(NamedTuple):

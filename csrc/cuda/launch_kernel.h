@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "step_cuda.h"
+#include "cuda/kernel.h"
 
 // Returns null, or CUDA's words for why this very launch failed. After <<<>>> only cudaGetLastError
 // says so, and that also returns, and takes away, an error that another library has left behind.

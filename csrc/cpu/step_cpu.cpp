@@ -1,5 +1,5 @@
 // The CPU kernel: one parallel region over the chunks of all segments, and in it the loop of
-// step_cpu_loop.h, compiled for three instruction sets and chosen when the library is loaded.
+// cpu/loop.h, compiled for three instruction sets and chosen when the library is loaded.
 // Every header stands before the first target pragma: a function compiled for a larger instruction
 // set and shared with the baseline build would crash older processors.
 
@@ -37,8 +37,8 @@ inline Float16 narrow_float16(float x) {
 }
 
 namespace baseline {
-#include "step_cpu_loop.h"
-#include "step_cpu_pull.h"
+#include "cpu/loop.h"
+#include "cpu/pull_loop.h"
 }  // namespace baseline
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -47,15 +47,15 @@ namespace baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
-#include "step_cpu_loop.h"
-#include "step_cpu_pull.h"
+#include "cpu/loop.h"
+#include "cpu/pull_loop.h"
 }  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace avx512 {
-#include "step_cpu_loop.h"
-#include "step_cpu_pull.h"
+#include "cpu/loop.h"
+#include "cpu/pull_loop.h"
 }  // namespace avx512
 #pragma GCC pop_options
 #endif

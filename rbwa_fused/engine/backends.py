@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rbwa_fused import compiled, reference
-from rbwa_fused.deferred import Deferred
-from rbwa_fused.flat import is_dense, is_plain, same_layout
+from rbwa_fused.engine.counters import Deferred
+from rbwa_fused.engine.memory import is_dense, is_plain, same_layout
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MOST_REPLICAS = 4000  # whose addresses are kernel arguments of one launch
@@ -30,7 +30,7 @@ class Step(Protocol):
         params: n dense tensors in the layout that the tables were made for.
         grads: n gradients in their parameters' dtype, shape and layout, or None.
         state: the flat buffers that the streams lie in.
-        segments: (n, COLUMNS) int64, see flat.py.
+        segments: (n, COLUMNS) int64, see segments.py.
         shapes: 1-d int64, sizes and strides.
         rows: (n_rows, 9) float64, see rules.py.
         samplings: (n_samplings, 5) float64, see rules.py.

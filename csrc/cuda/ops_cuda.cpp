@@ -1,5 +1,5 @@
-// The operators on CUDA devices, and the Python module with the facts of this build. As in ops.cpp
-// there are two doors to one function, the dispatcher's and the module's own.
+// The operators on CUDA devices, and the Python module with the facts of this build. As in
+// cpu/ops_cpu.cpp there are two doors to one function, the dispatcher's and the module's own.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -9,12 +9,12 @@
 #include <optional>
 #include <vector>
 
-#include "cuda_tables.h"
-#include "launches.h"
+#include "cuda/device_tables.h"
+#include "cuda/kernel.h"
+#include "cuda/packer.h"
+#include "cuda/pull_cuda.h"
 #include "python_tensors.h"
 #include "replica_tables.h"
-#include "replicas_cuda.h"
-#include "step_cuda.h"
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
@@ -142,7 +142,7 @@ PYBIND11_MODULE(_C_cuda, module) {
   module.attr("POLICY_COLUMNS") = kPolicyColumns;
   module.def(
       "launch_form", [](bool small, bool block_table) { launch_form = {small, block_table}; },
-      "How steps are launched from now on, for benchmarks (csrc/launches.h).");
+      "How steps are launched from now on, for benchmarks (csrc/cuda/packer.h).");
   if (find_exchange_table()) {
     module.def("step", &step_python, "torch.ops.rbwa_fused.step_ without the dispatcher.");
     module.def("step_deferred", &step_deferred_python,

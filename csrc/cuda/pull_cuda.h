@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/kernel.h"
 #include "replicas.h"
-#include "step_cuda.h"
 
 // A parameter as the kernel sees it. `first_chunk` counts the launch's chunks before it; its K
 // addresses stand in the launch's table of addresses.

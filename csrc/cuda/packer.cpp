@@ -1,4 +1,4 @@
-#include "launches.h"
+#include "cuda/packer.h"
 
 #include <algorithm>
 #include <map>

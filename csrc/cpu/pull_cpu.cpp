@@ -1,4 +1,4 @@
-// One parallel region over the chunks of all parameters, as in step_cpu.cpp.
+// One parallel region over the chunks of all parameters, as in cpu/step_cpu.cpp.
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/shim_utils.h>
 
@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int64_t kChunk = 1024;
-constexpr int64_t kWorthThreads = 1 << 15;  // elements of all replicas, see step_cpu.cpp
+constexpr int64_t kWorthThreads = 1 << 15;  // elements of all replicas, see cpu/step_cpu.cpp
 
 struct Work {
   const std::vector<Replicated>& params;

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "convert.h"
-#include "step_cuda.h"
+#include "cuda/kernel.h"
 #include "update.h"
 
 constexpr int kVectorBytes = 16;

@@ -1,12 +1,12 @@
 // The CUDA kernel's work for one thread of one block, which runs on the host too (see
-// step_cuda_body.h).
+// cuda/body.h).
 #pragma once
 
 #include <cstdint>
 
 #include "convert.h"
-#include "replicas_cuda.h"
-#include "step_cuda_body.h"
+#include "cuda/body.h"
+#include "cuda/pull_cuda.h"
 #include "update.h"
 
 // So many replicas stay in registers between the sum and the pull; further ones are read a second

@@ -11,8 +11,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rbwa_fused.average import Average
-from rbwa_fused.flat import DTYPES, STREAMS, Table, is_plain, kept_dtype, same_layout
-from rbwa_fused.sharded import is_partial, local
+from rbwa_fused.engine.memory import is_plain, same_layout
+from rbwa_fused.engine.segments import Segments
+from rbwa_fused.engine.sharded import is_partial, local
+from rbwa_fused.streams import DTYPES, STREAMS, working_dtype
 
 
 def duplicates(group: dict[str, Any]) -> None:
@@ -62,13 +64,13 @@ def params(group: dict[str, Any], master_weights: bool) -> None:
         if p.numel() and any(stride == 0 and size > 1 for size, stride in spread):
             raise ValueError(f"{name} is expanded: several elements share one memory location")
         if group["average"] is not None:
-            group["average"].dtype_for(kept_dtype(p.dtype, master_weights))
+            group["average"].dtype_for(working_dtype(p.dtype, master_weights))
 
 
 def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
     """Raise for a parameter whose state was made for another shape."""
     for i, p in enumerate(group["params"]):
-        for stream in STREAMS.keys() & held.get(p, {}).keys():
+        for stream in held.get(p, {}).keys() & STREAMS:
             value = held[p][stream]
             if value is not None and value.shape != p.shape:
                 raise ValueError(
@@ -77,7 +79,7 @@ def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
                 )
 
 
-def fit(table: Table, grads: list[Tensor | None], groups: Sequence[dict[str, Any]]) -> bool:
+def fit(table: Segments, grads: list[Tensor | None], groups: Sequence[dict[str, Any]]) -> bool:
     """Checks a table's gradients in full; copies one of another layout to its parameter's, and one
     whose memory does not hold its elements as they are.
 

@@ -1,7 +1,7 @@
-#include "cuda_tables.h"
+#include "cuda/device_tables.h"
 
-#include "average.h"
-#include "launches.h"
+#include "cuda/packer.h"
+#include "policy.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// The CPU loop around `pulled` of update.h. step_cpu.cpp includes this file behind step_cpu_loop.h,
+// The CPU loop around `pulled` of update.h. cpu/step_cpu.cpp includes this file behind cpu/loop.h,
 // once per instruction set; it has no include guard and includes nothing.
 
 inline const float* pull_load(const float* from, float*, int64_t) { return from; }

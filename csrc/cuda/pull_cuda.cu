@@ -1,9 +1,9 @@
-// The CUDA pull: one block a chunk, the work of a thread in replicas_cuda_body.h. No torch header.
+// The CUDA pull: one block a chunk, the work of a thread in cuda/pull_body.h. No torch header.
 #include <cuda_runtime.h>
 
-#include "cuda_launch.h"
-#include "replicas_cuda.h"
-#include "replicas_cuda_body.h"
+#include "cuda/launch_kernel.h"
+#include "cuda/pull_body.h"
+#include "cuda/pull_cuda.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
 
 Under AMP a step is skipped if a gradient overflowed, and a captured CUDA graph steps without
 Python. In both cases the steps taken, the samples of each average and the marks of first steps live
-in tensors that a kernel advances behind the step (csrc/average.h); the host reads them back only
+in tensors that a kernel advances behind the step (csrc/policy.h); the host reads them back only
 where somebody asks.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.average import Algorithm2, Average, Ema, Mean
-from rbwa_fused.plan import Sampler
+from rbwa_fused.engine.rows import Sampler
 
 POLICY_COLUMNS = 8
 
@@ -86,7 +86,7 @@ class Deferred:
 
 
 def policy_row(policy: Average | None) -> list[float]:
-    """A named policy as struct Policy of csrc/average.h has it."""
+    """A named policy as struct Policy of csrc/policy.h has it."""
     if policy is None:
         return [0.0] * POLICY_COLUMNS
     weight = policy.weight

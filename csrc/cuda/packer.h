@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/kernel.h"
 #include "step.h"
-#include "step_cuda.h"
 
 // What a step needs beside segments and the host's coefficient tables; addresses on the device.
 struct CudaStep {

@@ -1,9 +1,9 @@
-// The CUDA kernels: one block a chunk, the work of a thread in step_cuda_body.h. No torch header.
+// The CUDA kernels: one block a chunk, the work of a thread in cuda/body.h. No torch header.
 #include <cuda_runtime.h>
 
-#include "cuda_launch.h"
-#include "step_cuda.h"
-#include "step_cuda_body.h"
+#include "cuda/body.h"
+#include "cuda/kernel.h"
+#include "cuda/launch_kernel.h"
 
 namespace {
 

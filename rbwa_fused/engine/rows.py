@@ -1,9 +1,9 @@
 """The coefficient tables: what each param group's rows say at a step.
 
 Rules and averages change for different reasons, so each has a table of its own, and a segment names
-its row in both (flat.py). A param group's rows change when a hyperparameter does, which is seldom.
-An average's rows change with the weight of its samples, for a mean at every step, and serve all
-groups that share the policy and have averaged as many samples.
+its row in both (segments.py). A param group's rows change when a hyperparameter does, which is
+seldom. An average's rows change with the weight of its samples, for a mean at every step, and serve
+all groups that share the policy and have averaged as many samples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbwa_fused import flat, rules
+from rbwa_fused import rules, streams
 from rbwa_fused.average import Average, weight_of
 
 Group = dict[str, Any]
@@ -25,7 +25,7 @@ ROWS_PER_GROUP = 2  # the usual row, and that of a parameter's first step with m
 ROWS_PER_SAMPLER = 2  # averages in a buffer, and averages that are the parameter itself
 
 
-class Table:
+class RowTable:
     """Rows of one format, packed into memory that a float64 tensor of shape (rows, columns) sees.
 
     An element written into a tensor costs microseconds, a packed row tenths of one.
@@ -61,7 +61,7 @@ class Sampler:
         self._next_n_averaged = n_averaged
         self._packed: tuple[float, bool, bool, bool] | None = None
 
-    def update(self, step: int, table: Table) -> None:
+    def update(self, step: int, table: RowTable) -> None:
         """Brings its rows up to date for a step."""
         policy, n = self.policy, self.n_averaged
         if policy is None and self._packed is not None:
@@ -130,11 +130,11 @@ class GroupPlan:
 
     def mastered(self, param: Tensor) -> bool:
         """Whether a parameter has a float32 master."""
-        return flat.kept_dtype(param.dtype, self.master_weights) != param.dtype
+        return streams.working_dtype(param.dtype, self.master_weights) != param.dtype
 
     def elided(self, param: Tensor) -> bool:
         """Whether the average of a parameter is the parameter itself, or its master."""
-        kept = flat.kept_dtype(param.dtype, self.master_weights)
+        kept = streams.working_dtype(param.dtype, self.master_weights)
         return self.policy is not None and self.policy.elided_for(kept)
 
     def buffered(self, param: Tensor) -> bool:
@@ -142,8 +142,8 @@ class GroupPlan:
         return self.policy is not None and not self.elided(param)
 
     def dtype_of(self, stream: str, param: Tensor) -> torch.dtype:
-        """The dtype of one of a parameter's state tensors (flat.STREAMS)."""
-        kept = flat.kept_dtype(param.dtype, self.master_weights)
+        """The dtype of one of a parameter's state tensors (streams.STREAMS)."""
+        kept = streams.working_dtype(param.dtype, self.master_weights)
         if stream == "average" and self.policy is not None:
             return self.policy.dtype_for(kept)
         return kept
@@ -181,8 +181,8 @@ class Plan:
         self.groups: list[GroupPlan] = []
         self.samplers: list[Sampler] = []
         self.starting = True
-        self._rows = Table(rules.ROW)
-        self._samplings = Table(rules.SAMPLING)
+        self._rows = RowTable(rules.ROW)
+        self._samplings = RowTable(rules.SAMPLING)
         self._rule = rule
         self._check = check
         self._inputs = inputs
@@ -205,7 +205,7 @@ class Plan:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The tables `rows` (2 a group, 9) and `samplings` (2 a sampler, 5) of csrc/ops.cpp."""
+        """The tables `rows` (2 a group, 9) and `samplings` (2 a sampler, 5) of csrc/step.h."""
         return self._rows.tensor, self._samplings.tensor
 
     def sample(self, step: int) -> None:

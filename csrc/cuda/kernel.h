@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "average.h"
+#include "policy.h"
 #include "step.h"
 #include "update.h"
 

@@ -1,5 +1,5 @@
-// The CPU loop around update.h. step_cpu.cpp includes this file once per instruction set, inside a
-// namespace and a target of its own; it has no include guard and includes nothing.
+// The CPU loop around update.h. cpu/step_cpu.cpp includes this file once per instruction set,
+// inside a namespace and a target of its own; it has no include guard and includes nothing.
 
 // 16-bit storage is widened to float in tiles that stay in the first-level cache.
 constexpr int64_t kTile = 256;

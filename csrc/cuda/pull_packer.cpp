@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "replicas_cuda.h"
+#include "cuda/pull_cuda.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // The named averaging policies as numbers, and what becomes of the sample of one step: the mirror
-// of `Sampler.update` (plan.py) and `weight_of` (average.py), for counters that live on a device.
-// No torch, no CUDA header.
+// of `Sampler.update` (engine/rows.py) and `weight_of` (average.py), for counters that live on a
+// device. No torch, no CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 enum class Weight : int32_t { kNone, kMean, kEma, kAlgorithm2 };
 
-// One row of the policy table as deferred.py packs it.
+// One row of the policy table as engine/counters.py packs it.
 struct Policy {
   double weight, decay, start, every, write_back_every, initial_current, steps_per_epoch,
       start_epoch;

@@ -1,0 +1,1 @@
+"""One pass over memory: segments, rows, counters, launches. Knows no torch.optim."""

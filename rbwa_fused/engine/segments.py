@@ -1,0 +1,151 @@
+"""The table of segments, by which the kernels find every tensor of a launch in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rbwa_fused.engine.memory import alias, allocate, is_dense, is_plain, same_layout, strides_like
+from rbwa_fused.engine.sharded import beside, is_sharded, laid_out_as, local
+from rbwa_fused.streams import DTYPES, STREAMS
+
+# Columns of the segment table (csrc/tables.h has the same list). A stream is a pair: which state
+# buffer holds it (-1: none) and the element at which it starts.
+LENGTH, ROW, SAMPLING, SHAPE, DIMS, DTYPE, FIRST_STREAM = range(7)
+COLUMN_OF = {name: FIRST_STREAM + 2 * i for i, name in enumerate(STREAMS)}
+COLUMNS = FIRST_STREAM + 2 * len(STREAMS)
+
+
+class Segments:
+    """The segments of one launch: parameters of one device that share no memory.
+
+    Attributes:
+        params: the parameters, one segment each.
+        memory: what the kernel steps: the parameter, or this process's shard of a DTensor, or a
+            dense copy of one that is not dense or plain.
+        groups, index: the param group of each, and its number there.
+        copies: the parameters (shards) that are not dense or plain, each with its copy.
+        shards: the DTensor parameters, each with the shard that the table was made for.
+        lacking: segments whose group has momentum, without a momentum buffer so far.
+        first: segments that take their first step with momentum now.
+        state: the flat buffers that the streams lie in.
+    """
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.memory: list[Tensor] = []
+        self.groups: list[int] = []
+        self.index: list[int] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.shards: list[tuple[Tensor, Tensor]] = []
+        self.lacking: list[int] = []
+        self.first: list[int] = []
+        self.state: list[Tensor] = []
+        self._columns: list[list[int]] = []
+        self._shapes: list[int] = []
+        self._made_for: list[Tensor] = []
+        self._tensors: tuple[Tensor, Tensor] | None = None
+        self._holders: list[tuple[int, int]] = []  # of each state buffer: its storage, its holders
+
+    def add(self, param: Tensor, group: int, index: int, row: int, sampling: int) -> None:
+        """Appends a segment for a parameter, with its rows in the coefficient tables."""
+        memory = shard = local(param)
+        if is_sharded(param):
+            self.shards.append((param, shard))
+        if not (is_dense(shard) and is_plain(shard)):
+            memory = torch.empty_strided(
+                shard.shape, strides_like(shard), dtype=shard.dtype, device=shard.device
+            )
+            self.copies.append((shard, memory))
+        dtype = DTYPES.index(memory.dtype)
+        columns = [memory.numel(), row, sampling, len(self._shapes), memory.dim(), dtype]
+        self._columns.append(columns + [-1, 0] * len(STREAMS))
+        self._shapes += [*memory.shape, *memory.stride()]
+        self._made_for.append(torch.empty_like(memory, device="meta"))
+        self.params.append(param)
+        self.memory.append(memory)
+        self.groups.append(group)
+        self.index.append(index)
+        self._tensors = None
+
+    def attach(
+        self, stream: str, values: dict[int, Tensor | None], dtypes: dict[int, torch.dtype]
+    ) -> dict[int, Tensor]:
+        """Gives segments a state buffer: zeros, or a copy of the value. Returns its tensors, of
+        DTensor parameters as DTensors.
+
+        `dtypes` names those that differ from the parameter's.
+        """
+        if not values:
+            return {}
+        kinds: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+        for i in values:
+            dtype = dtypes.get(i, self.memory[i].dtype)
+            kinds.setdefault(dtype, []).append((i, self.memory[i]))
+        views: dict[int, Tensor] = {}
+        for dtype, members in kinds.items():
+            for flat, offsets in allocate(members, dtype, members[0][1].device):
+                for i, offset in offsets.items():
+                    column = COLUMN_OF[stream]
+                    self._columns[i][column : column + 2] = len(self.state), offset
+                    views[i] = alias(flat, offset, self.memory[i])
+                    value = values[i]
+                    if value is not None:
+                        views[i].copy_(value)
+                self.state.append(flat)
+                storage = flat.untyped_storage()._cdata
+                self._holders.append((storage, torch._C._storage_Use_Count(storage)))
+        self._tensors = None
+        return {i: beside(view, self.params[i]) for i, view in views.items()}
+
+    def holds_state(self) -> bool:
+        """Whether all state tensors lie in the buffers still. To share one with a process, as
+        sending it there does, moves its storage elsewhere; the buffer loses a holder then."""
+        for storage, holders in self._holders:
+            if torch._C._storage_Use_Count(storage) != holders:
+                return False
+        return True
+
+    def holds_shards(self) -> bool:
+        """Whether all shards are those that the table was made for; FSDP may make others."""
+        return all(local(param) is shard for param, shard in self.shards)
+
+    def gradients(self) -> list[Tensor | None]:
+        """What the backward pass left, of DTensors the shards. A gradient laid out otherwise than
+        its parameter is laid out anew, which communicates."""
+        grads = [p.grad for p in self.params]
+        for i, g in enumerate(grads):
+            if g is not None and is_sharded(g):
+                param = self.params[i]
+                alike = laid_out_as(param, g)
+                if alike is not g:
+                    param.grad = alike
+                grads[i] = local(alike)
+        return grads
+
+    def set_row(self, segment: int, row: int) -> None:
+        """Points a segment at another of its group's rows."""
+        self._columns[segment][ROW] = row
+        self._tensors = None
+
+    def fits(self, segment: int) -> bool:
+        """Whether the parameter still is what its segment was made for, wherever it lies."""
+        param, made_for = local(self.params[segment]), self._made_for[segment]
+        return (
+            param.dtype == made_for.dtype
+            and param.device == self.memory[segment].device
+            and param.shape == made_for.shape
+            and (
+                self.memory[segment] is not param
+                or (same_layout(param, made_for) and is_plain(param))
+            )
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The tables `segments` (n, COLUMNS) and `shapes` (1-d) of csrc/tables.h, int64."""
+        if self._tensors is None:
+            # On the host, whatever torch.set_default_device says.
+            columns = torch.tensor(self._columns, dtype=torch.int64, device="cpu")
+            shapes = torch.tensor(self._shapes, dtype=torch.int64, device="cpu")
+            self._tensors = columns.reshape(-1, COLUMNS), shapes
+        return self._tensors
