@@ -11,23 +11,21 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rbwa_fused import checkpoint, form
 from rbwa_fused.engine import backends, checks
+from rbwa_fused.engine.engine import Counts, Engine
 from rbwa_fused.engine.rows import GroupPlan, Plan
-
-if TYPE_CHECKING:
-    from rbwa_fused.layout import Counters, LaidOut
 
 CAST = (torch.bfloat16, torch.float16)
 Group = dict[str, Any]
 
 
-def complete(opt: LaidOut, group: Group) -> Group:
+def complete(engine: Engine, defaults: Group, group: Group) -> Group:
     """A group with what it lacks of ours, and without what a state dict adds to one.
 
     Raises:
@@ -36,16 +34,20 @@ def complete(opt: LaidOut, group: Group) -> Group:
     exported = form.exported(group)
     if _is_torchs(group):
         form.of_sgd("param group", group)
-    full = {**opt.defaults, **(checkpoint.live_keys(group) if exported else group)}
+    full = {**defaults, **(checkpoint.live_keys(group) if exported else group)}
     full["params"] = group["params"]
     if exported or isinstance(group.get("average", ""), str):
-        full["average"] = _policy(opt, group)
-    checks.average(full, opt._capturable)
+        full["average"] = _policy(engine, defaults, group)
+    checks.average(full, engine.options.capturable)
     return full
 
 
-def adopt(opt: LaidOut, groups: list[Group], held: Any) -> tuple[Any, int, Counters]:
+def adopt(
+    engine: Engine, defaults: Group, groups: list[Group], held: Any, *, loaded: bool
+) -> tuple[Any, int, list[Counts]]:
     """Completes the groups in place, after checking them and the state that belongs to them.
+
+    `loaded` says that the state is another one than before.
 
     Returns the state, the steps taken and each group's counters: what a checkpoint's groups say of
     them, as load_state_dict takes it, or else what the optimizer has counted.
@@ -54,42 +56,40 @@ def adopt(opt: LaidOut, groups: list[Group], held: Any) -> tuple[Any, int, Count
         ValueError, TypeError: as load_state_dict; also for float32 state that was cast to 16 bits,
             as torch.optim.Optimizer.load_state_dict does. Nothing has been changed then.
     """
-    opt._settle()
-    plan = Plan(opt.rule, opt._check_hyperparameters, opt.hyperparameters, opt._master_weights)
-    loaded = held is not opt.__dict__.get("state")
+    engine.read_back()
+    plan = Plan(engine.rule, engine.options.master_weights)
     notes: dict[str, None] = {}
-    completed = [complete(opt, group) for group in groups]
+    completed = [complete(engine, defaults, group) for group in groups]
     saved = [_saved(group, loaded) for group in groups]
     for group, said in zip(groups, saved, strict=True):
         if said is not None or _is_torchs(group):
-            checkpoint.check_counters(opt, said or {})
+            checkpoint.check_counters(engine.rule, said or {})
     told = [said for said in saved if said is not None]
     outdated = checkpoint.leave_out_outdated(told, notes)
     params = chain.from_iterable(group["params"] for group in groups)
     kept = {p: _kept(held[p], p in outdated) for p in params if p in held}
-    counters: Counters = []
+    counts: list[Counts] = []
     for group, said, full in zip(groups, saved, completed, strict=True):
         theirs = group if said is None else said
         if isinstance(theirs.get("average"), str):
             checkpoint.check_policy(full["average"], theirs, notes)
-        opt._check_hyperparameters(full)
-        checks.params(full, opt._master_weights)
-        if said is None:
-            counters.append(_counted(opt, group, kept))
-        else:
-            counters.append((said.get("n_averaged") or 0, said.get("implicit_momentum")))
-        group_plan = plan.add(full, *counters[-1])
+        engine.rule.check(full)
+        checks.params(full, engine.options.master_weights)
+        counts.append(_counted(engine, group, kept) if said is None else checkpoint.counted(said))
+        group_plan = plan.add(full, *counts[-1])
         for i, p in enumerate(full["params"]):
             name = f"parameter {i} of group {group_plan.index}"
             streams = kept.get(p, {})
             _check_not_cast(name, p, streams, group_plan)
-            checkpoint.check_state(name, p, streams, opt.streams, group_plan, counters[-1][0])
-    steps = opt._steps
+            checkpoint.check_state(
+                name, p, streams, engine.rule.streams, group_plan, counts[-1].n_averaged
+            )
+    steps = engine.steps
     if told:
         policies = [full["average"] for full in completed]
         steps = checkpoint.steps_taken(policies, told, None, not outdated, notes)
     elif steps == 0:
-        checkpoint.refuse_uncounted(held)
+        checks.refuse_uncounted(held)
 
     if notes:
         warnings.warn("; ".join(notes), stacklevel=backends._user_level())
@@ -99,7 +99,7 @@ def adopt(opt: LaidOut, groups: list[Group], held: Any) -> tuple[Any, int, Count
         group.update(full)
     held.update(kept)
     state = held if isinstance(held, defaultdict) else defaultdict(dict, held)
-    return state, steps, counters
+    return state, steps, counts
 
 
 def _kept(held: Mapping[str, Any], outdated: bool) -> dict[str, Any]:
@@ -120,28 +120,21 @@ def _is_torchs(group: Group) -> bool:
     return not all(key in group for key in checkpoint.OURS)
 
 
-def _known(opt: LaidOut, group: Group) -> GroupPlan | None:
-    """The plan of the group that has had a parameter of this one."""
-    plans = opt._plan.groups if opt._plan is not None else []
-    plan_of = {p: plan for plan in plans for p in plan.params}
-    return next((plan_of[p] for p in group["params"] if p in plan_of), None)
+def _policy(engine: Engine, defaults: Group, group: Group) -> Any:
+    known = engine.known(group)
+    return known.policy if known is not None else defaults.get("average")
 
 
-def _policy(opt: LaidOut, group: Group) -> Any:
-    known = _known(opt, group)
-    return known.policy if known is not None else opt.defaults.get("average")
-
-
-def _counted(opt: LaidOut, group: Group, kept: Mapping[Any, Any]) -> tuple[int, float | None]:
-    """A group's samples and beta, as the optimizer has counted them."""
-    known = _known(opt, group)
+def _counted(engine: Engine, group: Group, kept: Mapping[Any, Any]) -> Counts:
+    """A group's samples and beta, as the engine has counted them."""
+    known = engine.known(group)
     if known is None:
-        return 0, None
+        return Counts()
     streams = [kept.get(p, {}) for p in group["params"]]
-    buffered = any(map(known.buffered, group["params"]))
+    buffered = any(map(known.has_buffer, group["params"]))
     averaged = not buffered or any("average" in held for held in streams)
     moved = any("momentum_buffer" in held for held in streams)
-    return known.n_averaged if averaged else 0, known.beta if moved else None
+    return Counts(known.n_averaged if averaged else 0, known.beta if moved else None)
 
 
 def _check_not_cast(name: str, param: Tensor, held: Mapping[str, Any], plan: GroupPlan) -> None:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rbwa_fused import form
 from rbwa_fused.average import Average, same, structure
+from rbwa_fused.engine.engine import Counts, Engine
+from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.numbers import integer
+from rbwa_fused.rules import Rule
 from rbwa_fused.streams import DTYPES, STREAMS
 
-if TYPE_CHECKING:
-    from rbwa_fused.engine.rows import GroupPlan
-    from rbwa_fused.fused import FusedOptimizer
-    from rbwa_fused.layout import LaidOut
+Group = dict[str, Any]
 
 # What `export` adds to a group. A checkpoint of torch.optim.SGD has none of them. Live groups have
 # the keys too, with None for a value: torch.distributed.checkpoint, taking a flattened state dict
@@ -34,45 +33,58 @@ TORCHS = ("foreach", "differentiable", "fused")
 OWN = "own:"
 
 
-def export(opt: Any, state_dict: dict[str, Any]) -> None:
-    """The first hook behind ``state_dict()``: adds counters, rule and the policy's repr to the
-    groups, without torch's own keys."""
-    opt = opt._itself
-    opt._refuse_midway("state_dict")
-    waiting = set(opt._settle())
-    groups = state_dict["param_groups"]
-    counters = opt._counters()
-    for live, group, (n_averaged, beta) in zip(opt.param_groups, groups, counters, strict=True):
+class Loaded(NamedTuple):
+    """What a checkpoint says, all of it checked: an optimizer takes it over as it is.
+
+    Attributes:
+        groups: each param group's keys and values.
+        state: of each parameter, in copies of the checkpoint's tensors.
+        steps: taken so far.
+        counts: of each group.
+        notes: what the user should know.
+    """
+
+    groups: list[dict[str, Any]]
+    state: defaultdict[Any, Any]
+    steps: int
+    counts: list[Counts]
+    notes: list[str]
+
+
+def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Group) -> None:
+    """Adds counters, rule and the policy's repr to the groups of a state dict, without torch's own
+    keys."""
+    waiting = set(engine.read_back())
+    groups = saved["param_groups"]
+    counts = engine.counts(live_groups, state)
+    for live, group, (n_averaged, beta) in zip(live_groups, groups, counts, strict=True):
         policy = group["average"]
         group["average"] = None if policy is None else repr(policy)
         for key in OURS:
             if group.get(key) is not None:
                 live.setdefault(OWN + key, None)  # where torch.distributed.checkpoint looks for it
                 group[OWN + key] = group[key]
-        group.update(zip(OURS, (opt.rule_name, opt._steps, n_averaged, beta), strict=True))
+        group.update(zip(OURS, (engine.rule.name, engine.steps, n_averaged, beta), strict=True))
         for key in TORCHS:
             group.pop(key, None)
-    params = chain.from_iterable(group["params"] for group in opt.param_groups)
+    params = chain.from_iterable(group["params"] for group in live_groups)
     for key, p in zip(
         chain.from_iterable(group["params"] for group in groups), params, strict=True
     ):
-        if p in waiting and key in state_dict["state"]:
-            held = state_dict["state"][key].items()
-            state_dict["state"][key] = {k: v for k, v in held if k not in opt.streams}
+        if p in waiting and key in saved["state"]:
+            held = saved["state"][key].items()
+            saved["state"][key] = {k: v for k, v in held if k not in engine.rule.streams}
 
 
-def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> None:
-    """Loads a state dict after checking all of it; hooks as in torch.optim.Optimizer."""
+def read(engine: Engine, groups: Sequence[Group], state_dict: Any, step: int | None) -> Loaded:
+    """What a state dict says to the engine of these groups; nothing is changed.
+
+    Raises:
+        ValueError, TypeError: see FusedOptimizer.load_state_dict.
+    """
     step = None if step is None else integer("step", step, least=0)
-    form.mapping("state_dict", state_dict)
-    state_dict = dict(state_dict)
-    for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
-        hook_result = pre_hook(opt, state_dict)
-        if hook_result is not None:
-            state_dict = hook_result
     form.check(state_dict)
     saved_groups = [_users_own(saved) for saved in deepcopy(state_dict["param_groups"])]
-    groups = opt.param_groups
     if len(groups) != len(saved_groups):
         raise ValueError("loaded state dict has a different number of parameter groups")
     lengths = [len(group["params"]) for group in groups]
@@ -84,12 +96,12 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
     merged = []
     notes: dict[str, None] = {}
     for saved in saved_groups:
-        check_counters(opt, saved)
+        check_counters(engine.rule, saved)
     outdated = leave_out_outdated(saved_groups, notes)
     for group, saved in zip(groups, saved_groups, strict=True):
         check_policy(group["average"], saved, notes)
         new = {**group, **live_keys(saved)}
-        opt._check_hyperparameters(new)
+        engine.rule.check(new)
         merged.append(new)
     policies = [group["average"] for group in groups]
     taken = steps_taken(policies, saved_groups, step, not outdated, notes)
@@ -108,27 +120,17 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any], step: int | None) -> N
             }
         else:
             state[key] = held
-    assert opt._plan is not None
-    if not opt._describes(opt._plan):
-        opt._rebuild()
-    for plan, saved in zip(opt._plan.groups, saved_groups, strict=True):
+    counts = [counted(saved) for saved in saved_groups]
+    for plan, (n_averaged, _) in zip(engine.groups, counts, strict=True):
         for i, p in enumerate(plan.group["params"]):
             name = f"parameter {i} of group {plan.index}"
-            n_averaged = saved.get("n_averaged") or 0
-            check_state(name, p, state.get(p, {}), opt.streams, plan, n_averaged)
+            check_state(name, p, state.get(p, {}), engine.rule.streams, plan, n_averaged)
+    return Loaded(merged, state, taken, counts, list(notes))
 
-    if notes:
-        warnings.warn("; ".join(notes), stacklevel=3)
-    for group, new in zip(groups, merged, strict=True):
-        group.update(new)
-    opt.state = state
-    opt._steps = taken
-    opt._deferred = None  # counters on the device are those of the run that ends here
-    opt._rebuild(
-        [(saved.get("n_averaged") or 0, saved.get("implicit_momentum")) for saved in saved_groups]
-    )
-    for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
-        post_hook(opt)
+
+def counted(saved: Mapping[str, Any]) -> Counts:
+    """What a saved group says of its counters; torch.optim.SGD's says nothing."""
+    return Counts(saved.get("n_averaged") or 0, saved.get("implicit_momentum"))
 
 
 def live_keys(saved: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -146,27 +148,16 @@ def _users_own(saved: dict[str, Any]) -> dict[str, Any]:
     return {OWN + k if k in OURS else k: v for k, v in saved.items() if not _absent(v)}
 
 
-def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
-    """Raise where averages were assigned before the first step: with no sample counted, the next
-    one would replace them."""
-    if any(isinstance(held, dict) and "average" in held for held in state.values()):
-        raise ValueError(
-            "averages were assigned to an optimizer that has counted no step; load_state_dict "
-            "loads the counters, too (torch's ZeroRedundancyOptimizer does not, "
-            "rbwa_fused.distributed.ZeroRedundancyOptimizer does)"
-        )
-
-
 def _absent(value: Any) -> bool:
     """None, or what torch.distributed.checkpoint makes of a key that a flattened one lacks."""
     return value is None or (isinstance(value, dict) and not value)
 
 
-def check_counters(opt: LaidOut, saved: dict[str, Any]) -> None:
+def check_counters(rule: Rule, saved: dict[str, Any]) -> None:
     """Raise for a group's rule that is not the optimizer's, and for counters that are no counts."""
-    rule = saved.get("rule") or "sgd"
-    if rule != opt.rule_name:
-        raise ValueError(f"the checkpoint's rule is {rule!r}, the optimizer's {opt.rule_name!r}")
+    theirs = saved.get("rule") or "sgd"
+    if theirs != rule.name:
+        raise ValueError(f"the checkpoint's rule is {theirs!r}, the optimizer's {rule.name!r}")
     for key in ("step", "n_averaged"):
         count = saved.get(key)
         if count is not None and (not isinstance(count, int) or count < 0):
@@ -268,7 +259,7 @@ def check_state(
             raise ValueError(
                 f"the checkpoint counts {n_averaged} samples, but {name} has no average"
             )
-    if policy is not None and plan.buffered(param) and "average" in held:
+    if policy is not None and plan.has_buffer(param) and "average" in held:
         dtype, expected = held["average"].dtype, plan.dtype_of("average", param)
         if dtype != expected:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +12,24 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from rbwa_fused.engine.sharded import gathered_by, kind_of_shard, reshard
 from rbwa_fused.model_state import state_dict_with
-from rbwa_fused.swap import Swap, averages
-
-if TYPE_CHECKING:
-    from rbwa_fused.fused import FusedOptimizer
+from rbwa_fused.swap import Averaging, Swap, averages
 
 
 @contextmanager
-def averaged(opt: FusedOptimizer, model: nn.Module | None) -> Iterator[None]:
+def averaged(opt: Averaging, model: nn.Module | None) -> Iterator[None]:
     """See FusedOptimizer.averaged."""
-    if opt._evaluating is not None:
-        if not opt._evaluating.over:
+    before = opt.engine.swapped
+    if before is not None:
+        if not before.over:
             yield
             return
-        failure = opt._evaluating.restore()
+        failure = before.restore()
         if failure is not None:
             raise failure
     _free_gathered(opt, model)
     swap = Swap(opt, model)
     try:
-        opt._evaluating = swap
+        opt.engine.swapped = swap
         swap.put()
         yield
     except BaseException as error:
@@ -44,7 +42,7 @@ def averaged(opt: FusedOptimizer, model: nn.Module | None) -> Iterator[None]:
         raise failure
 
 
-def _free_gathered(opt: FusedOptimizer, model: nn.Module | None) -> None:
+def _free_gathered(opt: Averaging, model: nn.Module | None) -> None:
     """Frees the weights that FSDP has gathered, or the next forward would not see those of now.
 
     Raises:
@@ -66,7 +64,7 @@ def _free_gathered(opt: FusedOptimizer, model: nn.Module | None) -> None:
         )
 
 
-def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]:
+def averaged_state_dict(opt: Averaging, model: nn.Module) -> dict[str, Any]:
     """See FusedOptimizer.averaged_state_dict."""
     reshard(model)  # or its parameters are what FSDP has gathered
     members = set(model.parameters())
@@ -78,7 +76,7 @@ def averaged_state_dict(opt: FusedOptimizer, model: nn.Module) -> dict[str, Any]
 
 @contextmanager
 def averaged_model(
-    opt: FusedOptimizer,
+    opt: Averaging,
     model: nn.Module,
     loader: Iterable[Any],
     device: torch.device | None = None,

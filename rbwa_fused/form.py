@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
+from rbwa_fused.rules import RULES
 from rbwa_fused.streams import STREAMS
 
 # What torch.optim.SGD has had in its groups from its first version on, and no other class of torch
 # has all of.
 OF_SGD = ("lr", "momentum", "dampening", "weight_decay")
-RULES = ("sgd", "sgdm", "rsgdm_implicit", "rsgdm_explicit")  # names in our checkpoints
 
 
 def exported(group: Mapping[str, Any]) -> bool:

@@ -1,51 +1,76 @@
-"""FusedOptimizer: the step that hands parameters, gradients and tables to a kernel.
+"""FusedOptimizer: torch.optim's contract around an engine that takes the step in one pass.
 
-`_update` is the data path: gradients are gathered, the rows of the coefficient tables brought up
-to date (engine/rows.py), and one call of the backend (engine/backends.py) steps every parameter of
-a device. What the tables hold is layout.py's.
+Hooks, closures, param groups, pickling and state dicts are here; what a step does to memory is
+engine/engine.py's.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
-from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import increment_version
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rbwa_fused import adopted, checkpoint, evaluate, rules
-from rbwa_fused.engine import backends, checks, segments
-from rbwa_fused.engine.counters import Deferred
-from rbwa_fused.engine.rows import Plan
-from rbwa_fused.engine.sharded import local
-from rbwa_fused.in_backward import InBackward
-from rbwa_fused.layout import LaidOut
+from rbwa_fused import adopted, checkpoint, evaluate, form, rules
+from rbwa_fused.engine import backends, checks
+from rbwa_fused.engine.engine import Engine, Options
+from rbwa_fused.engine.sharded import is_flattened, kind_of_shard
+from rbwa_fused.in_backward import MIDWAY, InBackward
 
-Grads = list[Tensor | None]
-Gathered = tuple[segments.Segments, backends.Backend, Grads]
+Group = dict[str, Any]
 
 
-class FusedOptimizer(LaidOut):
+class FusedOptimizer(Optimizer):
     """Base of FusedSGD and RSGDM: everything but the rule and its hyperparameters.
 
-    A subclass gives a ``rule`` (rules.py), the name under which checkpoints remember it, the
-    ``streams`` of state that it keeps, and the ``hyperparameters`` of a group that it reads.
-
-    A parameter's first step with momentum passes through these hands: `_start` gives it a buffer
-    and points its segment at the group's first-step row, the kernel runs, `_finish` points it back.
-    A segment that is to have momentum or a master but has had no gradient yet waits in
-    `table.lacking`.
-    Where the device counts, its `marks` say all this instead (engine/counters.py).
+    Attributes:
+        engine: what steps the parameters; not for users.
     """
 
+    engine: Engine
+    _step_supports_amp_scaling = True
     _watched = False  # hooks and profiler are told of the step under way
+    _rule = rules.SGD  # of a state that names none, such as torch.optim.Optimizer's
+    _early: InBackward | None = None  # the hooks that step inside the backward pass
+
+    def __init__(
+        self, params: ParamsT, defaults: Group, rule: rules.Rule, options: Options
+    ) -> None:
+        if options.in_backward and options.capturable:
+            raise ValueError("capturable=True does not go with in_backward=True")
+        rule.check(defaults)
+        checks.average(defaults, options.capturable)
+        self._begin(Engine(rule, options))
+        super().__init__(params, {**defaults, **dict.fromkeys(checkpoint.OURS)})
+        self.register_state_dict_post_hook(export)
+        self.engine.build(self.param_groups, self.state, move=options.flatten)
+        self._laid_out()
+
+    def _begin(self, engine: Engine) -> None:
+        self._weak_self = weakref.ref(self)
+        self.engine = engine
+        if engine.options.in_backward:
+            self._early = InBackward(self, engine, weakref.WeakMethod(self._rebuild))
+
+    @property
+    def backend(self) -> str:
+        """The name of what runs: "cpu", "cuda", "triton" or "reference"."""
+        return self.engine.backend
+
+    @property
+    def _itself(self) -> Any:
+        """The optimizer behind a wrapper that takes on its class, as Lightning's do: such a wrapper
+        finds the class's attributes before the optimizer's, and keeps what is assigned to it."""
+        itself = self._weak_self()
+        assert itself is not None
+        return itself
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -74,11 +99,15 @@ class FusedOptimizer(LaidOut):
         loss = None
         if closure is not None:
             loss = self._call(closure)
+        step = self.engine.step
         grad_enabled = torch.is_grad_enabled()
         try:  # around the next line, too, behind which an interrupt may come
             torch._C._set_grad_enabled(False)
-            while not self._update():
-                self._rebuild()
+            if self._early is None or not self._early.finish():
+                found = self.__dict__
+                scaler = found.get("grad_scale"), found.get("found_inf")  # for the time of a step
+                while not step(self.param_groups, self.state, *scaler):
+                    self._rebuild()
         finally:
             torch._C._set_grad_enabled(grad_enabled)
         return loss
@@ -120,192 +149,65 @@ class FusedOptimizer(LaidOut):
     # when somebody watches.
     _observed_step = torch._disable_dynamo(profile_hook_step(_step))
 
-    def _update(self) -> bool:
-        """Gather, plan, launch, count. False, with nothing changed, where tables are outdated."""
-        plan = self._plan
-        assert plan is not None
-        if self._early is not None and self._early.stepped is not None:
-            self._early.finish(self, plan)
-            return True
-        if not self._up_to_date(plan):
-            return False
-        gathered: list[Gathered] = []
-        absent = present = negated = False
-        if len(self._tables) > 1:
-            plan.starting = True
-        for table, backend in self._launches:
-            grads, some_absent, some_present, some_negated = (
-                backends.described(table.gradients())
-                if table.shards
-                else backends.gradients(table.params)
-            )
-            absent = absent or some_absent
-            present = present or some_present
-            negated = negated or some_negated
-            if table.lacking and any(grads[i] is not None for i in table.lacking):
-                plan.starting = True
-            gathered.append((table, backend, grads))
-        if not present:
-            return True
-        found_inf = self.__dict__.get("found_inf")  # GradScaler sets them for the time of a step
-        grad_scale = self.__dict__.get("grad_scale")
-        deferring = self._deferred is not None or (
-            self._may_defer and (self._capturable or found_inf is not None)
-        )
-        scale = 1.0
-        if deferring:
-            plan.update(scale, lr_on_device=self._capturable)
-            if self._deferred is None:
-                self._deferred = self._defer(plan)
-        elif found_inf is not None and found_inf.item() != 0:
-            return True
-        else:
-            scale = 1.0 if grad_scale is None else float(grad_scale.item())
-            plan.sample(self._steps + 1)
-            plan.update(scale)
-        if plan.starting or negated or not self._kernels_check:
-            if not all(checks.fit(table, grads, self.param_groups) for table, _, grads in gathered):
-                return False
-            for table, _, grads in gathered:
-                self._start(plan, table, grads)
-            plan.starting = False
-        if self._deferred is not None:
-            if not self._launch_deferred(plan, gathered, grad_scale, found_inf):
-                return False
-        else:
-            for table, backend, grads in gathered:
-                if not self._launch(plan, table, backend.step, grads):
-                    return False
-            self._steps += 1
-            plan.commit()
-        for table, _, grads in gathered:
-            self._finish(plan, table, grads, absent, scale)
-        return True
+    # ---- param groups --------------------------------------------------------------------------
 
-    def _up_to_date(self, plan: Plan) -> bool:
-        """Whether groups and state are what the tables were made for."""
-        if (
-            self.state is not self._known_state
-            or len(self.state) != self._known_size
-            or not self._describes(plan)
-        ):
-            return False
-        return all(table.holds_state() and table.holds_shards() for table, _ in self._launches)
-
-    def _start(self, plan: Plan, table: segments.Segments, grads: Grads) -> None:
-        """Gives parameters the state they come to need; momentum's absence marks its first step."""
-        averages: dict[int, Tensor | None] = {}
-        masters: dict[int, Tensor | None] = {}
-        momentum: dict[int, Tensor | None] = {}
-        table.lacking = []
-        for i, p in enumerate(table.params):
-            group = plan.groups[table.groups[i]]
-            held = self.state[p] if group.policy is not None else self.state.get(p, {})
-            if group.buffered(p) and "average" not in held:
-                averages[i] = local(p).detach()
-            moving = group.has_momentum and "momentum_buffer" not in held
-            mastering = group.mastered(p) and "master_param" not in held
-            if mastering and (grads[i] is not None or "momentum_buffer" in held):
-                masters[i] = local(p).detach()
-                mastering = False
-            if grads[i] is None:
-                if moving or mastering:
-                    table.lacking.append(i)
-            elif moving:
-                momentum[i] = None
-                if self._deferred is None:  # else its mark says it
-                    table.set_row(i, group.row(first=True))
-                    table.first.append(i)
-                if self.rule is rules.rsgdm_implicit:
-                    group.beta = float(group.group["momentum"])
-        self._attach(plan, table, "average", averages)
-        self._attach(plan, table, "master_param", masters)
-        for stream in self.streams:
-            self._attach(plan, table, stream, momentum)
-        self._known_size = len(self.state)
-
-    def _launch(
-        self,
-        plan: Plan,
-        table: segments.Segments,
-        step: backends.Step,
-        grads: Grads,
-        deferred: Deferred | None = None,
-    ) -> bool:
-        """Steps one table. False, with nothing changed, where a parameter was converted."""
-        if table.copies and not all(map(table.fits, range(len(table.params)))):
-            return False  # the kernel would see the copy alone, in its old dtype
-        for param, memory in table.copies:
-            memory.copy_(param)
-        tables = (table.memory, grads, table.state, *table.tensors(), *plan.tensors)
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group; its average starts with its own first sample. See torch.optim.Optimizer."""
+        if self is not self._itself:
+            self._itself.add_param_group(param_group)
+            return
+        self._refuse_inside_averaged("add_param_group")
+        self._refuse_midway("add_param_group")
+        checks.duplicates(param_group)
+        engine = self.engine
+        built = len(engine.groups) > 0  # else torch's constructor adds the first groups
+        # Rebuilding brings a device's counters back to the host: they have no room for a group.
+        if built and (engine.device_counters is not None or not engine.follows(self.state)):
+            self._rebuild()
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            step(*tables, deferred=deferred)
-        except RuntimeError:
-            refused = grads.copy()
-            if not checks.fit(table, grads, self.param_groups):  # or it says what is wrong
-                return False
-            if all(map(is_, grads, refused)):
-                raise  # what fitted was launched, perhaps in part: a second step would be one more
-            step(*tables, deferred=deferred)
-        for param, memory in table.copies:
-            param.copy_(memory)
-        return True
+            self._check(group)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        if built:
+            engine.add([group], move=engine.options.flatten)
+            self._laid_out()
 
-    def _launch_deferred(
-        self,
-        plan: Plan,
-        gathered: list[Gathered],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
-        """Steps all tables and lets each device count, or not: nothing waits for it here."""
-        assert self._deferred is not None
-        lrs: list[Tensor | None] = [None] * len(plan.groups)
-        if self._capturable:
-            lrs = [rules.lr_on_device(group.group) for group in plan.groups]
-        first = dict.fromkeys(self._deferred, 0)  # segment of a device's next table
-        counting = {}
-        for device, deferred in self._deferred.items():
-            counting[device] = deferred.for_step(lrs, grad_scale, found_inf)
-        for table, backend, grads in gathered:
-            device, count = table.params[0].device, len(table.params)
-            own = counting[device].of_segments(first[device], count)
-            first[device] += count
-            if not self._launch(plan, table, backend.step, grads, own):
-                return False
-            for p, g in zip(table.params, grads, strict=True):
-                if grad_scale is not None and g is not None and p.grad is not None:
-                    unscaled = local(p.grad)
-                    if g is not unscaled:  # but a copy of the parameter's layout
-                        unscaled.copy_(g)
-        for device, deferred in counting.items():
-            advance = next(b.advance for t, b in self._launches if t.params[0].device == device)
-            assert advance is not None
-            advance(deferred)
-        return True
+    def _check(self, group: Group) -> None:
+        """Raises for a new group that cannot be stepped."""
+        options = self.engine.options
+        self.engine.rule.check(group)
+        rules.implementation(*map(group.get, ("foreach", "differentiable", "fused")))
+        checks.average(group, options.capturable)
+        checks.params(group, options.master_weights)
+        kind = kind_of_shard(group["params"])
+        if options.in_backward and kind is not None:
+            raise ValueError(f"in_backward=True does not go with {kind} parameters")
+        if any(map(is_flattened, group["params"])):
+            # FSDP1's scaler tells the other ranks of an overflow in its unscale_(), which it
+            # leaves out for who unscales by himself.
+            self._step_supports_amp_scaling = False
+        for device in {p.device for p in group["params"]}:
+            backends.choose(options.backend, device)
 
-    def _finish(
-        self, plan: Plan, table: segments.Segments, grads: Grads, absent: bool, scale: float
-    ) -> None:
-        """After the kernel: first-step marks, versions, unscaled gradients."""
-        for i in table.first:
-            group = plan.groups[table.groups[i]]
-            table.set_row(i, group.row(first=False))
-        table.first = []
-        written = table.params
-        if absent:
-            written = [
-                p
-                for p, g, group in zip(written, grads, table.groups, strict=True)
-                if g is not None or self._writes_back(plan.groups[group], p)
-            ]
-        increment_version(written)
-        if scale != 1.0:
-            # A tensor: a number would be rounded to 16 bits before it multiplies 16-bit gradients.
-            inverse = torch.tensor(1.0 / scale, dtype=torch.float64, device="cpu")
-            for p in written:
-                if p.grad is not None:
-                    (p.grad if p.grad.dim() > 0 else p.grad.view(1)).mul_(inverse)
+    def _rebuild(self) -> None:
+        """Follows parameters that were converted, groups and state that were replaced."""
+        engine = self.engine
+        for group in self.param_groups:
+            if type(group.get("average", "")) is str:  # put in place from outside
+                group.update(adopted.complete(engine, self.defaults, group))
+            checks.average(group, engine.options.capturable)
+            checks.params(group, engine.options.master_weights)
+            checks.state(group, self.state)
+        engine.rebuild(self.param_groups, self.state)
+        self._laid_out()
+
+    def _laid_out(self) -> None:
+        """The engine has new tables."""
+        if self._early is not None:
+            self._early.attach()
 
     # ---- averaged weights ----------------------------------------------------------------------
 
@@ -313,8 +215,9 @@ class FusedOptimizer(LaidOut):
     def n_averaged(self) -> int:
         """Samples in the average, of the group that has most."""
         opt = self._itself
-        opt._settle()
-        return max((n_averaged for n_averaged, _ in opt._counters()), default=0)
+        opt.engine.read_back()
+        counts = opt.engine.counts(opt.param_groups, opt.state)
+        return max((counted.n_averaged for counted in counts), default=0)
 
     def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """The averaged weights are live inside the context, the training weights again after it.
@@ -382,28 +285,42 @@ class FusedOptimizer(LaidOut):
                 the checkpoint's. The optimizer is as it was then.
         """
         opt = self._itself
-        if opt._evaluating is not None and not opt._evaluating.over:
-            opt._refuse_inside_averaged("load_state_dict")
+        engine = opt.engine
+        if engine.swapped is not None and not engine.swapped.over:
+            engine.refuse_inside_averaged("load_state_dict")
         opt._refuse_midway("load_state_dict")
-        checkpoint.load(opt, state_dict, step)
-        opt._evaluating = None  # what averaged() could not bring back is given up
+        form.mapping("state_dict", state_dict)
+        state_dict = dict(state_dict)
+        for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
+            hook_result = pre_hook(opt, state_dict)
+            if hook_result is not None:
+                state_dict = hook_result
+        if not engine.describes_groups(opt.param_groups):
+            opt._rebuild()
+        loaded = checkpoint.read(engine, opt.param_groups, state_dict, step)
+        if loaded.notes:
+            warnings.warn("; ".join(loaded.notes), stacklevel=2)
+        for group, new in zip(opt.param_groups, loaded.groups, strict=True):
+            group.update(new)
+        opt.state = loaded.state
+        engine.restart(opt.param_groups, loaded.state, loaded.steps, loaded.counts)
+        opt._laid_out()
+        for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
+            post_hook(opt)
+        engine.swapped = None  # what averaged() could not bring back is given up
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_inside_averaged("pickle or deepcopy")
+        engine = self.engine
+        engine.refuse_inside_averaged("pickle or deepcopy")
         self._refuse_midway("pickle or deepcopy")
         held = self.state.copy()
-        for p in set(self._settle()) & held.keys():
-            held[p] = {k: v for k, v in held[p].items() if k not in self.streams}
+        for p in set(engine.read_back()) & held.keys():
+            held[p] = {k: v for k, v in held[p].items() if k not in engine.rule.streams}
         return {
             **super().__getstate__(),
             "state": held,
-            "_backend_name": self._backend_name,
-            "_flatten": self._flatten,
-            "_capturable": self._capturable,
-            "_master_weights": self._master_weights,
-            "_in_backward": self._in_backward,
-            "_steps": self._steps,
-            "counters": self._counters(),
+            "engine": (engine.rule.name, engine.options._asdict(), engine.steps),
+            "counts": engine.counts(self.param_groups, self.state),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -414,20 +331,46 @@ class FusedOptimizer(LaidOut):
             ValueError, TypeError: as `load_state_dict`, also for averages that torch has cast. The
                 optimizer is as it was then.
         """
-        self._refuse_inside_averaged("__setstate__")
-        self._refuse_midway("__setstate__")
+        live = "engine" in self.__dict__
+        if live:
+            self._refuse_inside_averaged("__setstate__")
+            self._refuse_midway("__setstate__")
         state = {**self.__dict__, **state}
-        counters = state.pop("counters", None)
-        live = self._plan is not None
-        self._weak_self = weakref.ref(self)
-        if counters is None:
+        counts = state.pop("counts", None)
+        engine = state.pop("engine", None)
+        if not isinstance(engine, Engine):
+            rule, options, steps = engine or (self._rule.name, {}, 0)
+            engine = Engine(rules.RULES[rule], Options(**options))
+            engine.steps = steps
+        steps = engine.steps
+        if counts is None:
+            loaded = state["state"] is not self.__dict__.get("state")
             self.defaults = state["defaults"]
-            held, steps, counters = adopted.adopt(self, state["param_groups"], state["state"])
-            state.update(state=held, _steps=steps)
+            held, steps, counts = adopted.adopt(
+                engine, self.defaults, state["param_groups"], state["state"], loaded=loaded
+            )
+            state["state"] = held
         if self._early is not None:
             self._early.detach()
         super().__setstate__(state)
-        self._early = InBackward(self) if self._in_backward else None
-        if checkpoint.export not in self._optimizer_state_dict_post_hooks.values():
-            self.register_state_dict_post_hook(checkpoint.export)
-        self._build(self.param_groups, self._flatten and not live, counters)
+        self._begin(engine)
+        if export not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(export)
+        engine.steps = steps
+        move = engine.options.flatten and not live
+        engine.build(self.param_groups, self.state, counts, move=move)
+        self._laid_out()
+
+    def _refuse_inside_averaged(self, what: str) -> None:
+        self.engine.refuse_inside_averaged(what)
+
+    def _refuse_midway(self, what: str) -> None:
+        if self._early is not None and self._early.midway:
+            raise RuntimeError(f"{what}() {MIDWAY}")
+
+
+def export(opt: Any, state_dict: dict[str, Any]) -> None:
+    """The first hook behind ``state_dict()``; see checkpoint.export."""
+    opt = opt._itself
+    opt._refuse_midway("state_dict")
+    checkpoint.export(opt.engine, opt.param_groups, opt.state, state_dict)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from rbwa_fused import rules
 from rbwa_fused.average import Average
+from rbwa_fused.engine.engine import Options
 from rbwa_fused.fused import FusedOptimizer
 
 
@@ -68,12 +68,6 @@ class FusedSGD(FusedOptimizer):
         ...     evaluate(model)
     """
 
-    rule = staticmethod(rules.sgd)
-    rule_name = "sgd"
-    hyperparameters = itemgetter(
-        "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
-    )
-
     def __init__(
         self,
         params: ParamsT,
@@ -104,15 +98,15 @@ class FusedSGD(FusedOptimizer):
             "maximize": maximize,
             "average": average,
         }
-        super().__init__(
-            params,
-            defaults,
-            backend=backend,
-            flatten=flatten,
-            capturable=capturable,
-            master_weights=master_weights,
-            in_backward=in_backward,
-        )
+        options = Options(backend, flatten, capturable, master_weights, in_backward)
+        super().__init__(params, defaults, rules.SGD, options)
+
+
+DIFFERENCES = {
+    "implicit": rules.RSGDM_IMPLICIT,
+    "explicit": rules.RSGDM_EXPLICIT,
+    None: rules.SGDM,
+}
 
 
 class RSGDM(FusedOptimizer):
@@ -137,8 +131,7 @@ class RSGDM(FusedOptimizer):
         ValueError: also where ``momentum`` changes after the first step under "implicit".
     """
 
-    hyperparameters = itemgetter("lr", "momentum", "weight_decay", "maximize")
-    _difference: str | None = "implicit"
+    _rule = rules.RSGDM_IMPLICIT
 
     def __init__(
         self,
@@ -156,11 +149,10 @@ class RSGDM(FusedOptimizer):
         master_weights: bool = False,
         in_backward: bool = False,
     ) -> None:
-        if difference not in ("implicit", "explicit", None):
+        if difference not in tuple(DIFFERENCES):
             raise ValueError(
                 f"Invalid difference: {difference!r} (expected 'implicit', 'explicit' or None)"
             )
-        self._difference = difference
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -168,36 +160,5 @@ class RSGDM(FusedOptimizer):
             "maximize": maximize,
             "average": average,
         }
-        super().__init__(
-            params,
-            defaults,
-            backend=backend,
-            flatten=flatten,
-            capturable=capturable,
-            master_weights=master_weights,
-            in_backward=in_backward,
-        )
-
-    @property
-    def rule(self) -> rules.Rule:  # type: ignore[override]
-        if self._difference == "implicit":
-            return rules.rsgdm_implicit
-        return rules.sgdm if self._difference is None else rules.rsgdm_explicit
-
-    @property
-    def rule_name(self) -> str:  # type: ignore[override]
-        return "sgdm" if self._difference is None else f"rsgdm_{self._difference}"
-
-    @property
-    def streams(self) -> tuple[str, ...]:  # type: ignore[override]
-        if self._difference == "explicit":
-            return ("momentum_buffer", "difference_buffer", "previous_gradient")
-        return ("momentum_buffer",)
-
-    @classmethod
-    def _check_hyperparameters(cls, group: dict[str, Any]) -> None:
-        super()._check_hyperparameters(group)
-        rules.check_beta(group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_difference": self._difference}
+        options = Options(backend, flatten, capturable, master_weights, in_backward)
+        super().__init__(params, defaults, DIFFERENCES[difference], options)

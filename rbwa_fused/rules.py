@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -87,9 +89,6 @@ def rsgdm_explicit(group: Group, first: bool) -> Coefficients:
     return Coefficients(beta, 1.0 - beta, kappa, alpha=0.0, gamma=1.0, delta=beta)
 
 
-Rule = Callable[[Group, bool], Coefficients]
-
-
 def check(group: Group) -> None:
     """Raise ValueError or TypeError for a hyperparameter out of range, in torch's words."""
     lr = group["lr"]
@@ -125,8 +124,9 @@ def lr_on_device(group: Group) -> Tensor | None:
     return lr
 
 
-def check_beta(group: Group) -> None:
-    """The RSGDM paper's momentum is the decay of an average and must be below 1."""
+def check_decay(group: Group) -> None:
+    """`check`, and the RSGDM paper's momentum is the decay of an average and must be below 1."""
+    check(group)
     if not float(group["momentum"]) < 1.0:
         raise ValueError(f"Invalid momentum value: {group['momentum']} (expected below 1)")
 
@@ -146,3 +146,53 @@ def implementation(foreach: Any, differentiable: Any, fused: Any) -> None:
             f"Invalid differentiable: {differentiable!r} (expected False: autograd sees no "
             "step of ours, but that of torch.optim.SGD(differentiable=True))"
         )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an optimizer moves a parameter, as a value.
+
+    Attributes:
+        name: by which checkpoints know it.
+        hyperparameters: of a param group, all that its rows depend on.
+        streams: what a parameter has in its state once its group has momentum.
+        coefficients: of a group's row; ``first`` is a parameter's first step with momentum.
+        check: raises for a group with a hyperparameter out of range.
+        constant_momentum: whether a group must go on with the momentum of its first step.
+        inputs: the hyperparameters of a group, as a tuple.
+    """
+
+    name: str
+    hyperparameters: tuple[str, ...]
+    streams: tuple[str, ...]
+    coefficients: Callable[[Group, bool], Coefficients]
+    check: Callable[[Group], None] = check
+    constant_momentum: bool = False
+    inputs: Callable[[Group], tuple[Any, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", itemgetter(*self.hyperparameters))
+
+    def row(self, group: Group, first: bool) -> tuple[float, ...]:
+        """The numbers of ``struct Row`` in its order, for a group that was checked."""
+        s = -1.0 if group["maximize"] else 1.0
+        rule = self.coefficients(group, first)
+        return s, float(group["weight_decay"]), *rule, float(group["lr"])
+
+
+OF_TORCH = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+OF_PAPER = ("lr", "momentum", "weight_decay", "maximize")
+DIFFERENCE = ("momentum_buffer", "difference_buffer", "previous_gradient")
+
+SGD = Rule("sgd", OF_TORCH, ("momentum_buffer",), sgd)
+SGDM = Rule("sgdm", OF_PAPER, ("momentum_buffer",), sgdm, check_decay)
+RSGDM_IMPLICIT = Rule(
+    "rsgdm_implicit",
+    OF_PAPER,
+    ("momentum_buffer",),
+    rsgdm_implicit,
+    check_decay,
+    constant_momentum=True,
+)
+RSGDM_EXPLICIT = Rule("rsgdm_explicit", OF_PAPER, DIFFERENCE, rsgdm_explicit, check_decay)
+RULES = {rule.name: rule for rule in (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT)}

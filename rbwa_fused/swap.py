@@ -9,23 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rbwa_fused.engine import checks
+from rbwa_fused.engine.engine import Engine
+from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.sharded import beside, is_sharded, local, reshard, shard_of
 from rbwa_fused.streams import DTYPES
-
-if TYPE_CHECKING:
-    from rbwa_fused.engine.rows import GroupPlan
-    from rbwa_fused.fused import FusedOptimizer
 
 MEND = (
     "once every parameter has its shape, a floating dtype and memory of its own again, enter and "
     "leave averaged() once more; or load a checkpoint of model and optimizer"
 )
+
+
+class Averaging(Protocol):
+    """Who has averages: an engine, and the groups and the state that it works on."""
+
+    engine: Engine
+    param_groups: list[dict[str, Any]]
+    state: Any
 
 
 class Saved(NamedTuple):
@@ -52,7 +58,7 @@ class Swap:
 
     # A compiled function that evaluates would compile these for each parameter's shape.
     @torch._disable_dynamo
-    def __init__(self, opt: FusedOptimizer, model: nn.Module | None) -> None:
+    def __init__(self, opt: Averaging, model: nn.Module | None) -> None:
         self.over = False
         self._missing = "averaged() was interrupted on exit"
         self._opt = opt
@@ -99,7 +105,7 @@ class Swap:
                     wrong[f"parameter {saved.name}"] = error
             _announce(self._averages)
         if not wrong:
-            self._opt._evaluating = None
+            self._opt.engine.swapped = None
             return None
         self._missing = "; ".join(f"{where}: {error}" for where, error in wrong.items())
         failure = RuntimeError(f"averaged() could not bring back all weights: {self}")
@@ -116,33 +122,33 @@ class Swap:
         raise RuntimeError(f"{what}() with averaged weights for training weights: {self}")
 
 
-def averages(opt: FusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has an average beside it, with that average, laid out as it is."""
     for plan in _sampled(opt):
         for p in plan.group["params"]:
             average = opt.state.get(p, {}).get("average")
-            if plan.buffered(p) and average is not None:
+            if plan.has_buffer(p) and average is not None:
                 yield p, beside(shard_of(average, p), p)
 
 
-def _sampled(opt: FusedOptimizer) -> list[GroupPlan]:
+def _sampled(opt: Averaging) -> list[GroupPlan]:
     """The groups whose averages have at least one sample."""
-    opt._settle()
-    return [plan for plan in opt._plan.groups if plan.n_averaged > 0] if opt._plan else []
+    opt.engine.read_back()
+    return [plan for plan in opt.engine.groups if plan.n_averaged > 0]
 
 
-def _fitting(opt: FusedOptimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _fitting(opt: Averaging) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, parameter and average (its shard) of all that is to be put in place, checked."""
     for plan in _sampled(opt):
         group = plan.group
         try:
-            checks.params(group, opt._master_weights)
+            checks.params(group, opt.engine.options.master_weights)
             checks.state(group, opt.state)
         except (TypeError, ValueError) as error:
             raise RuntimeError(f"averaged() left the weights as they are: {error}") from error
         for i, p in enumerate(group["params"]):
             average = opt.state.get(p, {}).get("average")
-            if plan.buffered(p) and average is not None and p.numel() > 0:
+            if plan.has_buffer(p) and average is not None and p.numel() > 0:
                 name = f"{checks.name_of(group, i)} of group {plan.index}"
                 yield name, p, shard_of(average, p)
 

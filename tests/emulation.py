@@ -14,7 +14,7 @@ import torch
 
 import rbwa_fused as rf
 from rbwa_fused.engine import backends
-from rbwa_fused.engine.counters import Deferred
+from rbwa_fused.engine.counters import DeviceCounters
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["tests/emulated_cuda.cpp", "csrc/cuda/device_tables.cpp", "csrc/cuda/packer.cpp"]
@@ -55,7 +55,7 @@ def backend() -> backends.Backend:
     """`backends.CUDA`, with the compiled module exchanged for the emulated one."""
     module = emulated()
 
-    def advance(d: Deferred) -> None:
+    def advance(d: DeviceCounters) -> None:
         module.advance(d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf)
 
     return backends.Backend("cuda", backends._door(module), True, advance)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from rbwa_fused.engine import backends
-from rbwa_fused.engine.counters import Deferred
+from rbwa_fused.engine.counters import DeviceCounters
 
 
 class Host:
@@ -175,7 +175,7 @@ def recorded_backend() -> backends.Backend:
     take, count = kernels.step, kernels.advance
     assert count is not None
 
-    def tensors(deferred: Deferred | None) -> list[Tensor]:
+    def tensors(deferred: DeviceCounters | None) -> list[Tensor]:
         found = [getattr(deferred, f.name) for f in fields(deferred)] if deferred else []
         return [t for t in tree_leaves(found) if isinstance(t, Tensor)]
 
@@ -189,7 +189,7 @@ def recorded_backend() -> backends.Backend:
             recorder.add(take, args, {"deferred": deferred}, None)
         take(params, grads, state, *tables, deferred=deferred)
 
-    def advance(deferred: Deferred) -> None:
+    def advance(deferred: DeviceCounters) -> None:
         recorder = Recorder.recording
         if recorder is not None:
             recorder.save(tensors(deferred))

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rbwa_fused as rf
 from rbwa_fused.average import Average
 from rbwa_fused.engine import memory
-from rbwa_fused.engine.counters import Deferred
+from rbwa_fused.engine.counters import DeviceCounters
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -153,7 +153,7 @@ def test_what_the_device_reads_of_a_step_is_brought_to_it() -> None:
     """A learning rate, or a scaler, on the first of two GPUs. Fake tensors need none."""
     with FakeTensorMode():
         there, here = torch.device("cuda", 0), torch.device("cuda", 1)
-        counters = Deferred.of([], torch.empty(0, 5, dtype=torch.float64), 0, [True], here)
+        counters = DeviceCounters.of([], torch.empty(0, 5, dtype=torch.float64), 0, [True], here)
         value = torch.ones(1, device=there)
         own = counters.for_step([value, None], value, value)
         read = [own.lrs[0], own.grad_scale, own.found_inf]
@@ -213,7 +213,7 @@ def test_a_skipped_step_skips_everything_and_costs_no_look(
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "item", None)  # nothing is read back
             ours, on_device = scaled_run(dtype, rule, policy, "cuda")
-        assert on_device._deferred is not None
+        assert on_device.engine.device_counters is not None
         assert_same_bits(ours, theirs)
         assert on_device.n_averaged == on_host.n_averaged
         mine, other = on_device.state_dict(), on_host.state_dict()
@@ -243,7 +243,7 @@ def test_a_custom_weight_is_counted_by_the_host() -> None:
     policy = Average(lambda n, step: 1 / (n + 1))
     ours, opt = scaled_run(torch.float32, "momentum", policy, "cuda")
     theirs, _ = scaled_run(torch.float32, "momentum", policy, "cpu")
-    assert opt._deferred is None
+    assert opt.engine.device_counters is None
     assert_same_bits(ours, theirs)
 
 
@@ -404,7 +404,7 @@ def record(opt: Any, calls: list[Any]) -> None:
 
         return call
 
-    opt._launches = [
+    opt.engine.launches = [
         (table, b._replace(step=recording(b.step), advance=recording(b.advance)))
-        for table, b in opt._launches
+        for table, b in opt.engine.launches
     ]

@@ -37,8 +37,8 @@ class Failing:
 
 @pytest.fixture
 def pack(monkeypatch: pytest.MonkeyPatch) -> Failing:
-    failing = Failing(rows.Table.pack)
-    monkeypatch.setattr(rows.Table, "pack", failing)
+    failing = Failing(rows.RowTable.pack)
+    monkeypatch.setattr(rows.RowTable, "pack", failing)
     return failing
 
 

@@ -363,7 +363,7 @@ class TestInterpreted:
                 opt.grad_scale, opt.found_inf = torch.tensor([4.0]), torch.tensor([float(skip)])
                 opt.step()
                 del opt.grad_scale, opt.found_inf
-            assert (opt._deferred is not None) == (backend == "triton")
+            assert (opt.engine.device_counters is not None) == (backend == "triton")
             with opt.averaged():
                 inside = [p.detach().clone() for p in ps]
             kept = [t for p in ps for t in (p.detach(), *states(opt, p).values())]
@@ -471,7 +471,7 @@ class OnDevice:
             elided = policy is not None and policy.elided_for(p.dtype) and group == 0
             self.table.add(p, group, i, row=2 * group, sampling=2 * group + elided)
         every = dict.fromkeys(range(3))
-        self.state = {name: self.table.attach(name, every, {}) for name in opt.streams}
+        self.state = {name: self.table.attach(name, every, {}) for name in opt.engine.rule.streams}
         if policy is not None and not policy.elided_for(ps[0].dtype):
             dtype = policy.dtype_for(ps[0].dtype)
             starts: dict[int, Tensor | None] = {i: ps[i].detach() for i in range(2)}
@@ -483,9 +483,8 @@ class OnDevice:
     def step(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:
         rows = []
         for group, first in itertools.product(self.opt.param_groups, (False, True)):
-            s = -1.0 if group["maximize"] else 1.0
             lr = 99.0 if group is self.opt.param_groups[0] else group["lr"]  # the tensor's turn
-            rows.append([s, group["weight_decay"], *self.opt.rule(group, first), lr])
+            rows.append(self.opt.engine.rule.row({**group, "lr": lr}, first))
         segments, shapes = self.table.tensors()
         self.deferred.grad_scale, self.deferred.found_inf = grad_scale, found_inf
         triton_step.step_triton(

@@ -22,7 +22,7 @@ from cases import RULES, policy_for, products
 from rbwa_fused.triton_kernels import step as triton_step
 from torch import Tensor, nn
 
-from rbwa_fused.engine.counters import Deferred
+from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.streams import DTYPES
 
 pytest.importorskip("triton")
@@ -142,8 +142,8 @@ def gpu() -> Iterator[Gpu]:
         yield gpu
 
 
-def counters(samplers: int = 1) -> Deferred:
-    return Deferred(
+def counters(samplers: int = 1) -> DeviceCounters:
+    return DeviceCounters(
         counts=torch.zeros(1 + samplers, dtype=torch.int64),
         policies=torch.zeros(samplers, 8, dtype=torch.float64),
         samplings64=torch.zeros(2 * samplers, 5, dtype=torch.float64),

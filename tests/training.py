@@ -86,7 +86,7 @@ class Training(SideBySide):
             case Load():
                 self.load(event)
             case AddGroup():
-                if self.opt._deferred is not None:
+                if self.opt.engine.device_counters is not None:
                     self.twin.follow()  # counters come back from the device, and all is made anew
                 self.opt.add_param_group(self.group(event.group))
             case Change():

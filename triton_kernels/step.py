@@ -25,7 +25,7 @@ from rbwa_fused.engine.segments import COLUMN_OF, DTYPE, LENGTH, ROW, SAMPLING
 from rbwa_fused.streams import DTYPES
 
 if TYPE_CHECKING:
-    from rbwa_fused.engine.counters import Deferred
+    from rbwa_fused.engine.counters import DeviceCounters
 
 CHUNK = 4096  # elements that a program takes
 LARGE = 100_000_000  # elements of a table from which on a program takes several chunks in turn
@@ -68,7 +68,7 @@ def step_triton(
     shapes: Tensor,
     rows: Tensor,
     samplings: Tensor,
-    deferred: Deferred | None = None,
+    deferred: DeviceCounters | None = None,
 ) -> None:
     """`reference.step_` in one launch for each set of dtypes: of parameters, theta and averages.
 
@@ -101,7 +101,7 @@ def step_triton(
             launch.run(params, grads, addresses, rows, samplings, deferred)
 
 
-def advance_triton(deferred: Deferred) -> None:
+def advance_triton(deferred: DeviceCounters) -> None:
     """Counts the step just taken, unless ``found_inf`` skipped it, and packs the next samplings.
 
     Args:
@@ -181,7 +181,7 @@ class Launch:
         addresses: list[int],
         rows: Tensor,
         samplings: Tensor,
-        deferred: Deferred | None,
+        deferred: DeviceCounters | None,
     ) -> None:
         """Brings the tables up to date where something changed, and launches."""
         theta = [params[i].data_ptr() for i, _ in self.members]
@@ -259,7 +259,7 @@ class Launch:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return [rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)]
 
-    def _launch(self, upload: Upload, deferred: Deferred | None) -> None:
+    def _launch(self, upload: Upload, deferred: DeviceCounters | None) -> None:
         from . import update
 
         samplings, marks, grad_scale, found_inf = upload.samplings, None, None, None

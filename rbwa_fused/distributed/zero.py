@@ -83,7 +83,7 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
             RuntimeError: inside `averaged`, on all ranks and before any has taken the group.
         """
         if self.initialized:
-            self.optim._refuse_inside_averaged("add_param_group")
+            self.optim.engine.refuse_inside_averaged("add_param_group")
         super().add_param_group(param_group)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:

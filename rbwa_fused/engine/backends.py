@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rbwa_fused import compiled, reference
-from rbwa_fused.engine.counters import Deferred
+from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.engine.memory import is_dense, is_plain, same_layout
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
@@ -50,7 +50,7 @@ class Step(Protocol):
         shapes: Tensor,
         rows: Tensor,
         samplings: Tensor,
-        deferred: Deferred | None = None,
+        deferred: DeviceCounters | None = None,
     ) -> None: ...
 
 
@@ -65,7 +65,7 @@ class Backend(NamedTuple):
     name: str
     step: Step
     checks: bool
-    advance: Callable[[Deferred], None] | None = None
+    advance: Callable[[DeviceCounters], None] | None = None
 
 
 def _door(module: Any) -> Step:
@@ -82,7 +82,7 @@ def _door(module: Any) -> Step:
         shapes: Tensor,
         rows: Tensor,
         samplings: Tensor,
-        deferred: Deferred | None = None,
+        deferred: DeviceCounters | None = None,
     ) -> None:
         observed = direct is None or torch.autograd._profiler_enabled()
         if deferred is None and not observed:
@@ -126,13 +126,13 @@ def _step_reference(
     shapes: Tensor,
     rows: Tensor,
     samplings: Tensor,
-    deferred: Deferred | None = None,
+    deferred: DeviceCounters | None = None,
 ) -> None:
     """The step in plain PyTorch, on any device. The caller has checked that everything fits."""
     reference.step_(params, grads, state, segments, rows, samplings)
 
 
-def _advance_cuda(d: Deferred) -> None:
+def _advance_cuda(d: DeviceCounters) -> None:
     torch.ops.rbwa_fused.advance_.default(
         d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf
     )

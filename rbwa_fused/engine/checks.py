@@ -79,6 +79,17 @@ def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
                 )
 
 
+def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Raise where averages were assigned before the first step: with no sample counted, the next
+    one would replace them."""
+    if any(isinstance(held, dict) and "average" in held for held in state.values()):
+        raise ValueError(
+            "averages were assigned to an optimizer that has counted no step; load_state_dict "
+            "loads the counters, too (torch's ZeroRedundancyOptimizer does not, "
+            "rbwa_fused.distributed.ZeroRedundancyOptimizer does)"
+        )
+
+
 def fit(table: Segments, grads: list[Tensor | None], groups: Sequence[dict[str, Any]]) -> bool:
     """Checks a table's gradients in full; copies one of another layout to its parameter's, and one
     whose memory does not hold its elements as they are.

@@ -21,7 +21,7 @@ POLICY_COLUMNS = 8
 
 
 @dataclass
-class Deferred:
+class DeviceCounters:
     """What the kernels need beside the tables of every step; all on the parameters' device.
 
     Attributes:
@@ -52,7 +52,7 @@ class Deferred:
         steps: int,
         started: Sequence[bool],
         device: torch.device,
-    ) -> Deferred:
+    ) -> DeviceCounters:
         """Moves the host's counters to a device. `samplings` are those of step `steps` + 1."""
         counts = [steps, *(sampler.n_averaged for sampler in samplers)]
         policies = [policy_row(sampler.policy) for sampler in samplers]
@@ -67,7 +67,7 @@ class Deferred:
 
     def for_step(
         self, lrs: Sequence[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Deferred:
+    ) -> DeviceCounters:
         """The same counters with what belongs to one step, brought to their device."""
 
         def here(value: Tensor | None) -> Tensor | None:
@@ -80,7 +80,7 @@ class Deferred:
             found_inf=here(found_inf),
         )
 
-    def of_segments(self, first: int, count: int) -> Deferred:
+    def of_segments(self, first: int, count: int) -> DeviceCounters:
         """The same counters with the marks of some of the segments."""
         return replace(self, marks=self.marks[first : first + count])
 

@@ -9,7 +9,6 @@ all groups that share the policy and have averaged as many samples.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from operator import is_
 from typing import Any
 
@@ -128,18 +127,18 @@ class GroupPlan:
         except RuntimeError:  # several elements have no one answer: they are not the same
             return False
 
-    def mastered(self, param: Tensor) -> bool:
+    def has_master(self, param: Tensor) -> bool:
         """Whether a parameter has a float32 master."""
         return streams.working_dtype(param.dtype, self.master_weights) != param.dtype
 
-    def elided(self, param: Tensor) -> bool:
+    def is_the_weights(self, param: Tensor) -> bool:
         """Whether the average of a parameter is the parameter itself, or its master."""
         kept = streams.working_dtype(param.dtype, self.master_weights)
         return self.policy is not None and self.policy.elided_for(kept)
 
-    def buffered(self, param: Tensor) -> bool:
+    def has_buffer(self, param: Tensor) -> bool:
         """Whether a parameter has an average in a buffer of its own."""
-        return self.policy is not None and not self.elided(param)
+        return self.policy is not None and not self.is_the_weights(param)
 
     def dtype_of(self, stream: str, param: Tensor) -> torch.dtype:
         """The dtype of one of a parameter's state tensors (streams.STREAMS)."""
@@ -154,38 +153,28 @@ class GroupPlan:
 
     def sampling(self, param: Tensor) -> int:
         """The row of a parameter in the table of samplings."""
-        return self.sampler.first_row + self.elided(param)
+        return self.sampler.first_row + self.is_the_weights(param)
 
 
 class Plan:
     """The tables of all groups, and the groups' counters.
 
     Args:
-        rule: hyperparameters to coefficients (rules.py).
-        check: raises for hyperparameters out of range.
-        inputs: those hyperparameters of a group that go into its rows.
+        rule: what the groups' rows are made by.
         master_weights: whether 16-bit parameters have float32 masters.
 
     Attributes:
-        starting: a step is due that looks at every parameter, to give it the state that it comes
-            to need. It stays so until whoever gives state has done it, whatever fails before.
+        state_is_due: some parameter may still need a state tensor: the next step looks at all of
+            them. It stays so until whoever gives state has done it, whatever fails before.
     """
 
-    def __init__(
-        self,
-        rule: rules.Rule,
-        check: Callable[[Group], None],
-        inputs: Callable[[Group], tuple[Any, ...]],
-        master_weights: bool,
-    ) -> None:
+    def __init__(self, rule: rules.Rule, master_weights: bool) -> None:
         self.groups: list[GroupPlan] = []
         self.samplers: list[Sampler] = []
-        self.starting = True
+        self.state_is_due = True
         self._rows = RowTable(rules.ROW)
         self._samplings = RowTable(rules.SAMPLING)
         self._rule = rule
-        self._check = check
-        self._inputs = inputs
         self._master_weights = master_weights
 
     def add(self, group: Group, n_averaged: int = 0, beta: float | None = None) -> GroupPlan:
@@ -224,7 +213,7 @@ class Plan:
                     f"Invalid average: {plan.group['average']!r} was assigned to a group that was "
                     f"added with {plan.policy!r}"
                 )
-            inputs = (*self._inputs(plan.group), scale)
+            inputs = (*self._rule.inputs(plan.group), scale)
             try:
                 changed = inputs != plan.rule_inputs
             except RuntimeError:  # a tensor of several elements; the check will say so
@@ -243,7 +232,7 @@ class Plan:
         group = plan.group
         if lr_on_device and rules.lr_on_device(group) is not None:
             group = {**group, "lr": 0.0}
-        self._check(group)
+        self._rule.check(group)
         momentum = float(group["momentum"])
         if plan.beta is not None and momentum != plan.beta:
             raise ValueError(
@@ -251,13 +240,12 @@ class Plan:
                 f'only, and this group started with {plan.beta}; use difference="explicit")'
             )
         if plan.has_momentum != (momentum != 0.0):
-            self.starting = True
+            self.state_is_due = True
             plan.has_momentum = momentum != 0.0
-        s = (-1.0 if group["maximize"] else 1.0) / scale
-        decay, lr = float(group["weight_decay"]), float(group["lr"])
         plan.rule_inputs = None  # until both rows hold them
         for first in (False, True):
-            self._rows.pack(plan.row(first), s, decay, *self._rule(group, first), lr)
+            s, *rest = self._rule.row(group, first)
+            self._rows.pack(plan.row(first), s / scale, *rest)
         # A tensor may change its value in place: such rows are packed at every step.
         changes = any(isinstance(value, Tensor) for value in hyperparameters)
         plan.rule_inputs = None if changes else inputs
