@@ -236,7 +236,8 @@ def test_a_run_that_is_interrupted_ends_its_stage_and_leaves_the_table(
 ) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"import signal, sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in a shell's background, too
         "import gpu_run, gpu_stages\n"
         f"gpu_stages.facts = lambda: {MACHINE!r}\n"
         "hanging = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'\n"
