@@ -159,6 +159,7 @@ PULL_REFERENCE = [
     ),
 ]
 RULES = [
+    ('-1.0 if group["maximize"] else 1.0', "1.0"),
     ('c = 1.0 if first else 1.0 - float(group["dampening"])', "c = 1.0"),
     (
         "Coefficients(mu, c=1.0, kappa=0.0, alpha=1.0, gamma=mu",
@@ -186,8 +187,7 @@ PLAN = [
     ("scale=w if due else 1.0", "scale=1.0"),
     ("due or current, current,", "due, current,"),
     ("                n = 1\n", ""),
-    ('(-1.0 if group["maximize"] else 1.0) / scale', "1.0 / scale"),
-    ("else 1.0) / scale", "else 1.0)"),
+    ("s / scale, *rest", "s, *rest"),
     ("self.n_averaged = self._next_n_averaged", "pass"),
 ]
 
