@@ -154,7 +154,8 @@ class Rule:
 
     Attributes:
         name: by which checkpoints know it.
-        hyperparameters: of a param group, all that its rows depend on.
+        hyperparameters: of a param group, all that its rows depend on; ``"lr"`` is the first, and
+            the last number of a row.
         streams: what a parameter has in its state once its group has momentum.
         coefficients: of a group's row; ``first`` is a parameter's first step with momentum.
         check: raises for a group with a hyperparameter out of range.

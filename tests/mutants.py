@@ -197,6 +197,7 @@ INTERRUPTED: Mutants = [
 PLAN: Mutants = [
     ("            self._packed = None  # until both rows hold it\n", ""),
     ("        plan.rule_inputs = None  # until both rows hold them\n", ""),
+    ("        plan.rule_inputs = None  # until both rows hold it\n", ""),
 ]
 MODEL_STATE: Mutants = [
     ("None in sources.values() or ", ""),

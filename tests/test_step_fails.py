@@ -19,26 +19,25 @@ from rbwa_fused.fused import FusedOptimizer
 
 
 class Failing:
-    """A function whose n-th call from now on is interrupted, before it does anything."""
+    """Functions whose n-th call from now on is interrupted, before it does anything."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.left = 0
+    left = 0
 
-    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
-        return lambda *args: self(instance, *args)
+    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def failing(*args: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return function(*args)
 
-    def __call__(self, *args: Any) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-        return self.function(*args)
+        return failing
 
 
 @pytest.fixture
 def pack(monkeypatch: pytest.MonkeyPatch) -> Failing:
-    failing = Failing(rows.RowTable.pack)
-    monkeypatch.setattr(rows.RowTable, "pack", failing)
+    failing = Failing()
+    for name in ("pack", "pack_last"):
+        monkeypatch.setattr(rows.RowTable, name, failing.of(getattr(rows.RowTable, name)))
     return failing
 
 
