@@ -63,19 +63,19 @@ def test_a_step_repeated_after_its_rows_were_half_packed_is_the_step(
 
 
 @pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("changed", [{"lr": 5.0}, {"lr": 5}, {"momentum": 0.0}], ids=str)
 def test_a_hyperparameter_taken_back_after_a_failed_step_is_taken_back(
-    nth: int, pack: Failing
+    changed: dict[str, float], nth: int, pack: Failing
 ) -> None:
     (model, opt), (plain, opt2) = build("momentum"), build("momentum")
     train(model, opt, 1, 3)
     feed(model, 4)
-    for changed in ({"lr": 5.0}, {"momentum": 0.0}):
-        usual = {key: opt.param_groups[0][key] for key in changed}
-        opt.param_groups[0].update(changed)
-        pack.left = nth
-        with pytest.raises(KeyboardInterrupt):
-            opt.step()
-        opt.param_groups[0].update(usual)
+    usual = {key: opt.param_groups[0][key] for key in changed}
+    opt.param_groups[0].update(changed)
+    pack.left = nth
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    opt.param_groups[0].update(usual)
     train(model, opt, 4, STEPS)
     train(plain, opt2, 1, STEPS)
     assert result(opt) == result(opt2)
@@ -125,8 +125,9 @@ def test_replicas_are_looked_for_again_after_a_search_that_failed(
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Replicated)
     with monkeypatch.context() as patch:
-        patch.setattr(gc, "get_objects", Failing(gc.get_objects))
-        gc.get_objects.left = 1  # type: ignore[attr-defined]
+        failing = Failing()
+        failing.left = 1
+        patch.setattr(gc, "get_objects", failing.of(gc.get_objects))
         with pytest.raises(KeyboardInterrupt):
             net(torch.ones(1, 2)).sum().backward()
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
