@@ -14,9 +14,10 @@ import re
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import wraps
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, ParamSpec, cast
 
 import torch
 
@@ -118,6 +119,7 @@ class Average:
     initial: Literal["first_sample", "current"] = "first_sample"
     dtype: torch.dtype | None = None
     name: str | None = None
+    _written: ClassVar[str | None] = None  # of an instance, by the function that made it
 
     def __init__(
         self,
@@ -182,24 +184,39 @@ class Average:
         return not (every and isinstance(self.weight, Mean | Ema))
 
     def __repr__(self) -> str:
-        weight, code = repr(self.weight), ""
+        """As it is written: by one of the functions below, or with what is not the default."""
+        if self._written is not None:
+            return self._written
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weight"}
+        defaults = {f.name: f.default for f in fields(self)}
+        options = [f", {k}={v!r}" for k, v in given.items() if v != defaults[k]]
+        return f"Average({self._weight_text(named=False)}{''.join(options)})"
+
+    def describe(self) -> str:
+        """The text by which a checkpoint remembers it: all that it says, in one order."""
+        code = ""
         if self.custom:
-            function = cast(Callable[..., Any], self.weight)
-            weight = f"<{self.name or where(function)}>"
-            digest = fingerprint(function)
+            digest = fingerprint(cast(Callable[..., Any], self.weight))
             code = f", code={digest}" if digest else ""
         return (
-            f"Average({weight}, start={self.start}, every={self.every}, "
+            f"Average({self._weight_text(named=True)}, start={self.start}, every={self.every}, "
             f"write_back_every={self.write_back_every}, initial={self.initial!r}, "
             f"dtype={self.dtype}{code})"
         )
+
+    def _weight_text(self, named: bool) -> str:
+        if not self.custom:
+            return repr(self.weight)
+        function = cast(Callable[..., Any], self.weight)
+        return f"<{(self.name if named else None) or where(function)}>"
 
     def __copy__(self) -> Average:
         return self  # frozen
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Average:
-        fields = {**vars(self), "weight": deepcopy(self.weight, memo)}
-        return Average(fields.pop("weight"), **fields)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["weight"] = deepcopy(self.weight, memo)
+        return _as_written(Average(**values), self._written)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As any object's, after a look at a function of the user's: pickle finds it by its name.
@@ -284,11 +301,33 @@ def same(saved: str, policy: str) -> bool:
     return parts[0][0] == parts[1][0] and alike(parts[0][2], parts[1][2])
 
 
+Given = ParamSpec("Given")
+
+
+def _as_written(policy: Average, text: str | None) -> Average:
+    if text is not None:
+        object.__setattr__(policy, "_written", text)
+    return policy
+
+
+def _prints_its_call(make: Callable[Given, Average]) -> Callable[Given, Average]:
+    """A function whose policies print as its call."""
+
+    @wraps(make)
+    def made(*args: Given.args, **kwargs: Given.kwargs) -> Average:
+        given = [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
+        return _as_written(make(*args, **kwargs), f"{make.__name__}({', '.join(given)})")
+
+    return made
+
+
+@_prints_its_call
 def mean(start: int = 0, every: int = 1, write_back_every: int = 0) -> Average:
     """Running mean of the samples; units are steps."""
     return Average(Mean(), start=start, every=every, write_back_every=write_back_every)
 
 
+@_prints_its_call
 def ema(decay: float = 0.999, start: int = 0, every: int = 1) -> Average:
     """Exponential moving average kept beside the weights (shadow weights), 0 <= decay < 1.
 
@@ -297,6 +336,7 @@ def ema(decay: float = 0.999, start: int = 0, every: int = 1) -> Average:
     return Average(Ema(decay), start=start, every=every)
 
 
+@_prints_its_call
 def swa(
     start: int = 0,
     every: int = 1,
@@ -310,6 +350,7 @@ def swa(
     return Average(Mean(), start=start, every=every, initial=initial)
 
 
+@_prints_its_call
 def rswa(steps_per_epoch: int, start_epoch: int = 10) -> Average:
     """Recurrent SWA: the mean of epoch ends, written back at each."""
     epoch = integer("steps_per_epoch", steps_per_epoch, least=1)
@@ -317,6 +358,7 @@ def rswa(steps_per_epoch: int, start_epoch: int = 10) -> Average:
     return Average(Mean(), start=start, every=epoch, write_back_every=epoch)
 
 
+@_prints_its_call
 def rbwa(
     steps_per_epoch: int,
     start_epoch: int = 10,
@@ -334,6 +376,7 @@ def rbwa(
     return Average(weight, start=epochs * epoch, write_back_every=1)
 
 
+@_prints_its_call
 def rbwa_e(beta: float = 0.9, *, steps_per_epoch: int, start_epoch: int = 10) -> Average:
     """RBWA with an exponential moving average (eq. 4-5), 0 <= beta < 1."""
     epoch = integer("steps_per_epoch", steps_per_epoch, least=1)
@@ -341,6 +384,7 @@ def rbwa_e(beta: float = 0.9, *, steps_per_epoch: int, start_epoch: int = 10) ->
     return Average(Ema(fraction("beta", beta)), start=start, write_back_every=1)
 
 
+@_prints_its_call
 def lookahead(k: int = 5, alpha: float = 0.5) -> Average:
     """Lookahead: every k steps the slow weights move by 0 < alpha <= 1 and are written back.
 
@@ -353,6 +397,7 @@ def lookahead(k: int = 5, alpha: float = 0.5) -> Average:
     return Average(Ema(1.0 - alpha), every=k, write_back_every=k, initial="current")
 
 
+@_prints_its_call
 def switch_ema(decay: float = 0.999, *, steps_per_epoch: int) -> Average:
     """Switch-EMA: an EMA of every step, written back once an epoch, 0 <= decay < 1."""
     epoch = integer("steps_per_epoch", steps_per_epoch, least=1)

@@ -59,7 +59,7 @@ def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Grou
     counts = engine.counts(live_groups, state)
     for live, group, (n_averaged, beta) in zip(live_groups, groups, counts, strict=True):
         policy = group["average"]
-        group["average"] = None if policy is None else repr(policy)
+        group["average"] = policy.describe() if isinstance(policy, Average) else policy
         for key in OURS:
             if group.get(key) is not None:
                 live.setdefault(OWN + key, None)  # where torch.distributed.checkpoint looks for it
@@ -207,7 +207,7 @@ def steps_taken(
 def check_policy(policy: Average | None, saved: dict[str, Any], notes: dict[str, None]) -> None:
     """Raise for another kind of policy than ours in a saved group; note other numbers."""
     theirs = saved.get("average")
-    ours = None if policy is None else repr(policy)
+    ours = None if policy is None else policy.describe()
     if theirs is None or theirs == ours:
         return
     if not isinstance(theirs, str):

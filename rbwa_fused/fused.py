@@ -72,6 +72,16 @@ class FusedOptimizer(Optimizer):
         assert itself is not None
         return itself
 
+    def __repr__(self) -> str:
+        """As torch.optim.Optimizer's, without the counters that the engine keeps."""
+        lines = []
+        for i, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {i}")
+            hidden = {"params", *(key for key in checkpoint.OURS if group.get(key) is None)}
+            lines += [f"    {key}: {group[key]}" for key in sorted(group.keys() - hidden)]
+        text = "".join(f"{line}\n" for line in lines)
+        return f"{type(self).__name__} (\n{text})"
+
     # ---- the step ------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -109,7 +109,7 @@ SEGMENTS: Mutants = [
 ]
 CHECKPOINT: Mutants = [
     (
-        "None if policy is None else repr(policy)\n        for key",
+        "policy.describe() if isinstance(policy, Average) else policy\n        for key",
         "policy\n        for key",
     ),
     ("for saved in deepcopy(state_dict[", "for saved in (state_dict["),

@@ -97,7 +97,7 @@ class SideBySide:
             assert theirs["step"] == twin.steps
             assert theirs["n_averaged"] == ours.averaged
             assert theirs["implicit_momentum"] == ours.beta
-            assert theirs["average"] == (None if ours.policy is None else repr(ours.policy))
+            assert theirs["average"] == (None if ours.policy is None else ours.policy.describe())
         assert self.opt.n_averaged == max(group.averaged for group in twin.groups)
         for i, (p, member) in enumerate(zip(self.model, twin.members, strict=True)):
             name = f"parameter {i}"

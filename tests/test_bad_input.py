@@ -155,7 +155,7 @@ POLICIES: dict[str, tuple[Call, type[Exception], str]] = {
     "weight is a number": (lambda: rf.Average(0.5), TypeError, "weight.*0.5"),  # type: ignore[arg-type]
     "weight is a name": (lambda: rf.Average("ema"), TypeError, "weight.*'ema'"),  # type: ignore[arg-type]
     "weight is a class": (lambda: rf.Average(rf.Ema), TypeError, "weight.*Ema"),  # type: ignore[arg-type]
-    "weight is a policy": (lambda: rf.Average(rf.ema()), TypeError, "weight.*Ema"),  # type: ignore[arg-type]
+    "weight is a policy": (lambda: rf.Average(rf.ema()), TypeError, r"weight.*ema\(\)"),  # type: ignore[arg-type]
     "Ema above 1": (lambda: rf.Average(rf.Ema(1.5)), ValueError, "decay.*1.5"),
     "Ema below 0": (lambda: rf.Average(rf.Ema(-0.1)), ValueError, "decay.*-0.1"),
     "Ema of nan": (lambda: rf.Average(rf.Ema(NAN)), ValueError, "decay.*nan"),

@@ -397,14 +397,14 @@ def test_a_changed_number_warns_once_and_takes_the_codes_value(
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         opt2.load_state_dict(saved)
-    assert [str(w.message) for w in seen if repr(old) in str(w.message)] == [
+    assert [str(w.message) for w in seen if old.describe() in str(w.message)] == [
         str(w.message) for w in seen
     ]
     assert len(seen) == 1
-    assert repr(new) in str(seen[0].message)
+    assert new.describe() in str(seen[0].message)
     assert opt2.param_groups[0]["average"] == new
     assert opt2.n_averaged == opt.n_averaged
-    assert opt2.state_dict()["param_groups"][0]["average"] == repr(new)
+    assert opt2.state_dict()["param_groups"][0]["average"] == new.describe()
 
 
 def test_a_changed_decay_is_used_from_the_next_sample_on() -> None:

@@ -186,16 +186,16 @@ def test_another_function_of_the_same_name_warns_once(pair: str, name: str | Non
     left, right = (average(weight, name) for weight in PAIRS[pair])
     assert loaded(left, left) == [] and loaded(right, right) == []
     seen = loaded(left, right)
-    assert len(seen) == 1 and repr(left) in seen[0] and repr(right) in seen[0]
+    assert len(seen) == 1 and left.describe() in seen[0] and right.describe() in seen[0]
 
 
 def test_a_global_that_a_function_reads_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = repr(average(by_global))
+    before = average(by_global).describe()
     monkeypatch.setattr(sys.modules[__name__], "RATE", 0.25)
-    assert not same(before, repr(average(by_global)))
+    assert not same(before, average(by_global).describe())
     monkeypatch.setattr(sys.modules[__name__], "OTHER", 0.25, raising=False)
     monkeypatch.setattr(sys.modules[__name__], "RATE", 0.5)
-    assert same(before, repr(average(by_global)))
+    assert same(before, average(by_global).describe())
 
 
 def test_a_function_is_the_same_whatever_was_done_with_it_before() -> None:
@@ -230,14 +230,14 @@ def test_a_state_dict_neither_fails_nor_waits_for_what_a_function_holds(name: st
     fingerprint(weight)
     assert time.process_time() - begun < 1.0  # 0.1 at most; some never ended, or took seconds
     policy = average(weight)
-    assert structure(repr(policy))[0] == "<ramp>"
+    assert structure(policy.describe())[0] == "<ramp>"
     assert loaded(policy, policy) == []
-    assert structure(repr(rf.Average(weight))) == structure(repr(rf.Average(weight)))
+    assert structure(rf.Average(weight).describe()) == structure(rf.Average(weight).describe())
 
 
 def test_a_function_that_holds_too_much_is_believed() -> None:
     left, right = (average(closing([rate] * 20_000)) for rate in (0.5, 0.25))
-    assert loaded(left, right) == [] and "code=" not in repr(left)
+    assert loaded(left, right) == [] and "code=" not in left.describe()
 
 
 def test_a_name_finds_a_function_that_was_moved() -> None:
@@ -257,8 +257,8 @@ def test_checkpoints_that_say_nothing_of_the_code_are_believed() -> None:
         "Average(<runs.scheduled>, start=2, every=1, write_back_every=0, "
         "initial='first_sample', dtype=None)"
     )
-    assert structure(older) == structure(repr(policy)) and same(older, repr(policy))
-    assert not same(older.replace("start=2", "start=3"), repr(policy))
+    assert structure(older) == structure(policy.describe()) and same(older, policy.describe())
+    assert not same(older.replace("start=2", "start=3"), policy.describe())
     p = nn.Parameter(torch.ones(3))
     opt = rf.FusedSGD([p], lr=0.1, average=policy)
     saved = opt.state_dict()
@@ -287,8 +287,8 @@ def test_only_a_function_takes_a_name() -> None:
 @pytest.mark.parametrize("name", ["ramp", "a <b> c", "läuft.langsam-1"])
 def test_a_name_is_read_back_from_a_checkpoint(name: str) -> None:
     policy = rf.Average(scheduled, start=3, write_back_every=4, name=name)
-    assert structure(repr(policy)) == (f"<{name}>", "rarely", "'first_sample'", "None")
-    assert f"Average(<{name}>, start=3" in repr(policy)
+    assert structure(policy.describe()) == (f"<{name}>", "rarely", "'first_sample'", "None")
+    assert f"Average(<{name}>, start=3" in policy.describe()
 
 
 def test_a_named_policy_is_pickled_and_compared_whole() -> None:

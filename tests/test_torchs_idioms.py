@@ -266,7 +266,7 @@ def test_state_set_anew_is_saved_once_and_steps_in_the_backward_pass() -> None:
     p.sum().backward()
     opt.step()
     assert torch.equal(p, torch.full((3,), 0.5))
-    assert opt.state_dict()["param_groups"][0]["average"] == repr(rf.ema(0.5))
+    assert opt.state_dict()["param_groups"][0]["average"] == rf.ema(0.5).describe()
 
 
 def test_bad_groups_are_refused_and_cost_nothing() -> None:
