@@ -28,11 +28,11 @@ if __package__ is None:  # run as a file: the folder above holds the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import rbwa_fused as rf
-from examples import data, durable, models
 from examples.ranks import on_first
-from examples.training import evaluate
 from rbwa_fused.command import Parser, run
 from rbwa_fused.distributed import synchronize
+from studies.digits import data, durable, models
+from studies.digits.training import evaluate
 
 BATCH = 64  # images of a step, over all processes
 DECAY = 0.98  # of the EMA: a memory of 50 steps

@@ -30,9 +30,9 @@ if __package__ is None:  # run as a file: the folder above holds the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import rbwa_fused as rf
-from examples import data
 from examples.ranks import on_first
 from rbwa_fused.command import Parser, run
+from studies.digits import data
 
 WIDTH, LAYERS = 32, 2
 BATCH_SIZE = 32  # of each process

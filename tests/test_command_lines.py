@@ -29,15 +29,20 @@ from rbwa_fused.command import run
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = "benchmarks.process"  # whose reader is the program that started it
+MOVED = {
+    "examples.train": "studies.digits",
+    "examples.compare": "studies.digits",
+    "examples.papers": "studies.papers",
+}
 
 
 def programs() -> Iterator[str]:
     """All that `python -m` starts."""
-    for package in ("rbwa_fused", "examples", "benchmarks"):
+    for package in ("rbwa_fused", "examples", "studies", "benchmarks"):
         for file in sorted((ROOT / package).rglob("*.py")):
             if '\nif __name__ == "__main__":\n' in file.read_text():
                 name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-                if name != WORKER:
+                if name != WORKER and name not in MOVED:
                     yield name.removesuffix(".__main__")
 
 
@@ -46,7 +51,26 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/
 
 
 def test_all_programs_are_found() -> None:
-    assert {"rbwa_fused", "examples.train", "examples.papers", "benchmarks"} < set(PROGRAMS)
+    assert {"rbwa_fused", "studies.digits", "studies.papers", "benchmarks"} < set(PROGRAMS)
+
+
+@pytest.mark.parametrize("old", MOVED)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_command_that_moved_says_where_it_is_and_does_what_it_did(
+    old: str, as_file: bool, tmp_path: Path
+) -> None:
+    name = str(ROOT / f"{old.replace('.', '/')}.py")
+    program = [name] if as_file else ["-m", old]
+    done = subprocess.run(
+        [sys.executable, *program, "--help"],
+        cwd=tmp_path if as_file else ROOT,
+        capture_output=True,
+        text=True,
+    )
+    new = MOVED[old]
+    assert done.returncode == 0
+    assert done.stderr == f"{old} has moved: python -m {new}\n"
+    assert done.stdout.startswith(f"usage: {new.removeprefix('studies.')} ")
 
 
 def started(module: str, argument: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -169,7 +193,7 @@ def test_a_checkpoint_of_shards_that_cannot_be_written_is_one_line(tmp_path: Pat
 def test_a_process_group_is_destroyed_only_after_all_are_done() -> None:
     """torch 2.14 aborts about one process in eight that leaves while another still talks to it."""
     found = 0
-    for folder in ("examples", "tests", "benchmarks", "docs"):
+    for folder in ("examples", "studies", "tests", "benchmarks", "docs"):
         for file in (ROOT / folder).rglob("*.*"):
             if file.suffix in (".py", ".md") and file != Path(__file__).resolve():
                 lines = file.read_text().splitlines()

@@ -12,8 +12,8 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from examples import data
 from examples.fsdp2 import Network
+from studies.digits import data
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable")
 
