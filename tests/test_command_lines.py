@@ -10,21 +10,16 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import command_jobs
 import mutate
 import pytest
 import sanitize
-from command_jobs import full, gone
-from ranks import ranks
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
-import examples.ddp
-import examples.fsdp2
 from rbwa_fused.command import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,13 +31,25 @@ MOVED = {
 }
 
 
+def full() -> TextIO:
+    """A disk without room."""
+    return open("/dev/full", "w")
+
+
+def gone() -> TextIO:
+    """A pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return open(writing, "w")
+
+
 def programs() -> Iterator[str]:
-    """All that `python -m` starts."""
-    for package in ("rbwa_fused", "examples", "studies", "benchmarks"):
+    """All that `python -m` starts; an example is plain PyTorch, see test_examples.py."""
+    for package in ("rbwa_fused", "studies", "benchmarks"):
         for file in sorted((ROOT / package).rglob("*.py")):
             if '\nif __name__ == "__main__":\n' in file.read_text():
                 name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-                if name != WORKER and name not in MOVED:
+                if name != WORKER:
                     yield name.removesuffix(".__main__")
 
 
@@ -161,33 +168,6 @@ def test_the_benchmarks_name_all_that_is_missing_before_anything_is_imported() -
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"benchmarks: {', '.join(missing)} not installed: make .venv/dev\n"
-
-
-@pytest.mark.parametrize("example", [examples.ddp, examples.fsdp2])
-def test_an_example_of_several_processes_says_how_it_is_started(
-    example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(SystemExit):
-        example.main([])
-    (line,) = capsys.readouterr().err.splitlines()
-    command = line.split("start it with ")[1]
-    assert command in example.__doc__ and command in (ROOT / "README.md").read_text()
-
-
-@needs_full
-def test_all_ranks_end_where_the_first_cannot_write_and_go_on_where_nobody_reads() -> None:
-    first, other = ranks(2).run(command_jobs.printed, True)
-    assert first == ["OSError [Errno 28] No space left on device"] and other == ["SystemExit 1"]
-    assert ranks(2).run(command_jobs.printed, False) == [["went on", "went on"]] * 2
-
-
-def test_a_checkpoint_of_shards_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "epoch-001"
-    first, other = ranks(2).run(command_jobs.saved, folder)
-    assert first.startswith(f"fsdp2.py: error: {folder}: [Errno 20] Not a directory")
-    assert len(first.splitlines()) == 1 and other == 1
 
 
 def test_a_process_group_is_destroyed_only_after_all_are_done() -> None:
