@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
-TREES := rbwa_fused triton_kernels tests benchmarks examples setup.py
+TREES := rbwa_fused triton_kernels tests benchmarks studies examples setup.py
 CPP := $(wildcard csrc/*.* csrc/*/*) benchmarks/*.cpp tests/*.cpp
 
 .PHONY: demo test check format abi mutants sanitize soak bench gpu clean
 
 demo: .venv/demo
-	$(BIN)/python -m examples.train
+	$(BIN)/python -m studies.digits
 
 # As many processes as the machine has cores, each with files of its own, in their order.
 test: .venv/dev

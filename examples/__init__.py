@@ -1,1 +1,1 @@
-"""Training a small network on real images with every method of rbwa_fused; see train.py."""
+"""Training with rbwa_fused: each file is a program to copy and change."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-OWN = ("rbwa_fused", "examples", "benchmarks")  # packages whose missing modules are defects
+OWN = ("rbwa_fused", "examples", "benchmarks", "studies")  # packages whose missing modules are defects
 SIGPIPE_STATUS = 141  # what shells say of a program that a broken pipe has ended
 
 

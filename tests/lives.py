@@ -1,4 +1,4 @@
-"""Lives of the example's process, one for each line of standard input, a JSON object:
+"""Lives of studies.digits' process, one for each line of standard input, a JSON object:
 
     options: of the command line
     notes: the folder that gets what is printed, and each finished run's last checkpoint
@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples import compare, timing
+from studies.digits import compare, timing
 
 timing.ROUNDS = 3  # the times of a step are not what a life is about
 

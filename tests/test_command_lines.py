@@ -10,30 +10,42 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import command_jobs
 import mutate
 import pytest
 import sanitize
-from command_jobs import full, gone
-from ranks import ranks
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
-import examples.ddp
-import examples.fsdp2
 from rbwa_fused.command import run
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = "benchmarks.process"  # whose reader is the program that started it
+MOVED = {
+    "examples.train": "studies.digits",
+    "examples.compare": "studies.digits",
+    "examples.papers": "studies.papers",
+}
+
+
+def full() -> TextIO:
+    """A disk without room."""
+    return open("/dev/full", "w")
+
+
+def gone() -> TextIO:
+    """A pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return open(writing, "w")
 
 
 def programs() -> Iterator[str]:
-    """All that `python -m` starts."""
-    for package in ("rbwa_fused", "examples", "benchmarks"):
+    """All that `python -m` starts; an example is plain PyTorch, see test_examples.py."""
+    for package in ("rbwa_fused", "studies", "benchmarks"):
         for file in sorted((ROOT / package).rglob("*.py")):
             if '\nif __name__ == "__main__":\n' in file.read_text():
                 name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
@@ -46,7 +58,26 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/
 
 
 def test_all_programs_are_found() -> None:
-    assert {"rbwa_fused", "examples.train", "examples.papers", "benchmarks"} < set(PROGRAMS)
+    assert {"rbwa_fused", "studies.digits", "studies.papers", "benchmarks"} < set(PROGRAMS)
+
+
+@pytest.mark.parametrize("old", MOVED)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_command_that_moved_says_where_it_is_and_does_what_it_did(
+    old: str, as_file: bool, tmp_path: Path
+) -> None:
+    name = str(ROOT / f"{old.replace('.', '/')}.py")
+    program = [name] if as_file else ["-m", old]
+    done = subprocess.run(
+        [sys.executable, *program, "--help"],
+        cwd=tmp_path if as_file else ROOT,
+        capture_output=True,
+        text=True,
+    )
+    new = MOVED[old]
+    assert done.returncode == 0
+    assert done.stderr == f"{old} has moved: python -m {new}\n"
+    assert done.stdout.startswith(f"usage: {new.removeprefix('studies.')} ")
 
 
 def started(module: str, argument: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -139,37 +170,10 @@ def test_the_benchmarks_name_all_that_is_missing_before_anything_is_imported() -
     assert done.stderr == f"benchmarks: {', '.join(missing)} not installed: make .venv/dev\n"
 
 
-@pytest.mark.parametrize("example", [examples.ddp, examples.fsdp2])
-def test_an_example_of_several_processes_says_how_it_is_started(
-    example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(SystemExit):
-        example.main([])
-    (line,) = capsys.readouterr().err.splitlines()
-    command = line.split("start it with ")[1]
-    assert command in example.__doc__ and command in (ROOT / "README.md").read_text()
-
-
-@needs_full
-def test_all_ranks_end_where_the_first_cannot_write_and_go_on_where_nobody_reads() -> None:
-    first, other = ranks(2).run(command_jobs.printed, True)
-    assert first == ["OSError [Errno 28] No space left on device"] and other == ["SystemExit 1"]
-    assert ranks(2).run(command_jobs.printed, False) == [["went on", "went on"]] * 2
-
-
-def test_a_checkpoint_of_shards_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "epoch-001"
-    first, other = ranks(2).run(command_jobs.saved, folder)
-    assert first.startswith(f"fsdp2.py: error: {folder}: [Errno 20] Not a directory")
-    assert len(first.splitlines()) == 1 and other == 1
-
-
 def test_a_process_group_is_destroyed_only_after_all_are_done() -> None:
     """torch 2.14 aborts about one process in eight that leaves while another still talks to it."""
     found = 0
-    for folder in ("examples", "tests", "benchmarks", "docs"):
+    for folder in ("examples", "studies", "tests", "benchmarks", "docs"):
         for file in (ROOT / folder).rglob("*.*"):
             if file.suffix in (".py", ".md") and file != Path(__file__).resolve():
                 lines = file.read_text().splitlines()

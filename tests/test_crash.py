@@ -313,11 +313,11 @@ def test_stopped_between_two_writes_it_neither_loses_nor_doubles_a_run(
         if "results.json" in left:
             times = times or results(folder)["times"]
             assert results(folder)["times"] == times  # measured once
-    note = "train.py: interrupted: 1 of 5 runs finished, the same command goes on from there"
+    note = "digits: interrupted: 1 of 5 runs finished, the same command goes on from there"
     assert note in printed(folder)
     assert lives.live(SMALL, folder) == 0
     assert [line for line in printed(folder) if " going on " in line] == [
-        f"train.py: going on after {place}" for _, _, place in FIRST if place is not None
+        f"digits: going on after {place}" for _, _, place in FIRST if place is not None
     ]
     assert outcome(folder) == never_killed(SMALL)[0]
     assert results(folder)["times"] == times != {}
@@ -330,7 +330,7 @@ def test_stopped_between_two_writes_it_neither_loses_nor_doubles_a_run(
     assert written(folder) == before
     assert outcome(folder) == never_killed(SMALL)[0]
     note, *table = printed(folder)[len(lines) :]
-    assert note == "train.py: complete before; the table and the picture are drawn anew"
+    assert note == "digits: complete before; the table and the picture are drawn anew"
     assert len(table) > 10 and table == lines[-len(table) :]
 
 
@@ -351,7 +351,7 @@ def test_a_diverged_run_is_still_one_after_a_crash(lives: Lives, tmp_path: Path)
 def test_the_command_itself_goes_on_in_another_process(never_killed: Any, tmp_path: Path) -> None:
     """Nothing forked: two starts of the interpreter, as a user has them."""
     folder = tmp_path / "out"
-    command = (sys.executable, "-m", "examples.train", *SMALL, "--out", str(folder))
+    command = (sys.executable, "-m", "studies.digits", *SMALL, "--out", str(folder))
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         see_writes(folder, {}, 30)
         process.kill()
@@ -360,6 +360,6 @@ def test_the_command_itself_goes_on_in_another_process(never_killed: Any, tmp_pa
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert again.returncode == 0, again.stderr
-    assert again.stderr.startswith("train.py: going on after ")
+    assert again.stderr.startswith("digits: going on after ")
     expected = never_killed(SMALL)[0]
     assert outcome(folder) == {key: expected[key] for key in ("settings", "runs", "last")}

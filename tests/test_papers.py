@@ -32,11 +32,11 @@ import numpy as np
 from scipy import stats
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from examples import durable
-from examples.papers import datasets, flatness, jobs, published, store, sweep, training
-from examples.papers.__main__ import main
-from examples.papers.settings import TABLES
-from examples.papers.systems import SYSTEMS
+from studies.digits import durable
+from studies.papers import datasets, flatness, jobs, published, store, sweep, training
+from studies.papers.__main__ import main
+from studies.papers.settings import TABLES
+from studies.papers.systems import SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--epochs", "2", "--start-epoch", "1", "--batch-size", "256")
@@ -343,7 +343,7 @@ def test_ctrl_c_while_a_finished_run_is_being_written_does_not_lose_it(
 @pytest.mark.skipif(os.name == "nt", reason="a process of Windows cannot be sent a Ctrl-C alone")
 def test_ctrl_c_ends_a_sweep_in_processes_and_keeps_what_is_finished(tmp_path):
     options = ("--model", "mlp", "--epochs", "1", "--method", "momentum", "--lr", "0.3")
-    command = ("-m", "examples.papers", "table5", *options, "--seeds", "1000", "--jobs", "2")
+    command = ("-m", "studies.papers", "table5", *options, "--seeds", "1000", "--jobs", "2")
     with subprocess.Popen(
         (sys.executable, *command, "--out", str(tmp_path)),
         cwd=ROOT,

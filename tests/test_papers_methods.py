@@ -20,8 +20,8 @@ pytest.importorskip("tqdm")
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from examples.papers import flatness, networks, published, schedules, statistics
-from examples.papers.datasets import (
+from studies.papers import flatness, networks, published, schedules, statistics
+from studies.papers.datasets import (
     Data,
     Images,
     Source,
@@ -30,11 +30,11 @@ from examples.papers.datasets import (
     load,
     training_images,
 )
-from examples.papers.plan import Plan, best
-from examples.papers.settings import Setting
-from examples.papers.store import Key, Store
-from examples.papers.systems import SYSTEMS, is_control
-from examples.papers.training import Curves, Learner, scores, train
+from studies.papers.plan import Plan, best
+from studies.papers.settings import Setting
+from studies.papers.store import Key, Store
+from studies.papers.systems import SYSTEMS, is_control
+from studies.papers.training import Curves, Learner, scores, train
 
 DIGITS = Source("digits")
 EPOCHS, START = 5, 1

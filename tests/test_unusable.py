@@ -1,4 +1,4 @@
-"""The example beside files that it cannot go on with: one line, and not a byte is changed."""
+"""studies.digits beside files that it cannot go on with: one line, and not a byte is changed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Main = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def main() -> Iterator[Main]:
-    """The example's `main` in this process, whose number of threads it gets back."""
+    """The program's `main` in this process, whose number of threads it gets back."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        from examples import train
+        from studies.digits.__main__ import main
 
-        yield lambda folder, *options: train.main((*options, "--out", str(folder)))
+        yield lambda folder, *options: main((*options, "--out", str(folder)))
     torch.set_num_threads(threads)
 
 
@@ -123,7 +123,7 @@ def into_folder(file: Path) -> None:
     file.mkdir()
 
 
-FOREIGN = "is damaged, or not a file of train.py"
+FOREIGN = "is damaged, or not a file of studies.digits"
 OTHER = "was written with other settings"
 NOISE = random.Random(0).randbytes(5000)
 # file, what has become of it, what is said about it
@@ -222,7 +222,7 @@ def test_a_file_that_cannot_be_gone_on_with_is_named_and_kept(
     name, change, words = BAD[kind]
     change(folder / name)
     line = refused(main, folder, OPTIONS, capsys)
-    assert line.startswith(f"train.py: error: {folder / name} {words}")
+    assert line.startswith(f"digits: error: {folder / name} {words}")
     assert line.endswith("; delete it or choose another --out\n")
 
 
@@ -252,7 +252,7 @@ def test_another_setting_is_named_and_nothing_overwritten(
 ) -> None:
     for name in ("checkpoint.pt", "results.json"):
         line = refused(main, folder, (*OPTIONS, *option), capsys)
-        assert line.startswith(f"train.py: error: {folder / name} {OTHER} ({words})")
+        assert line.startswith(f"digits: error: {folder / name} {OTHER} ({words})")
         (folder / name).unlink()
 
 
@@ -271,7 +271,7 @@ def test_without_its_checkpoint_the_run_under_way_begins_anew(
     (folder / "checkpoint.pt").unlink()
     assert main(folder, *OPTIONS) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "train.py: going on after 1 of 2 runs with ema, seed 0, from its start"
+    assert said[0] == "digits: going on after 1 of 2 runs with ema, seed 0, from its start"
     assert [line.split(":")[0] for line in said[1:]] == ["2/2 ema, seed 0"]
     results = json.loads((folder / "results.json").read_bytes())
     assert results["runs"][0] == first["runs"][0]
@@ -309,7 +309,7 @@ def test_a_full_disk_costs_nothing_that_was_written(
     before = contents(folder)
     assert main(folder, *OPTIONS) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "train.py: error: [Errno 28] No space left on device"
+        "digits: error: [Errno 28] No space left on device"
     )
     assert calls == 1
     assert contents(folder) == before
@@ -319,7 +319,7 @@ def test_a_file_is_on_the_disk_before_its_name_is_and_the_name_before_we_go_on(
     main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a power failure would show: who is synchronised when."""
-    from examples import durable
+    from studies.digits import durable
 
     happened = []
     fsync, replace = os.fsync, os.replace
