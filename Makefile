@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
-TREES := rbwa_fused triton_kernels tests benchmarks examples setup.py
-CPP := csrc/* benchmarks/*.cpp tests/*.cpp
+TREES := rbwa_fused triton_kernels tests benchmarks studies examples setup.py
+CPP := csrc/* benchmarks/rows/*.cpp tests/*.cpp
 
 .PHONY: demo test check format abi mutants sanitize soak bench gpu clean
 

@@ -13,13 +13,14 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import step, training, training_report
-from benchmarks.process import fresh
-from benchmarks.progress import bar
+from benchmarks import step, training
+from benchmarks.measure.needed import need
+from benchmarks.measure.process import fresh
+from benchmarks.measure.progress import bar
+from benchmarks.report import training_tables
 from rbwa_fused.command import Parser, run
 
 NEEDED = ("torchvision", "matplotlib", "scipy", "rbwa_fused._C")
@@ -67,18 +68,16 @@ def measured_training(args: argparse.Namespace, batch_size: int, progress: Any) 
         peaks[name] = fresh(training.peak, options, name)
     progress.update()
     return {
-        **training_report.results(options, samples),
+        **training_tables.results(options, samples),
         "peak MB": peaks,
-        "table": training_report.report(options, samples, peaks),
+        "table": training_tables.report(options, samples, peaks),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints, writes, draws."""
     args = arguments(argv)
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        sys.exit(f"benchmarks: {', '.join(missing)} not installed: make .venv/dev")
+    need("benchmarks", *NEEDED)
     import torch
 
     if torch.cuda.is_available():
@@ -93,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.model or args.seconds is not None:
         sys.exit("benchmarks: --model and --seconds are for a GPU, and torch sees none")
-    from benchmarks import machine, pictures, report, sizes
+    from benchmarks import sizes
+    from benchmarks.measure import machine
+    from benchmarks.report import pictures, tables
 
     description = machine.description(args.threads)
     out = step.writable(args.out or step.RESULTS / f"{machine.slug()}-{date.today()}.json")
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with bar(training_processes, "process of 3: training") as progress:
         trained = [measured_training(args, size, progress) for size in batch_sizes]
     texts = [
-        report.tables(description, step.MODEL, stepping.dtype, steps),
+        tables.tables(description, step.MODEL, stepping.dtype, steps),
         *(run.pop("table") for run in trained),
     ]
     print("\n\n".join(texts))

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_report, gpu_rows, shapes
-from benchmarks.device import Cuda, Device
-from benchmarks.gpu_measure import LIMIT, count_launches, measure
-from benchmarks.gpu_timing import LEAST_ROUNDS
-from benchmarks.progress import bar
-from benchmarks.providers import Row, selected
+from benchmarks.measure.clock import Cuda, Device
+from benchmarks.measure.gpu_timing import LEAST_ROUNDS
+from benchmarks.measure.progress import bar
+from benchmarks.measure.runner import LIMIT, count_launches, measure
+from benchmarks.report import gpu_tables
+from benchmarks.rows import gpu_rows, shapes
+from benchmarks.rows.providers import Row, selected
 from rbwa_fused import ops
 
 BACKENDS = ("cuda", "triton")
@@ -117,6 +118,6 @@ def main(plan: Plan, out: Path) -> int:
         write_json(out, {"machine": description, "settings": settings, "problems": problems})
 
     results = run(plan, write)
-    print(gpu_report.tables(description, results, plan.rows))
+    print(gpu_tables.tables(description, results, plan.rows))
     print(f"\nwritten: {out}")
     return int(any(result["wrong"] for result in results))

@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu, gpu_measure, pictures, sizes, training, training_report
-from benchmarks.device import Cuda
-from benchmarks.process import fresh
-from benchmarks.progress import bar
-from benchmarks.providers import ON_GPU, named
-from benchmarks.shapes import Layout
+from benchmarks import gpu, sizes, training
+from benchmarks.measure import runner
+from benchmarks.measure.clock import Cuda
+from benchmarks.measure.process import fresh
+from benchmarks.measure.progress import bar
+from benchmarks.report import pictures, training_tables
+from benchmarks.rows.providers import ON_GPU, named
+from benchmarks.rows.shapes import Layout
 
 BATCH_SIZES, FULL_BATCH_SIZES = (32, 256), (32, 128, 512, 1024)
 PRECISIONS = ((), ("--amp", "--channels-last"))
@@ -35,7 +37,7 @@ SECONDS = 4.0  # of rounds in a training run
 SECONDS_A_ROW = 0.2  # of a size
 ROUNDS = 40
 BUDGET = 570.0  # seconds for everything
-FAILURES = (RuntimeError, gpu_measure.WrongError)  # of a part; the others go on
+FAILURES = (RuntimeError, runner.WrongError)  # of a part; the others go on
 
 
 def by_size() -> dict[str, Any]:
@@ -46,9 +48,7 @@ def by_size() -> dict[str, Any]:
     found: dict[str, Any] = {"sizes": {}, "wrong": []}
     for count in sizes.COUNTS:
         layout = Layout([(count // sizes.TENSORS,)] * sizes.TENSORS)
-        result = gpu_measure.measure(
-            device, layout, torch.float32, rows, ROUNDS, limit=SECONDS_A_ROW
-        )
+        result = runner.measure(device, layout, torch.float32, rows, ROUNDS, limit=SECONDS_A_ROW)
         found.setdefault("copy GB/s", result["copy GB/s"])
         found["wrong"] += result["wrong"]
         found["sizes"][str(layout.numel)] = {
@@ -82,8 +82,8 @@ def trained(argv: list[str]) -> dict[str, Any]:
     args = training.arguments(argv)
     measured = [fresh(training.measure, args, args.rows, 0)]
     return {
-        **training_report.results(args, measured),
-        "table": training_report.report(args, measured, {}),
+        **training_tables.results(args, measured),
+        "table": training_tables.report(args, measured, {}),
     }
 
 
@@ -107,7 +107,7 @@ def main(
         try:
             results |= fresh(by_size)
         except FAILURES as error:
-            results["not measured"]["sizes"] = gpu_measure.reason(error)
+            results["not measured"]["sizes"] = runner.reason(error)
         gpu.write_json(out, results)
         progress.update()
         for line in lines:
@@ -121,7 +121,7 @@ def main(
                 print(f"\n{run.pop('table')}")
                 results["training"].append(run)
             except FAILURES as error:
-                results["not measured"][name] = gpu_measure.reason(error)
+                results["not measured"][name] = runner.reason(error)
             longest = max(longest, perf_counter() - begun)
             gpu.write_json(out, results)
             progress.update()

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 import rbwa_fused as rf
-from benchmarks import machine
-from benchmarks.check import mismatch, sample
-from benchmarks.progress import bar
-from benchmarks.report import spread, table
-from benchmarks.shapes import MODELS, Weights
-from benchmarks.timing import Times, switches
+from benchmarks.measure import machine
+from benchmarks.measure.check import mismatch, sample
+from benchmarks.measure.progress import bar
+from benchmarks.measure.timing import Times, switches
+from benchmarks.report.markdown import table
+from benchmarks.report.tables import spread
+from benchmarks.rows.shapes import MODELS, Weights
 from rbwa_fused.command import Parser, run
 
 ALPHA = 0.3

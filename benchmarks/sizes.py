@@ -12,10 +12,10 @@ from time import perf_counter
 
 import torch
 
-from benchmarks.problem import small_tensors
-from benchmarks.process import prepared
-from benchmarks.providers import BASELINE, named
-from benchmarks.timing import Times, interleaved, switches
+from benchmarks.measure.process import prepared
+from benchmarks.measure.timing import Times, interleaved, switches
+from benchmarks.rows.problem import small_tensors
+from benchmarks.rows.providers import BASELINE, named
 
 COUNTS = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
 TENSORS = 62

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from benchmarks.progress import bar
+from benchmarks.measure.progress import bar
 from rbwa_fused.command import run
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ def cpu_model(names: list[str] | None) -> str:
 
 def available_rows(patterns: list[str]) -> tuple[tuple[str, ...], str | None]:
     """Names of the rows that can be measured here, and the ceiling's library; the rest is said."""
-    from benchmarks import ceiling
-    from benchmarks.providers import selected
+    from benchmarks.measure import machine
+    from benchmarks.rows import ceiling
+    from benchmarks.rows.providers import selected
 
     rows = selected(patterns)
     for row in rows:
@@ -92,7 +93,7 @@ def available_rows(patterns: list[str]) -> tuple[tuple[str, ...], str | None]:
     library = None
     if any(row.kind == "ceiling" for row in rows):
         try:
-            library = str(ceiling.build())
+            library = str(ceiling.build(machine.slug()))
         except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             print(f"skipped: the ceiling, and shares of it ({reason})")
@@ -104,7 +105,8 @@ def check_memory(model: str, dtype: str, rows: int) -> None:
     """Ends the program where the rows do not fit into this machine's memory."""
     import torch
 
-    from benchmarks import machine, shapes
+    from benchmarks.measure import machine
+    from benchmarks.rows import shapes
 
     needed = shapes.bytes_needed(model, getattr(torch, dtype), rows)
     free = machine.free_memory()
@@ -157,7 +159,7 @@ def on_gpu(args: argparse.Namespace) -> None:
 
 def ticks(args: argparse.Namespace) -> int:
     """Times that a process tells of its progress."""
-    from benchmarks.process import HOST_TICKS
+    from benchmarks.measure.process import HOST_TICKS
 
     return int(args.repeats) + (HOST_TICKS if args.host else 0)
 
@@ -174,7 +176,7 @@ def measured(
     Raises:
         RuntimeError: for a process that failed.
     """
-    from benchmarks.process import Settings, in_fresh_process
+    from benchmarks.measure.process import Settings, in_fresh_process
 
     return [
         in_fresh_process(
@@ -201,7 +203,8 @@ def on_cpu(args: argparse.Namespace) -> None:
         stop("torchvision is needed, for the shapes of its models")
     if find_spec("rbwa_fused._C") is None:
         stop("rbwa_fused's CPU kernels are not built")
-    from benchmarks import machine, report
+    from benchmarks.measure import machine
+    from benchmarks.report import tables
 
     try:
         rows, library = available_rows(args.only)
@@ -217,7 +220,7 @@ def on_cpu(args: argparse.Namespace) -> None:
         except RuntimeError as error:
             progress.close()
             stop(str(error))
-    print(report.tables(description, model, args.dtype, results))
+    print(tables.tables(description, model, args.dtype, results))
     written = {
         "machine": description,
         "settings": {"model": model, "dtype": args.dtype, "repeats": args.repeats},

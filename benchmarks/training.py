@@ -27,16 +27,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks import graph_training
-from benchmarks.device import Clock, Cpu, Cuda, Device
-from benchmarks.gpu_measure import Skipped, each, proven
-from benchmarks.problem import Problem, torchvision_model, with_gradients
-from benchmarks.process import fresh
-from benchmarks.progress import bar
-from benchmarks.provider import Provider
-from benchmarks.providers import CAPTURED, ON_GPU, TRAINED, Row, named, selected
-from benchmarks.timing import switches
-from benchmarks.training_report import Measured, Sample, Samples, report, timed_rows, wrong_rows
+from benchmarks.measure import graph_training
+from benchmarks.measure.clock import Clock, Cpu, Cuda, Device
+from benchmarks.measure.process import fresh
+from benchmarks.measure.progress import bar
+from benchmarks.measure.runner import Skipped, each, proven
+from benchmarks.measure.timing import switches
+from benchmarks.report.training_tables import (
+    Measured,
+    Sample,
+    Samples,
+    report,
+    timed_rows,
+    wrong_rows,
+)
+from benchmarks.rows.problem import Problem, torchvision_model, with_gradients
+from benchmarks.rows.provider import Provider
+from benchmarks.rows.providers import CAPTURED, ON_GPU, TRAINED, Row, named, selected
 from rbwa_fused.command import Parser, run
 
 CLASSES = 1000  # of torchvision's networks

@@ -24,35 +24,18 @@ pytest.importorskip("torchvision")
 
 import rbwa_fused as rf
 from benchmarks import __main__ as suite
-from benchmarks import (
-    ceiling,
-    device,
-    gpu,
-    gpu_measure,
-    gpu_report,
-    gpu_rows,
-    gpu_timing,
-    graph,
-    instructions,
-    pictures,
-    process,
-    progress,
-    replicas,
-    report,
-    shapes,
-    sizes,
-    step,
-    today,
-    training,
-    training_report,
-    variants,
-)
-from benchmarks.check import Average, Maths
-from benchmarks.gpu_timing import LEAST_ROUNDS, Series, copy_bandwidth
-from benchmarks.gpu_timing import interleaved as interleaved_on
-from benchmarks.problem import Problem, small_tensors, with_gradients
-from benchmarks.provider import Provider, check
-from benchmarks.providers import (
+from benchmarks import gpu, instructions, replicas, sizes, step, training
+from benchmarks.measure import clock, gpu_timing, machine, needed, process, progress, runner
+from benchmarks.measure.check import check
+from benchmarks.measure.gpu_timing import LEAST_ROUNDS, Series, copy_bandwidth
+from benchmarks.measure.gpu_timing import interleaved as interleaved_on
+from benchmarks.measure.timing import Times, interleaved
+from benchmarks.report import gpu_tables, pictures, tables, training_tables
+from benchmarks.rows import ceiling, gpu_rows, graph, shapes, today, variants
+from benchmarks.rows.maths import Average, Maths
+from benchmarks.rows.problem import Problem, small_tensors, with_gradients
+from benchmarks.rows.provider import Provider
+from benchmarks.rows.providers import (
     BASELINE,
     HOST_GROUP_ROWS,
     HOST_ROWS,
@@ -63,7 +46,6 @@ from benchmarks.providers import (
     named,
     selected,
 )
-from benchmarks.timing import Times, interleaved
 
 # Bytes of an element that a step moves, by hand: reads and writes of theta, g, m and a.
 BYTES_FLOAT32 = {
@@ -98,7 +80,7 @@ STATE_FLOAT32 = {
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_ceiling() -> None:
-    ceiling.use(ceiling.build())
+    ceiling.use(ceiling.build(machine.slug()))
 
 
 def tiny(dtype: torch.dtype = torch.float32) -> Problem:
@@ -231,8 +213,8 @@ def test_a_share_is_that_of_the_ceiling_with_the_same_streams() -> None:
         "step": {name: {"ms": value} for name, value in ms.items()},
         "facts": {n: {"moved": moved[n], "period": period.get(n, 1)} for n in ms},
     }
-    assert report.shares([result], "EMA") == [pytest.approx(0.8)]
-    assert report.shares([result], "EMA every 10") == [pytest.approx(1.0)]
+    assert tables.shares([result], "EMA") == [pytest.approx(0.8)]
+    assert tables.shares([result], "EMA every 10") == [pytest.approx(1.0)]
 
 
 def test_a_run_prints_its_tables_and_writes_every_process(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -270,7 +252,9 @@ def test_a_run_prints_its_tables_and_writes_every_process(tmp_path, capsys) -> N
 def test_bad_options_take_one_line(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.process.in_fresh_process", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(
+        "benchmarks.measure.process.in_fresh_process", lambda *_: pytest.fail("measured")
+    )
     with pytest.raises(SystemExit) as stopped:
         step.main(arguments)
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
@@ -288,7 +272,7 @@ def test_missing_torchvision_takes_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_model_too_large_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.machine.free_memory", lambda: 10**9)
+    monkeypatch.setattr("benchmarks.measure.machine.free_memory", lambda: 10**9)
     with pytest.raises(SystemExit, match="choose some with --only"):
         step.check_memory("vgg16", "float32", 10)
 
@@ -296,7 +280,7 @@ def test_a_model_too_large_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_rows_of_missing_packages_are_skipped_and_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("benchmarks.providers.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.rows.providers.find_spec", lambda name: None)
     names, _ = step.available_rows(["fused*"])
     assert names == (BASELINE, "fused + AveragedModel (mean)", "fused + AveragedModel (EMA)")
     printed = capsys.readouterr().out
@@ -313,12 +297,12 @@ def test_the_baseline_is_always_measured() -> None:
 @pytest.fixture(autouse=True)
 def known_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gigabyte is not copied in every test."""
-    monkeypatch.setattr(gpu_measure, "copy_bandwidth", lambda device: 100.0)
+    monkeypatch.setattr(runner, "copy_bandwidth", lambda device: 100.0)
 
 
 @pytest.fixture
 def emulated_forms(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
-    """The emulated kernels, also by the launches of benchmarks.variants."""
+    """The emulated kernels, also by the launches of rows/variants.py."""
     monkeypatch.setattr(variants, "launch_form", emulated_cuda.launch_form)
     return emulated_cuda
 
@@ -426,7 +410,7 @@ def test_a_step_is_captured_once_for_each_set_of_gradients_and_replayed_with_it(
 
 
 def measured(host: Host, rows: list[Row], rounds: int = LEAST_ROUNDS) -> dict[str, Any]:
-    return gpu_measure.measure(host, TINY, torch.float32, rows, rounds)
+    return runner.measure(host, TINY, torch.float32, rows, rounds)
 
 
 def test_a_row_that_waits_is_skipped_and_the_others_are_timed() -> None:
@@ -450,7 +434,7 @@ def test_what_failed_first_is_the_reason() -> None:
             return error
 
     error = ending("operation not permitted when stream is capturing", "capture was invalidated")
-    assert gpu_measure.reason(error) == "operation not permitted when stream is capturing"
+    assert runner.reason(error) == "operation not permitted when stream is capturing"
 
 
 def broken(problem: Problem, name: str) -> Provider:
@@ -471,7 +455,7 @@ def test_a_wrong_row_of_ours_is_not_timed_and_ends_with_status_1(
 
 
 def test_a_wrong_baseline_stops_the_run() -> None:
-    with pytest.raises(gpu_measure.WrongError):
+    with pytest.raises(runner.WrongError):
         measured(Host(), [Row(BASELINE, "ours", broken)])
 
 
@@ -519,7 +503,7 @@ def test_a_row_that_does_not_compile_or_cannot_be_profiled_leaves_the_others_mea
         """As Triton's, which is no RuntimeError."""
 
     class Unseen(Host):
-        def launches(self, step: device.Step) -> int | None:
+        def launches(self, step: clock.Step) -> int | None:
             raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED")
 
     def failing(problem: Problem, name: str) -> Provider:
@@ -527,10 +511,10 @@ def test_a_row_that_does_not_compile_or_cannot_be_profiled_leaves_the_others_mea
 
     rows = [gpu_row(BASELINE), Row("fails", "ours", failing), gpu_row("torch SGD foreach")]
     host = Unseen()
-    result = gpu_measure.measure(host, TINY, torch.float32, rows, LEAST_ROUNDS)
+    result = runner.measure(host, TINY, torch.float32, rows, LEAST_ROUNDS)
     assert set(result["rows"]) == {BASELINE, "torch SGD foreach"}
     assert result["skipped"] == {"fails": "at 21:9:"}
-    gpu_measure.count_launches(host, TINY, rows, result)
+    runner.count_launches(host, TINY, rows, result)
     assert all(row["launches"] is None for row in result["rows"].values())
 
 
@@ -552,7 +536,7 @@ def test_a_device_that_a_row_has_broken_is_not_measured_on() -> None:
     written: list[Any] = []
     rows = [gpu_row(BASELINE), Row("breaks", "ours", breaking), gpu_row("torch SGD foreach")]
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        gpu_measure.measure(host, TINY, torch.float32, rows, LEAST_ROUNDS, written.append)
+        runner.measure(host, TINY, torch.float32, rows, LEAST_ROUNDS, written.append)
     assert not written  # torch's row was not tried
 
 
@@ -560,7 +544,7 @@ def test_ours_are_timed_before_the_others() -> None:
     order: list[list[str]] = []
     rows = [gpu_row(BASELINE), gpu_row("torch SGD foreach"), replace(gpu_row(BASELINE), name="own")]
     rows[2] = replace(rows[2], kind="ours")
-    result = gpu_measure.measure(
+    result = runner.measure(
         Host(),
         TINY,
         torch.float32,
@@ -582,7 +566,7 @@ def test_an_empty_kernel_is_not_charged_as_bandwidth() -> None:
     times = {"cold ms": 0.5, "warm ms": 0.1, "host ms": 9.0}
 
     def bandwidth(empty: float) -> Any:
-        return gpu_measure.figures(times, provider, 10**8, 5000.0, empty, 0.25)["GB/s"]
+        return runner.figures(times, provider, 10**8, 5000.0, empty, 0.25)["GB/s"]
 
     assert bandwidth(0.1) == pytest.approx(5000.0)
     assert bandwidth(0.5) is None
@@ -628,7 +612,7 @@ def test_rare_samples_weigh_as_they_occur() -> None:
 def test_a_share_of_the_copy_follows_from_stated_bytes_and_the_cold_time() -> None:
     provider = gpu_row(BASELINE).build(tiny_on(), BASELINE)  # 20 bytes a parameter
     times = {"cold ms": 0.5, "warm ms": 0.1, "host ms": 9.0}
-    row = gpu_measure.figures(times, provider, 100_000_000, 5000.0, 0.0, baseline_ms=0.25)
+    row = runner.figures(times, provider, 100_000_000, 5000.0, 0.0, baseline_ms=0.25)
     assert row["GB/s"] == pytest.approx(4000.0)
     assert row["of copy"] == pytest.approx(0.8)
     assert row["ratio"] == 2.0
@@ -644,16 +628,16 @@ def test_a_copy_counts_what_it_reads_and_what_it_writes() -> None:
 
 def test_launches_are_the_kernels_of_a_trace() -> None:
     events = [{"cat": kind} for kind in ("kernel", "gpu_memcpy", "kernel", "gpu_user_annotation")]
-    assert device.kernels(json.dumps({"traceEvents": [{"ph": "M"}, *events]})) == 2
-    assert device.kernels(json.dumps({"traceEvents": events[1:2]})) is None
+    assert clock.kernels(json.dumps({"traceEvents": [{"ph": "M"}, *events]})) == 2
+    assert clock.kernels(json.dumps({"traceEvents": events[1:2]})) is None
 
 
 def test_a_row_has_to_fit_beside_the_baseline() -> None:
     baseline, ema, replayed = map(gpu_row, (BASELINE, "EMA, cuda", "EMA, cuda, graph"))
 
     def fits(rows: list[Row], copies: float) -> bool:
-        free = int(copies * 4000 / gpu_measure.USABLE) + 1
-        return gpu_measure.fits(rows, torch.float32, 1000, free)
+        free = int(copies * 4000 / runner.USABLE) + 1
+        return runner.fits(rows, torch.float32, 1000, free)
 
     # 3 temporary copies, 3 of the baseline, 3 of a row and 5 of a captured one.
     assert fits([baseline], 6) and not fits([baseline], 5.9)
@@ -669,7 +653,7 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [gpu_row(BASELINE), gpu_row("torch SGD foreach")]
     result = {"model": "tiny", **measured(Small(), rows)}
     assert not result["rows"]
-    printed = gpu_report.tables({}, [result], rows)
+    printed = gpu_tables.tables({}, [result], rows)
     assert "tiny: not measured" in printed
     assert "skipped: torch SGD foreach (does not fit into 0 GB)" in printed
 
@@ -699,7 +683,7 @@ def test_the_gpu_table_shows_what_was_measured() -> None:
         "skipped": {"apex FusedSGD": "amp_C is not installed"},
         "wrong": [],
     }
-    printed = gpu_report.tables({"gpu": "some"}, [result], GPU_ROWS)
+    printed = gpu_tables.tables({"gpu": "some"}, [result], GPU_ROWS)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
     assert [BASELINE, "52.4", "40.0", "15.1", "20", "4466", "95%", "1", "1.00"] in lines
     assert ["EMA, cuda", "52.4", "40.0", "15.1", "-", "-", "-", "-", "1.00"] in lines
@@ -775,7 +759,7 @@ def test_results_name_the_gpu_and_the_versions_but_no_path(monkeypatch: pytest.M
     def absent(*_: Any, **__: Any) -> None:
         raise FileNotFoundError("nvidia-smi")
 
-    cuda = object.__new__(device.Cuda)
+    cuda = object.__new__(clock.Cuda)
     cuda._facts = SimpleNamespace(
         name="NVIDIA H200",
         multi_processor_count=132,
@@ -815,14 +799,14 @@ def sampled(step: float, whole: float = 10.0, disturbed: bool = False) -> traini
 def test_overhead_is_the_steps_difference_over_the_whole_training_step() -> None:
     base = [sampled(2.0), sampled(2.0), sampled(3.0), sampled(9.0, 99.0, disturbed=True)]
     own = [sampled(2.5), sampled(2.5, 11.0), sampled(2.5, 12.0), sampled(2.5)]
-    found = training_report.figures([{BASELINE: base, "EMA": own}], "EMA")
+    found = training_tables.figures([{BASELINE: base, "EMA": own}], "EMA")
     assert found["step ms"] == pytest.approx(2.5)
     assert found["overhead"] == pytest.approx(5.0)
     assert found["ratio"] == pytest.approx(1.1)  # of 1.0, 1.1, 1.2: the disturbed pair is dropped
     assert found["pairs"] == 3
     low, high = found["interval"]
     assert 1.0 - 1e-9 <= low <= 1.1 <= high <= 1.2 + 1e-9
-    within = training_report.figures(
+    within = training_tables.figures(
         [{BASELINE: base, "EMA, in_backward": own}], "EMA, in_backward"
     )
     assert within["step ms"] is None and within["ratio"] == pytest.approx(1.1)
@@ -850,7 +834,7 @@ def test_every_row_of_a_training_step_proves_itself_and_trains(
     assert not found.skipped and not found.wrong
     assert list(samples) == [row.name for row in TRAINED if row.available()]
     assert all(len(own) == 2 and all(s.step > 0.0 for s in own) for own in samples.values())
-    text = training_report.report(args, [found], peaks)
+    text = training_tables.report(args, [found], peaks)
     assert len([line for line in text.splitlines() if line.startswith("|")]) == len(samples) + 2
     assert f"{peaks['EMA, in_backward']:.0f}" in text
     assert ("bfloat16 autocast, channels_last" in text) == bool(how)
@@ -864,7 +848,7 @@ def test_a_row_in_backward_has_no_gradients_left_when_its_step_begins() -> None:
     step = provider.step
     provider.step = lambda: seen.append([p.grad for p in provider.params]) or step()
     args = training.arguments(["--batch-size", "2", "--side", "2"])
-    training.train(provider, training.images(args, device.Cpu.device), args, device.Cpu())
+    training.train(provider, training.images(args, clock.Cpu.device), args, clock.Cpu())
     assert seen == [[None, None]]
 
 
@@ -940,7 +924,7 @@ def test_step_time_by_size_is_measured_for_every_size(monkeypatch: Any) -> None:
 
 
 def test_the_suite_says_what_is_not_installed(monkeypatch: Any) -> None:
-    monkeypatch.setattr(suite, "find_spec", lambda name: None if name == "scipy" else True)
+    monkeypatch.setattr(needed, "find_spec", lambda name: None if name == "scipy" else True)
     with pytest.raises(SystemExit, match="scipy not installed"):
         suite.main([])
 

@@ -25,19 +25,20 @@ pytest.importorskip("torchvision")
 
 import examples.ddp
 import examples.fsdp2
+from benchmarks import moved
 from rbwa_fused.command import run
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKER = "benchmarks.process"  # whose reader is the program that started it
+WORKER = "benchmarks.measure.process"  # whose reader is the program that started it
 
 
 def programs() -> Iterator[str]:
     """All that `python -m` starts."""
-    for package in ("rbwa_fused", "examples", "benchmarks"):
+    for package in ("rbwa_fused", "examples", "benchmarks", "studies"):
         for file in sorted((ROOT / package).rglob("*.py")):
             if '\nif __name__ == "__main__":\n' in file.read_text():
                 name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-                if name != WORKER:
+                if name != WORKER and name not in moved.NOW:
                     yield name.removesuffix(".__main__")
 
 
@@ -47,6 +48,7 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/
 
 def test_all_programs_are_found() -> None:
     assert {"rbwa_fused", "examples.train", "examples.papers", "benchmarks"} < set(PROGRAMS)
+    assert set(moved.NOW.values()) < set(PROGRAMS)
 
 
 def started(module: str, argument: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -81,6 +83,20 @@ def test_an_unknown_argument_is_one_line(
     said = capsys.readouterr().err + (status if isinstance(status, str) else "")
     assert status != 0 and len(said.splitlines()) == 1
     assert "--no-such-option" in said or "COMMAND" in said
+
+
+@pytest.mark.parametrize(("old", "new"), moved.NOW.items())
+def test_a_program_that_has_moved_runs_under_its_old_name_and_says_where_it_is(
+    old: str, new: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert started(new, "--help", monkeypatch) == 0
+    expected = capsys.readouterr()
+    assert started(old, "--help", monkeypatch) == 0
+    found = capsys.readouterr()
+    assert found.out == expected.out and found.out.startswith(f"usage: python -m {new} ")
+    assert expected.err == "" and found.err == f"{old} is {new} now: python -m {new}\n"
+    assert started(old, "--no-such-option", monkeypatch) == 2
+    assert "--no-such-option" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -139,6 +155,21 @@ def test_the_benchmarks_name_all_that_is_missing_before_anything_is_imported() -
     assert done.stderr == f"benchmarks: {', '.join(missing)} not installed: make .venv/dev\n"
 
 
+def test_the_scaling_study_without_numpy_says_so_in_one_line_however_it_is_called() -> None:
+    for name in ("studies.scaling", "benchmarks.scaling"):
+        code = (
+            "import runpy, sys; sys.modules['numpy'] = None; "
+            f"sys.argv = ['{name}']; runpy.run_module('{name}', run_name='__main__')"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and not done.stdout
+        moves = [f"{name} is {moved.NOW[name]} now"] if name in moved.NOW else []
+        *before, last = done.stderr.splitlines()
+        assert last == "studies.scaling: numpy not installed: make .venv/dev"
+        assert [line.partition(":")[0] for line in before] == moves
+
+
 @pytest.mark.parametrize("example", [examples.ddp, examples.fsdp2])
 def test_an_example_of_several_processes_says_how_it_is_started(
     example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -169,7 +200,7 @@ def test_a_checkpoint_of_shards_that_cannot_be_written_is_one_line(tmp_path: Pat
 def test_a_process_group_is_destroyed_only_after_all_are_done() -> None:
     """torch 2.14 aborts about one process in eight that leaves while another still talks to it."""
     found = 0
-    for folder in ("examples", "tests", "benchmarks", "docs"):
+    for folder in ("examples", "tests", "benchmarks", "studies", "docs"):
         for file in (ROOT / folder).rglob("*.*"):
             if file.suffix in (".py", ".md") and file != Path(__file__).resolve():
                 lines = file.read_text().splitlines()

@@ -20,24 +20,14 @@ pytest.importorskip("torchvision")
 pytest.importorskip("scipy")
 
 from benchmarks import __main__ as suite
-from benchmarks import (
-    gpu,
-    gpu_measure,
-    gpu_rows,
-    gpu_suite,
-    graph_training,
-    pictures,
-    shapes,
-    sizes,
-    step,
-    training,
-    training_report,
-    variants,
-)
-from benchmarks.check import Maths
-from benchmarks.problem import Problem
-from benchmarks.provider import Provider
-from benchmarks.providers import BASELINE, CAPTURED, ON_GPU, named
+from benchmarks import gpu, gpu_suite, sizes, step, training
+from benchmarks.measure import graph_training, runner
+from benchmarks.report import pictures, training_tables
+from benchmarks.rows import gpu_rows, shapes, variants
+from benchmarks.rows.maths import Maths
+from benchmarks.rows.problem import Problem
+from benchmarks.rows.provider import Provider
+from benchmarks.rows.providers import BASELINE, CAPTURED, ON_GPU, named
 from rbwa_fused import ops
 
 WAITS = "called a synchronizing operation"
@@ -72,7 +62,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, emulated_cuda: Any) -> Iterator[R
     monkeypatch.setattr(training, "Cuda", lambda: device)
     monkeypatch.setattr(variants, "launch_form", emulated_cuda.launch_form)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_measure, "copy_bandwidth", lambda device: 100.0)
+    monkeypatch.setattr(runner, "copy_bandwidth", lambda device: 100.0)
     yield device
     torch.set_num_threads(threads)
     gc.enable()
@@ -97,7 +87,7 @@ def test_whole_training_steps_are_captured_proved_and_timed(
     assert recording.captures == 3 * len(found.samples)  # whole, passes and step
     assert set(recording.pools) == {"a pool"}  # or every row's activations would stay
     assert recording.sides == len(found.samples) + list(NO_GRAPH.values()).count(WAITS)
-    text = training_report.report(args, [found], {BASELINE: 5.0})
+    text = training_tables.report(args, [found], {BASELINE: 5.0})
     assert "CUDA graph" in text and "1 process of 3 rounds; range: quartiles" in text
     for name, why in NO_GRAPH.items():
         assert f"skipped: {name} ({why})" in text
@@ -178,7 +168,7 @@ def test_a_graph_that_does_not_train_is_wrong(
     batch = training.images(args, recording.device)
     problem = Problem(training.network(args, recording.device), ([], []), tensor_lr=True)
     (row,) = named(["SGD + momentum"], CAPTURED)
-    with pytest.raises(gpu_measure.WrongError, match=why):
+    with pytest.raises(runner.WrongError, match=why):
         graph_training.proven(row, problem, lambda p: training.passes(p, batch, args), kind(), None)
 
 
@@ -252,10 +242,10 @@ def test_a_graph_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_single_process_has_the_quartiles_of_its_rounds() -> None:
     base = [training.Sample(0.1, 0.010, False)] * 5
     own = [training.Sample(0.1, 0.010 + k / 1e3, False) for k in (1, 2, 3, 4, 9)]
-    found = training_report.figures([{BASELINE: base, "EMA": own}], "EMA")
+    found = training_tables.figures([{BASELINE: base, "EMA": own}], "EMA")
     assert found["overhead"] == pytest.approx(3.0)
     assert found["overheads"] == pytest.approx((1.5, 6.5))
-    one = training_report.figures([{BASELINE: base[:1], "EMA": own[:1]}], "EMA")
+    one = training_tables.figures([{BASELINE: base[:1], "EMA": own[:1]}], "EMA")
     assert one["overheads"] == pytest.approx((1.0, 1.0))
 
 

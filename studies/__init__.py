@@ -1,0 +1,1 @@
+"""Experiments with results: each folder is a program of its own."""
