@@ -25,7 +25,7 @@ pytest.importorskip("torchvision")
 import rbwa_fused as rf
 from benchmarks import __main__ as suite
 from benchmarks import gpu, instructions, replicas, sizes, step, training
-from benchmarks.measure import clock, gpu_timing, machine, needed, process, progress, runner
+from benchmarks.measure import clock, gpu_timing, machine, process, progress, runner
 from benchmarks.measure.check import check
 from benchmarks.measure.gpu_timing import LEAST_ROUNDS, Series, copy_bandwidth
 from benchmarks.measure.gpu_timing import interleaved as interleaved_on
@@ -924,7 +924,9 @@ def test_step_time_by_size_is_measured_for_every_size(monkeypatch: Any) -> None:
 
 
 def test_the_suite_says_what_is_not_installed(monkeypatch: Any) -> None:
-    monkeypatch.setattr(needed, "find_spec", lambda name: None if name == "scipy" else True)
+    monkeypatch.setattr(
+        "benchmarks.measure.needed.find_spec", lambda name: None if name == "scipy" else True
+    )
     with pytest.raises(SystemExit, match="scipy not installed"):
         suite.main([])
 
