@@ -39,12 +39,12 @@ def count() -> None:
     """Under callgrind: counts each row's steps, a dump for each, in their order."""
     import torch
 
-    from benchmarks.measure.process import prepared
+    from benchmarks.measure.proof import all_proven
     from benchmarks.rows.problem import small_tensors
     from benchmarks.rows.providers import named
 
     torch.set_num_threads(1)
-    for provider in prepared(named(ROWS), small_tensors(TENSORS, SIZE)):
+    for provider in all_proven(named(ROWS), small_tensors(TENSORS, SIZE)):
         provider.prepare()
         control("--instr=on")
         for _ in range(STEPS):

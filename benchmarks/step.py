@@ -9,7 +9,6 @@ GPU, in one process, see gpu.py.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from benchmarks.measure.progress import bar
+from benchmarks.report.written import write_json
 from rbwa_fused.command import run
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def on_gpu(args: argparse.Namespace) -> None:
 
 def ticks(args: argparse.Namespace) -> int:
     """Times that a process tells of its progress."""
-    from benchmarks.measure.process import HOST_TICKS
+    from benchmarks.measure.runner import HOST_TICKS
 
     return int(args.repeats) + (HOST_TICKS if args.host else 0)
 
@@ -174,26 +174,26 @@ def measured(
     """The result of each fresh process.
 
     Raises:
-        RuntimeError: for a process that failed.
+        WrongError: for a row that is wrong.
+        RuntimeError: for a process that was killed. What else a row raises.
     """
-    from benchmarks.measure.process import Settings, in_fresh_process
+    from benchmarks.measure.process import fresh
+    from benchmarks.measure.runner import Settings, side_by_side
 
-    return [
-        in_fresh_process(
-            Settings(
-                model=model,
-                dtype=args.dtype,
-                threads=args.threads,
-                rounds=args.repeats,
-                seed=seed,
-                rows=rows,
-                library=library,
-                host=args.host,
-            ),
-            after_tick,
+    def of_process(seed: int) -> dict[str, Any]:
+        settings = Settings(
+            model=model,
+            dtype=args.dtype,
+            threads=args.threads,
+            rounds=args.repeats,
+            seed=seed,
+            rows=rows,
+            library=library,
+            host=args.host,
         )
-        for seed in range(args.processes)
-    ]
+        return fresh(side_by_side, settings, after_tick=after_tick)
+
+    return [of_process(seed) for seed in range(args.processes)]
 
 
 def on_cpu(args: argparse.Namespace) -> None:
@@ -217,16 +217,16 @@ def on_cpu(args: argparse.Namespace) -> None:
     with bar(args.processes * ticks(args), "round") as progress:
         try:
             results = measured(args, model, rows, library, progress.update)
-        except RuntimeError as error:
+        except Exception as error:  # whatever a row's library raises
             progress.close()
-            stop(str(error))
-    print(tables.tables(description, model, args.dtype, results))
+            stop(f"{type(error).__name__}: {error}".splitlines()[0])
+    print(tables.cpu_tables(description, model, args.dtype, results))
     written = {
         "machine": description,
         "settings": {"model": model, "dtype": args.dtype, "repeats": args.repeats},
         "processes": results,
     }
-    out.write_text(json.dumps(written, indent=1) + "\n")
+    write_json(out, written)
     print(f"\nwritten: {out}")
 
 

@@ -24,7 +24,8 @@ from benchmarks.measure import machine
 from benchmarks.measure.check import check
 from benchmarks.rows import ceiling
 from benchmarks.rows.problem import Problem, small_tensors, torchvision_model, with_gradients
-from benchmarks.rows.providers import HOST_GROUP_ROWS, HOST_ROWS, ROWS, Row, named
+from benchmarks.rows.provider import Row
+from benchmarks.rows.providers import HOST_GROUP_ROWS, HOST_ROWS, ROWS, named
 
 MODEL = os.environ.get("RBWA_BENCHMARK_MODEL", "resnet18")
 ROUNDS, WARMUP = 30, 3

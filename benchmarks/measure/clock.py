@@ -55,48 +55,6 @@ class Clock(Protocol):
         """What stands above the tables and in the JSON file."""
 
 
-class Device(Clock, Protocol):
-    """A GPU: what is beside its queue."""
-
-    def spin(self, seconds: float) -> None:
-        """Keeps the device busy for at least so long, so that the host can queue work ahead."""
-
-    def nothing(self) -> None:
-        """Queues a kernel that does nothing."""
-
-    def evict(self) -> None:
-        """Writes more memory than the caches hold."""
-
-    def no_waiting(self) -> Any:
-        """A context in which whatever waits for the device raises RuntimeError."""
-
-    def aside(self) -> Any:
-        """A context whose work goes to a side stream, behind what is queued and before the rest."""
-
-    def pool(self) -> Any:
-        """Memory for several captures, whose replays come one after another, in any order."""
-
-    def capture(self, step: Step, pool: Any = None) -> Step:
-        """A function that replays a step, which is recorded and not taken; without a `pool` it
-        gets memory of its own.
-
-        Raises:
-            RuntimeError: for a step that cannot be captured.
-        """
-
-    def launches(self, step: Step) -> int | None:
-        """Kernels that a step runs; None where nobody counts them."""
-
-    def free_bytes(self) -> int:
-        """Memory that can be allocated."""
-
-    def release(self) -> None:
-        """Gives back the memory of what nobody refers to any more."""
-
-    def slug(self) -> str:
-        """Its name in a form that file names take."""
-
-
 class Cpu:
     """The CPU, which has done what it was given, and the host's clock."""
 
@@ -119,7 +77,7 @@ class Cpu:
 
 
 class Cuda:
-    """The current CUDA device and its current stream."""
+    """The current CUDA device and its current stream: beside a clock's methods what a GPU has."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -140,13 +98,16 @@ class Cuda:
         return start.elapsed_time(end) / 1e3
 
     def spin(self, seconds: float) -> None:
+        """Keeps the device busy for at least so long, so that the host can queue work ahead."""
         if seconds > 0:
             torch.cuda._sleep(int(min(seconds, LONGEST_SPIN) * FASTEST_CLOCK))
 
     def nothing(self) -> None:
+        """Queues a kernel that does nothing."""
         torch.cuda._sleep(0)
 
     def evict(self) -> None:
+        """Writes more memory than the caches hold."""
         self._cold.zero_()
 
     def synchronize(self) -> None:
@@ -154,6 +115,7 @@ class Cuda:
 
     @contextmanager
     def no_waiting(self) -> Iterator[None]:
+        """A context in which whatever waits for the device raises RuntimeError."""
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -166,6 +128,7 @@ class Cuda:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
+        """A context whose work goes to a side stream, behind what is queued and before the rest."""
         current = torch.cuda.current_stream()
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
@@ -173,9 +136,16 @@ class Cuda:
         current.wait_stream(self._side)
 
     def pool(self) -> Any:
+        """Memory for several captures, whose replays come one after another, in any order."""
         return torch.cuda.graph_pool_handle()
 
     def capture(self, step: Step, pool: Any = None) -> Step:
+        """A function that replays a step, which is recorded and not taken; without a `pool` it
+        gets memory of its own.
+
+        Raises:
+            RuntimeError: for a step that cannot be captured.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             step()
@@ -183,6 +153,7 @@ class Cuda:
         return replay
 
     def launches(self, step: Step) -> int | None:
+        """Kernels that a step runs; None where nobody counts them."""
         self.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             step()
@@ -193,10 +164,12 @@ class Cuda:
             return kernels(trace.read_text())
 
     def free_bytes(self) -> int:
+        """Memory that can be allocated."""
         self.release()
         return torch.cuda.mem_get_info(self.device)[0]
 
     def release(self) -> None:
+        """Gives back the memory of what nobody refers to any more."""
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -218,6 +191,7 @@ class Cuda:
         }
 
     def slug(self) -> str:
+        """Its name in a form that file names take."""
         return words(self._facts.name)
 
 

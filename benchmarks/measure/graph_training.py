@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure.check import difference, sample
-from benchmarks.measure.clock import Device, Step
-from benchmarks.measure.runner import WrongError
+from benchmarks.measure.clock import Cuda, Step
+from benchmarks.measure.proof import WrongError
 from benchmarks.rows.problem import Problem
-from benchmarks.rows.provider import Provider
-from benchmarks.rows.providers import Row
+from benchmarks.rows.provider import Provider, Row
 
 WARMING = 3  # steps on a side stream, as torch asks: workspaces, the optimizers' state
 REPLAYS = 2  # of each way, while they are proved
@@ -64,7 +63,7 @@ def forget(params: Params) -> None:
         p.grad = None
 
 
-def captured(provider: Provider, run: Run, device: Device, pool: object) -> Graphs:
+def captured(provider: Provider, run: Run, device: Cuda, pool: object) -> Graphs:
     """The graphs of a row whose state exists.
 
     Raises:
@@ -86,7 +85,7 @@ def captured(provider: Provider, run: Run, device: Device, pool: object) -> Grap
     return Graphs(provider, run, whole, passes, step, of_whole, of_passes)
 
 
-def proven(row: Row, problem: Problem, run: Run, device: Device, pool: object) -> Graphs:
+def proven(row: Row, problem: Problem, run: Run, device: Cuda, pool: object) -> Graphs:
     """A row's graphs, after eager steps and replays in turn were right.
 
     Raises:
@@ -141,7 +140,7 @@ def astray(graphs: Graphs) -> str | None:
     return None
 
 
-def visit(graphs: Graphs, device: Device) -> tuple[float, float]:
+def visit(graphs: Graphs, device: Cuda) -> tuple[float, float]:
     """Seconds of one replay of the whole training step, and of the step by itself behind another
     one. The device waits until both are queued, as it would for a loop that replays."""
     device.spin(LEAD)

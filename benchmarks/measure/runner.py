@@ -1,43 +1,90 @@
-"""One problem on a GPU: every row proves itself, is timed beside the baseline, and is freed.
+"""The rows on one problem: each proves itself, and is timed interleaved with the baseline.
 
-A ratio is to the baseline in the same rounds. What is known is handed on after every row, since a
-row may hang, or leave the device in a state in which no other can run.
+On the CPU all of them are in one process, side by side. A GPU has no room for that: a row is
+built, timed beside the baseline, and freed, and a ratio is to the baseline in the same rounds. What
+is known is handed on after every row, since a row may hang, or leave the device in a state in which
+no other can run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.measure.check import check
-from benchmarks.measure.clock import Device
-from benchmarks.measure.gpu_timing import copy_bandwidth, empty_ms, interleaved
-from benchmarks.rows import shapes
-from benchmarks.rows.problem import Problem
-from benchmarks.rows.provider import Provider
-from benchmarks.rows.providers import BASELINE, Row
+from benchmarks.measure.bandwidth import empty_ms, of_device
+from benchmarks.measure.clock import Cuda
+from benchmarks.measure.process import tick
+from benchmarks.measure.proof import Skipped, all_proven, each, proven
+from benchmarks.measure.timing import on_device, on_host
+from benchmarks.rows import ceiling, shapes
+from benchmarks.rows.problem import Problem, small_tensors, with_gradients
+from benchmarks.rows.provider import Provider, Row
+from benchmarks.rows.providers import BASELINE, HOST_GROUP_ROWS, HOST_ROWS, named
 
+HOST_STEPS = 50  # of 20 to 600 us, so that a sample is long against the clock's own time
+HOST_ROUNDS = 30
+HOST_GROUPS = 31
+HOST_TICKS = 2  # one for each of the two host measurements
 LIMIT = 1.0  # seconds of timing for a row
 USABLE = 0.9  # of the free memory; the rest goes to the allocator's gaps
 TEMPORARY_COPIES = 3  # of the parameters, by passes that do not work in place
 
-Proven = TypeVar("Proven")
+
+@dataclass(frozen=True)
+class Settings:
+    """What a process measures. ``rows`` are names, in the table's order."""
+
+    model: str
+    dtype: str
+    threads: int
+    rounds: int
+    seed: int
+    rows: tuple[str, ...]
+    library: str | None
+    host: bool
 
 
-class WrongError(Exception):
-    """A row does not compute what it says."""
+def host_times(rows: tuple[str, ...], groups: int, settings: Settings) -> dict[str, Any]:
+    """Host time of a step, on tensors of eight elements."""
+    providers = all_proven(named(rows), small_tensors(groups=groups))
+    times = on_host(providers, HOST_ROUNDS, HOST_STEPS, settings.seed)
+    tick()
+    return times
 
 
-@dataclass
-class Skipped:
-    """Rows that are not timed, and why; `wrong` are those of ours that did not prove themselves."""
+def side_by_side(settings: Settings) -> dict[str, Any]:
+    """Times all rows on the CPU in this process, which should be a fresh one.
 
-    reasons: dict[str, str] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
+    Raises:
+        WrongError: for a row that is wrong.
+    """
+    torch.set_num_threads(settings.threads)
+    if settings.library is not None:
+        ceiling.use(Path(settings.library))
+    result: dict[str, Any] = {}
+    if settings.host:
+        result["host"] = host_times(HOST_ROWS, 1, settings)
+        result["host, groups"] = host_times(HOST_GROUP_ROWS, HOST_GROUPS, settings)
+    whole = with_gradients(shapes.network(settings.model, getattr(torch, settings.dtype)))
+    providers = all_proven(named(settings.rows), whole)
+    result["step"] = on_host(providers, settings.rounds, 1, settings.seed, tick)
+    result["facts"] = {
+        p.name: {
+            "bytes per parameter": p.bytes_per_element(),
+            "state bytes per parameter": p.state_bytes() / whole.numel,
+            "moved": p.moved(),
+            "period": p.period,
+        }
+        for p in providers
+    }
+    result["parameters"] = whole.numel
+    return result
 
 
 def copies(row: Row, dtype: torch.dtype) -> int:
@@ -51,48 +98,6 @@ def fits(rows: Sequence[Row], dtype: torch.dtype, numel: int, free: int) -> bool
     """Whether rows fit into free bytes together."""
     needed = TEMPORARY_COPIES + sum(copies(row, dtype) for row in rows)
     return needed * numel * dtype.itemsize <= USABLE * free
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what went wrong first: ending a capture that failed fails once more."""
-    while error.__context__ is not None and not error.__suppress_context__:
-        error = error.__context__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def proven(row: Row, problem: Problem) -> Provider:
-    """A row's provider, after its first steps were right.
-
-    Raises:
-        WrongError: if they were not.
-        Exception: if it cannot be built or captured; of Triton's compiler, which knows no better.
-    """
-    provider = row.build(problem, row.name)
-    wrong = check(provider, problem)
-    if wrong is not None:
-        raise WrongError(wrong)
-    return provider
-
-
-def prepared(rows: Sequence[Row], problem: Problem, skipped: Skipped) -> list[Provider]:
-    """The providers of those rows that can be timed."""
-    return each(rows, lambda row: proven(row, problem), skipped)
-
-
-def each(rows: Sequence[Row], prove: Callable[[Row], Proven], skipped: Skipped) -> list[Proven]:
-    """What `prove` makes of those rows that can be timed."""
-    kept = []
-    for row in rows:
-        try:
-            kept.append(prove(row))
-        except Exception as error:  # each library has its own; a broken device is seen later
-            if row.name == BASELINE:
-                raise
-            skipped.reasons[row.name] = reason(error)
-            if isinstance(error, WrongError) and row.kind == "ours":
-                skipped.wrong.append(row.name)
-    return kept
 
 
 def figures(
@@ -118,8 +123,8 @@ def figures(
     }
 
 
-def measure(
-    device: Device,
+def one_by_one(
+    device: Cuda,
     layout: shapes.Layout,
     dtype: torch.dtype,
     rows: Sequence[Row],
@@ -156,18 +161,18 @@ def measure(
             skipped.reasons[row.name] = f"does not fit into {device.free_bytes() / 1e9:.0f} GB"
     if not fits([baseline], dtype, numel, free):
         return result
-    result["copy GB/s"] = copy = copy_bandwidth(device)
+    result["copy GB/s"] = copy = of_device(device)
     result["empty ms"] = empty = empty_ms(device)
     problem = shapes.problem(layout, dtype, device.device)
     base = proven(baseline, problem)
-    alone = interleaved(device, [base], rounds, 0, limit)[BASELINE]
+    alone = on_device(device, [base], rounds, 0, limit)[BASELINE]
     found[BASELINE] = figures(alone, base, numel, copy, empty, alone["cold ms"])
     result["baseline cold ms"].append(alone["cold ms"])
     others = [row for row in others if row.name not in skipped.reasons]
     for seed, row in enumerate(sorted(others, key=lambda row: row.kind != "ours"), 1):
         device.release()
-        for provider in prepared([row], problem, skipped):
-            times = interleaved(device, [base, provider], rounds, seed, limit)
+        for provider in each([row], partial(proven, problem=problem), skipped):
+            times = on_device(device, [base, provider], rounds, seed, limit)
             baseline_ms = times[BASELINE]["cold ms"]
             result["baseline cold ms"].append(baseline_ms)
             found[row.name] = figures(times[row.name], provider, numel, copy, empty, baseline_ms)
@@ -179,7 +184,7 @@ def measure(
 
 
 def count_launches(
-    device: Device,
+    device: Cuda,
     layout: shapes.Layout,
     rows: Sequence[Row],
     result: dict[str, Any],
@@ -196,7 +201,7 @@ def count_launches(
             done()
 
 
-def launches(device: Device, problem: Problem, row: Row) -> int | None:
+def launches(device: Cuda, problem: Problem, row: Row) -> int | None:
     """Kernels of a row's step."""
     provider = row.build(problem, row.name)
     for _ in range(provider.eager_steps + 2):  # captured for both sets of gradients

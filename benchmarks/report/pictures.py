@@ -13,14 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from benchmarks.report import tables
-from benchmarks.rows import gpu_rows
-from benchmarks.rows.providers import BASELINE, ROWS
+from benchmarks.rows.providers import APEX, BASELINE, GPU_TODAY, ROWS
 
 Results = dict[str, Any]
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLORS = {"baseline": "#8A8A8A", "ours": "#0072B2", "today": "#D55E00", "ceiling": "#009E73"}
-KINDS = {row.name: row.kind for row in (*ROWS, *gpu_rows.TODAY, gpu_rows.APEX)}
+KINDS = {row.name: row.kind for row in (*ROWS, *GPU_TODAY, APEX)}
 MARKS = ("o", "s", "^", "D", "v")
 SHIFTS = (0.16, -0.16, 0.32, -0.32)  # of the batch sizes in a row of the last picture
 
@@ -36,7 +35,7 @@ class Steps:
     Attributes:
         times: for each row the milliseconds of a step: median, and two that are about it.
         moved: bytes a parameter that a row's step reads and writes; None where nobody knows.
-        copied: GB/s of a copy in the same run.
+        copied: GB/s of a copy in the same run; None where that part failed.
         about: what the two are.
     """
 
@@ -45,14 +44,14 @@ class Steps:
     parameters: int
     times: dict[str, tuple[float, float, float]]
     moved: dict[str, float | None]
-    copied: float
+    copied: float | None
     about: str
 
 
 def steps_of(results: Results) -> Steps | None:
     """The first model that was stepped."""
     if "step" not in results:
-        measured = [problem for problem in results["problems"] if problem["rows"]]
+        measured = [problem for problem in results.get("problems", []) if problem["rows"]]
         return steps_on_gpu(measured[0]) if measured else None
     step = results["step"]
     processes = step["processes"]
@@ -63,7 +62,7 @@ def steps_of(results: Results) -> Steps | None:
         processes[0]["parameters"],
         {name: (median(own), min(own), max(own)) for name, own in times.items()},
         {name: fact["bytes per parameter"] for name, fact in processes[0]["facts"].items()},
-        results["copy GB/s"],
+        results.get("copy GB/s"),
         f"median and range of {len(processes)} processes",
     )
 
@@ -168,9 +167,10 @@ def bandwidth(results: Results, steps: Steps) -> Figure:
     figure, axes = bars(len(names), "Memory bandwidth that a step reaches", results)
     values = [reached[name][0] for name in names]
     named_bars(axes, names, values, [(min(reached[n]), max(reached[n])) for n in names])
-    axes.axvline(steps.copied, color="black", linestyle="--")
-    axes.text(steps.copied, 0.5, f" b.copy_(a): {steps.copied:.0f}", fontsize="small")
-    axes.set_xlim(0.0, 1.1 * max(steps.copied, *(max(own) for own in reached.values())))
+    if steps.copied is not None:
+        axes.axvline(steps.copied, color="black", linestyle="--")
+        axes.text(steps.copied, 0.5, f" b.copy_(a): {steps.copied:.0f}", fontsize="small")
+    axes.set_xlim(0.0, 1.1 * max(steps.copied or 0.0, *(max(own) for own in reached.values())))
     axes.set_xlabel("GB/s of the bytes that each row moves, its own temporaries included")
     return figure
 

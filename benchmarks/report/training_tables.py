@@ -10,6 +10,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.report.markdown import NONE, table
+from benchmarks.report.tables import facts_line, left_out
 from benchmarks.rows.providers import BASELINE, IN_BACKWARD
 
 
@@ -162,15 +163,13 @@ def report(args: argparse.Namespace, results: Sequence[Measured], peaks: dict[st
                 f"{peaks[name]:.0f}" if name in peaks else NONE,
             ]
         )
-    head = ", ".join(f"{k}: {v}" for k, v in results[0].machine.items())
     header = ["row", "step ms", "whole ms", "overhead", "range", "ratio", "95 %", "pairs"]
     return "\n\n".join(
         [
-            head,
+            facts_line(results[0].machine),
             title(args, results),
             table([*header, "peak MB"], rows),
-            *(f"skipped: {name} ({why})" for name, why in not_timed(results).items()),
-            *(f"**WRONG: {name}, not timed**" for name in wrong_rows(results)),
+            *left_out(not_timed(results), wrong_rows(results)),
         ]
     )
 

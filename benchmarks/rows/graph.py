@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from benchmarks.rows.problem import Problem
-from benchmarks.rows.provider import Provider
-from benchmarks.rows.providers import Build
+from benchmarks.rows.provider import Build, Provider
 
 EAGER_STEPS = 2  # one that makes the state, one that must not wait for the device
 

@@ -1,9 +1,11 @@
-"""A provider: something that takes a step, with all that is needed to check it and to count it."""
+"""A provider: something that takes a step, with all that is needed to check it and to count it; and
+a row of a table, which builds one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 from torch import Tensor, nn
@@ -62,6 +64,25 @@ class Provider:
         """Bytes of the distinct storages of the state."""
         storages = [t.untyped_storage() for t in self.state()]
         return sum({s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}.values())
+
+
+Build = Callable[[Problem, str], Provider]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its name, its group, how to build it, the module it cannot do without, whether a
+    CUDA graph replays it, and whether it takes so long to build that it must be asked for."""
+
+    name: str
+    kind: Kind
+    build: Build
+    needs: str | None = None
+    captured: bool = False
+    slow: bool = False
+
+    def available(self) -> bool:
+        return self.needs is None or find_spec(self.needs) is not None
 
 
 def over_period(without: float, with_sample: float, period: int) -> float:

@@ -1,134 +1,21 @@
-"""What is timed: torch's own SGD, ours, what users write today, and the ceiling.
+"""The rows of the tables: torch's own SGD, ours, what users write today, and the ceiling.
 
-A row is a name and a function that builds the provider for a problem. Rows are built in the
-process that times them.
+Rows are built in the process that times them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
-
-import rbwa_fused as rf
-from benchmarks.rows import ceiling, today
-from benchmarks.rows.maths import Average, Maths
-from benchmarks.rows.problem import MOMENTUM, WEIGHT_DECAY, Problem
-from benchmarks.rows.provider import Kind, Provider, use_gradients_of
+from benchmarks.rows import ceiling, today, variants
+from benchmarks.rows.graph import Capturing, captured
+from benchmarks.rows.ours import METHODS, ours
+from benchmarks.rows.provider import Row
 
 BASELINE = "torch SGD fused"
-STEPS_PER_EPOCH = 100
-
-Build = Callable[[Problem, str], Provider]
-Difference = Literal["implicit", "explicit"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: its name, its group, how to build it, the module it cannot do without, whether a
-    CUDA graph replays it, and whether it takes so long to build that it must be asked for."""
-
-    name: str
-    kind: Kind
-    build: Build
-    needs: str | None = None
-    captured: bool = False
-    slow: bool = False
-
-    def available(self) -> bool:
-        return self.needs is None or find_spec(self.needs) is not None
-
-
-def ours(
-    maths: Maths,
-    average: rf.Average | None = None,
-    *,
-    flatten: bool = True,
-    difference: Difference = "implicit",
-    backend: str = "cpu",
-    capturable: bool = False,
-    in_backward: bool = False,
-) -> Build:
-    """A builder for FusedSGD, or for RSGDM where the maths are RSGDM's."""
-
-    def build(problem: Problem, name: str) -> Provider:
-        model = problem.copy()
-        options: dict[str, Any] = {
-            "momentum": 0.0 if maths.rule == "plain" else MOMENTUM,
-            "weight_decay": WEIGHT_DECAY,
-            "average": average,
-            "backend": backend,
-            "flatten": flatten,
-            "capturable": capturable,
-            "in_backward": in_backward,
-        }
-        opt: torch.optim.Optimizer
-        if maths.rule == "rsgdm":
-            opt = rf.RSGDM(problem.groups(model), difference=difference, **options)
-        else:
-            opt = rf.FusedSGD(problem.groups(model), **options)
-        params: list[Tensor] = list(model.parameters())
-
-        def averages() -> list[Tensor] | None:
-            kept = [opt.state.get(p, {}).get("average") for p in params]
-            return None if kept[0] is None else kept
-
-        def moved() -> tuple[float, float]:
-            """From the state itself: theta and each buffer are read and written, g is read."""
-            streams = {k: v.element_size() for k, v in opt.state.get(params[0], {}).items()}
-            average_bytes = 2 * streams.pop("average", 0)
-            item = params[0].element_size()
-            without = 3 * item + 2 * sum(streams.values())
-            return without, without + average_bytes
-
-        return Provider(
-            name=name,
-            kind="ours",
-            maths=maths,
-            params=params,
-            step=opt.step,
-            use_gradients=use_gradients_of(problem, model),
-            averages=averages,
-            state=lambda: [t for s in opt.state.values() for t in s.values()],
-            moved=moved,
-            period=1 if average is None else average.every,
-            model=model,
-        )
-
-    return build
-
-
-def averaging(weight: Callable[[int], float], every: int = 1, back: bool = False) -> Maths:
-    """SGD with momentum and an average."""
-    return Maths("momentum", Average(weight, every, back))
-
-
-# What each of our rows computes, and the policy that asks for it.
-METHODS: dict[str, tuple[Maths, rf.Average | None]] = {
-    "SGD, no momentum": (Maths("plain"), None),
-    "SGD + momentum": (Maths("momentum"), None),
-    "RBWA": (averaging(today.mean, back=True), rf.rbwa(STEPS_PER_EPOCH, start_epoch=0)),
-    "RBWA, no momentum": (
-        Maths("plain", Average(today.mean, written_back=True)),
-        rf.rbwa(STEPS_PER_EPOCH, start_epoch=0),
-    ),
-    "RBWA-E": (
-        averaging(today.ema(today.RBWA_E_BETA), back=True),
-        rf.rbwa_e(today.RBWA_E_BETA, steps_per_epoch=STEPS_PER_EPOCH, start_epoch=0),
-    ),
-    "RSGDM": (Maths("rsgdm"), None),
-    "EMA": (averaging(today.ema(today.EMA_DECAY)), rf.ema(today.EMA_DECAY)),
-    "EMA every 10": (
-        averaging(today.ema(today.EMA_DECAY), every=10),
-        rf.ema(today.EMA_DECAY, every=10),
-    ),
-    "SWA": (averaging(today.mean), rf.swa(start=0, every=1)),
-}
 
 
 def _row(name: str, **options: Any) -> Row:
@@ -244,3 +131,37 @@ def _trained(capturable: bool = False) -> tuple[Row, ...]:
 TRAINED = _trained()
 ON_GPU = (*TRAINED, *BY_HAND)
 CAPTURED = (*_trained(capturable=True), *BY_HAND)  # what cannot be captured says so
+
+
+# ---- optimizer steps on a GPU: by torch, by hand, ours; some under a graph
+
+GPU_TODAY: tuple[Row, ...] = (
+    Row(BASELINE, "baseline", today.torch_sgd("fused")),
+    Row("torch SGD foreach", "baseline", today.torch_sgd("foreach")),
+    Row("fused + AveragedModel (EMA)", "today", today.averaged_model("ema")),
+    Row("RBWA: fused + AveragedModel + copy back", "today", today.averaged_model("rbwa")),
+    *BY_HAND,
+)
+APEX = Row("apex FusedSGD", "baseline", today.apex_sgd, needs="amp_C")  # apex's own extension
+GPU_OURS = ("SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA", "SWA", "EMA every 10")
+GPU_CAPTURED = ("SGD + momentum", "RBWA", "EMA")
+CAPTURED_BACKEND = "cuda"
+
+
+def under_graph(row: Row, device: Capturing) -> Row:
+    """The same row, replayed by a CUDA graph."""
+    build = captured(row.build, device)
+    return replace(row, name=f"{row.name}, graph", build=build, captured=True)
+
+
+def gpu_rows(backends: Sequence[str], device: Capturing) -> list[Row]:
+    """The table's rows in its order, ours once for each of these backends."""
+    table = [*GPU_TODAY, *(under_graph(row, device) for row in GPU_TODAY), APEX]
+    for backend in backends:
+        for name in GPU_OURS:
+            table.append(_row(f"{name}, {backend}", backend=backend))
+    table += variants.rows(backends)
+    for name in GPU_CAPTURED if CAPTURED_BACKEND in backends else ():
+        row = _row(f"{name}, {CAPTURED_BACKEND}", backend=CAPTURED_BACKEND, capturable=True)
+        table.append(under_graph(row, device))
+    return table

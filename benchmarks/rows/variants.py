@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
+from benchmarks.rows.ours import METHODS, ours
 from benchmarks.rows.problem import Problem
-from benchmarks.rows.provider import Provider
-from benchmarks.rows.providers import METHODS, Build, Row, ours
+from benchmarks.rows.provider import Build, Provider, Row
 from rbwa_fused import ops
 
 USUAL = (True, False)  # of launch_form

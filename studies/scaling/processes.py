@@ -8,25 +8,23 @@ over repeats of a repeat's median, with the range of those.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
-from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import rbwa_fused as rf
+from benchmarks.measure.timing import in_rounds
 from benchmarks.rows.shapes import MODELS
 from rbwa_fused.distributed import Elastic
 
@@ -140,21 +138,20 @@ def trainings() -> dict[str, Item]:
 
 def timed(items: dict[str, Item], rounds: int) -> Figures:
     """Seconds of each item on the slowest rank, in each repeat."""
-    order = list(items)
-    shuffle = random.Random(0).shuffle  # the same on every rank
     found: Figures = {name: [] for name in items}
     for repeat in range(REPEATS + 1):  # the first warms up
         samples: Figures = {name: [] for name in items}
-        for _ in range(rounds):
-            shuffle(order)
-            for name in order:
-                call, count = items[name]
-                distributed.barrier()
-                start = perf_counter()
-                call()
-                slowest = torch.tensor(perf_counter() - start, dtype=torch.float64)
-                distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
-                samples[name].append(slowest.item() / count)
+
+        def sample(name: str, samples: Figures = samples) -> None:
+            call, count = items[name]
+            distributed.barrier()
+            start = perf_counter()
+            call()
+            slowest = torch.tensor(perf_counter() - start, dtype=torch.float64)
+            distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
+            samples[name].append(slowest.item() / count)
+
+        in_rounds(list(items), sample, rounds, repeat)  # in the same order on every rank
         if repeat:
             for name in items:
                 found[name].append(median(samples[name]))
@@ -187,26 +184,11 @@ def run(world: int, work: Callable[[int, int, Path], None] = rank_of) -> Figures
     Raises:
         RuntimeError: if one of them failed.
     """
-    context = get_context("spawn")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
-        processes = [
-            context.Process(target=work, args=(rank, world, file), daemon=True)
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
-        waiting: dict[Any, Any] = {process.sentinel: process for process in processes}
-        while waiting:
-            for sentinel in wait(list(waiting)):
-                ended = waiting.pop(sentinel)
-                ended.join()  # or its exit code may not be known yet
-                if ended.exitcode:
-                    for other in waiting.values():
-                        other.kill()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"one of {world} processes failed; what it wrote is above")
+        try:
+            spawn(work, (world, file), world)  # ends all when one has failed
+        except ProcessException as error:
+            raise RuntimeError(f"one of {world} processes failed: {error}") from error
         figures: Figures = json.loads(file.read_text())
     return figures
