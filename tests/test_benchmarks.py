@@ -977,7 +977,10 @@ def test_the_suite_says_what_is_not_installed(monkeypatch: Any) -> None:
         suite.main([])
 
 
-def test_a_process_that_dies_does_not_hang_the_suite() -> None:
+def test_a_process_that_dies_does_not_hang_the_suite_and_one_that_lives_tells_of_progress() -> None:
+    told: list[int] = []
+    process.fresh(process.tick, after_tick=lambda: told.append(1))
+    assert told == [1]
     assert process.fresh(int, "7") == 7
     with pytest.raises(RuntimeError, match="terminated abruptly"):
         process.fresh(os._exit, 3)
