@@ -126,26 +126,27 @@ def in_parts(
         budget: seconds from `start` on; no part that may wait is begun if the longest of them so
             far would not end in them.
     """
-    missing: dict[str, str] = {}
     longest = 0.0
+
+    def left_out(name: str, why: str) -> None:
+        results.setdefault("not measured", {})[name] = why
+
     with bar(len(parts), "part") as progress:
         for part in parts:
             begun = perf_counter()
             if part.may_wait and begun - start + longest > budget:
-                missing[part.name] = f"{budget:.0f} s would not have been enough"
+                left_out(part.name, f"{budget:.0f} s would not have been enough")
                 continue
             try:
                 part.measure(results)
             except FAILURES as error:
-                missing[part.name] = reason(error)
+                left_out(part.name, reason(error))
             if part.may_wait:
                 longest = max(longest, perf_counter() - begun)
             write_json(out, results)
             progress.update()
-    for name, why in missing.items():
+    for name, why in results.get("not measured", {}).items():
         print(f"not measured: {name} ({why})")
-    if missing:
-        results["not measured"] = missing
 
 
 def on_cpu(args: argparse.Namespace) -> int:
@@ -200,7 +201,7 @@ def on_gpu(args: argparse.Namespace) -> int:
     ]
     in_parts(parts, results, out, BUDGET if args.seconds is None else args.seconds, start)
     results["seconds"] = perf_counter() - start
-    return status or ended(results, out, args.pictures)
+    return max(status, ended(results, out, args.pictures))
 
 
 def ended(results: Results, out: Path, draw: bool) -> int:

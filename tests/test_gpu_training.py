@@ -311,14 +311,17 @@ def test_a_part_that_fails_is_named_and_leaves_the_others(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    out = tmp_path / "gpu.json"
+
     def failing(function: Any, *given: Any) -> Any:
+        if function is not sizes.on_gpu:  # whoever ends the run now finds what has failed
+            assert "sizes" in json.loads(out.read_text())["not measured"]
         if function is sizes.on_gpu or given[0].graph:
             raise RuntimeError("CUDA error: an illegal memory access\nand a stack")
         return function(*given)
 
     for module in (suite, training):
         monkeypatch.setattr(module, "fresh", failing)
-    out = tmp_path / "gpu.json"
     assert suite.main(["--out", str(out)]) == 1
     written = json.loads(out.read_text())
     assert len(written["training"]) == 4 and len(written["not measured"]) == 5
@@ -369,4 +372,5 @@ def test_the_suite_goes_to_the_gpu_where_there_is_one(
     assert suite.main(["--full", "--no-pictures"]) == 1  # as a row of ours was wrong
     ((where, out),) = steps
     assert where is device and len(parts) == 1 + 24
+    assert json.loads(out.read_text())["seconds"] >= 0.0  # whatever has failed, the rest is written
     assert out.parent == tmp_path and out.name.startswith("none-") and out.suffix == ".json"
