@@ -906,6 +906,17 @@ def test_the_suites_pictures_show_every_row(tmp_path: Path) -> None:
     assert names(pictures.training(results, results["training"])) == trained
 
 
+@pytest.mark.parametrize("file", sorted(step.RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_committed_results_can_be_read_and_printed_again(file: Path) -> None:
+    results = json.loads(file.read_text())
+    told = results["step"] if "step" in results else {**results["settings"], **results}
+    printed = tables.cpu_tables(results["machine"], told["model"], told["dtype"], told["processes"])
+    assert results["machine"]["cpu"] in printed
+    for name in told["processes"][0]["step"]:
+        assert f"| {name} " in printed
+    assert "step" not in results or pictures.steps_of(results) is not None
+
+
 def processes_with_bytes(results: dict[str, Any]) -> list[str]:
     facts = results["step"]["processes"][0]["facts"]
     return [row.name for row in ROWS if facts[row.name]["bytes per parameter"]]

@@ -85,6 +85,7 @@ def test_an_unknown_argument_is_one_line(
     assert "--no-such-option" in said or "COMMAND" in said
 
 
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules after import")
 @pytest.mark.parametrize(("old", "new"), moved.NOW.items())
 def test_a_program_that_has_moved_runs_under_its_old_name_and_says_where_it_is(
     old: str, new: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

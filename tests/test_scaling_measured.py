@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -88,6 +89,16 @@ def pull_half_way() -> None:
 def test_a_pull_that_is_none_is_not_timed() -> None:
     with pytest.raises(RankError, match="not the mean"):
         ranks(2).run(pull_half_way)
+
+
+def first_writes(rank: int, world: int, file: Path) -> None:
+    """What a group's first rank does with its figures."""
+    if rank == 0:
+        file.write_text(json.dumps({"ranks": [world]}))
+
+
+def test_the_figures_are_those_of_the_first_process() -> None:
+    assert processes.run(2, first_writes) == {"ranks": [2]}
 
 
 def fails_on_one(rank: int, world: int, file: Path) -> None:
