@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 TREES := rbwa_fused triton_kernels tests benchmarks studies examples setup.py
-CPP := $(wildcard csrc/*.* csrc/*/*) benchmarks/*.cpp tests/*.cpp
+CPP := $(wildcard csrc/*.* csrc/*/*) benchmarks/rows/*.cpp tests/*.cpp
 
 .PHONY: demo test check format abi mutants sanitize soak bench gpu clean
 

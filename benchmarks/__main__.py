@@ -1,29 +1,58 @@
-"""All benchmarks, in under ten minutes on two cores: ``python -m benchmarks``, or ``make bench``.
+"""All benchmarks, in under ten minutes: ``python -m benchmarks``, or ``make bench``.
 
 One optimizer step of ResNet-18 by provider, step time by parameter count, the machine's copy
-bandwidth, and whole training steps with what averaging adds to them. Prints tables; writes
-benchmarks/results/<machine>-<date>.json and four pictures beside it. Where there is a GPU, it
-measures the same there, see gpu_suite.py.
+bandwidth, and whole training steps with what averaging adds to them; of several models where torch
+sees a GPU, and then there. Prints tables; writes benchmarks/results/<machine>-<date>.json after
+every part, and four pictures beside it. A part that fails is named and leaves the others.
+
+A GPU's seconds, as planned and not yet measured. Steps: some 35 rows of at most 1 for each model,
+fewer for the smaller ones, and some 60 for proofs, captures and counting launches: 120 to 200.
+Sizes: six of 2, a process and proofs: 30. Training: 8 runs, 24 with --full, of some 10 to start and
+to prove 16 rows, and 4 or LEAST_ROUNDS rounds: 112 or 336. Together at most 570. Since no plan
+knows every GPU, a run is begun there only if the longest one so far would end in its seconds
+(BUDGET if none are given); what is left out is said.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
-from benchmarks import step, training, training_report
-from benchmarks.process import fresh
-from benchmarks.progress import bar
+from benchmarks import step, training
+from benchmarks.measure.needed import need
+from benchmarks.measure.process import fresh
+from benchmarks.measure.progress import bar
+from benchmarks.measure.proof import WrongError, reason
+from benchmarks.report import training_tables
+from benchmarks.report.written import write_json
 from rbwa_fused.command import Parser, run
 
 NEEDED = ("torchvision", "matplotlib", "scipy", "rbwa_fused._C")
 BATCH_SIZES, FULL_BATCH_SIZES = (1, 8), (1, 8, 32)
+GPU_BATCH_SIZES, FULL_GPU_BATCH_SIZES = (32, 256), (32, 128, 512, 1024)
+PRECISIONS = ((), ("--amp", "--channels-last"))
+FULL_PRECISIONS = (*PRECISIONS, ("--amp",))
+SECONDS, ROUNDS = 4.0, 40  # of a training run on a GPU, at most
+BUDGET = 570.0  # seconds for everything on a GPU
+FAILURES = (RuntimeError, WrongError)  # of a part; the others go on
+
+Results = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """What is measured by itself: `measure` puts it into the results."""
+
+    name: str
+    measure: Callable[[Results], object]
+    may_wait: bool = False  # left out where the seconds do not suffice
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,84 +78,154 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measured_training(args: argparse.Namespace, batch_size: int, progress: Any) -> dict[str, Any]:
-    """Figures of each row at a batch size, and their table."""
-    options = training.arguments(
+def trained(line: Sequence[str], results: Results) -> None:
+    """A run of benchmarks.training: prints its table."""
+    args = training.arguments(line)
+    measured, peaks = training.measured(args)
+    found = training_tables.results(args, measured)
+    if args.device == "cpu":
+        found["peak MB"] = peaks
+    results["training"].append(found)
+    print(f"\n{training_tables.report(args, measured, peaks)}")
+
+
+def cpu_runs(full: bool, threads: int) -> list[list[str]]:
+    """Command lines of benchmarks.training; memory is measured once."""
+    sizes = FULL_BATCH_SIZES if full else BATCH_SIZES
+    return [
         [
-            *("--batch-size", str(batch_size), "--threads", str(args.threads)),
-            *("--processes", "6" if args.full else "3"),
-            *("--repeats", str(40 if args.full else 25 if batch_size == 1 else 12)),
+            *("--batch-size", str(size), "--threads", str(threads)),
+            *("--processes", "6" if full else "3"),
+            *("--repeats", str(40 if full else 25 if size == 1 else 12)),
+            *(() if size == BATCH_SIZES[-1] else ("--no-memory",)),
         ]
-    )
-    samples = []
-    for seed in range(options.processes):
-        samples.append(fresh(training.measure, options, options.rows, seed))
-        progress.update()
-    peaks = {}
-    for name in options.rows if batch_size == BATCH_SIZES[-1] else ():
-        peaks[name] = fresh(training.peak, options, name)
-    progress.update()
-    return {
-        **training_report.results(options, samples),
-        "peak MB": peaks,
-        "table": training_report.report(options, samples, peaks),
-    }
+        for size in sizes
+    ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints, writes, draws."""
-    args = arguments(argv)
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        sys.exit(f"benchmarks: {', '.join(missing)} not installed: make .venv/dev")
-    import torch
+def gpu_runs(full: bool) -> list[list[str]]:
+    """Command lines of benchmarks.training, those first that may not be left out."""
+    return [
+        [
+            *("--device", "cuda", "--batch-size", str(size), *precision, *graph),
+            *("--processes", "1", "--repeats", str(ROUNDS), "--seconds", str(SECONDS)),
+            "--no-memory",
+        ]
+        for precision in (FULL_PRECISIONS if full else PRECISIONS)
+        for size in (FULL_GPU_BATCH_SIZES if full else GPU_BATCH_SIZES)
+        for graph in ((), ("--graph",))
+    ]
 
-    if torch.cuda.is_available():
-        from benchmarks import gpu_suite
 
-        models = ["--model", *args.model] if args.model else []
-        plan = step.gpu_plan(step.arguments(["--device", "cuda", *models]))
-        name = f"{plan.device.slug()}-{date.today()}.json"
-        out = step.writable(args.out or step.RESULTS / name)
-        if gpu_suite.main(plan, args.full, out, args.seconds, args.pictures) != 0:
-            raise SystemExit(1)
-        return
-    if args.model or args.seconds is not None:
-        sys.exit("benchmarks: --model and --seconds are for a GPU, and torch sees none")
-    from benchmarks import machine, pictures, report, sizes
+def in_parts(
+    parts: Sequence[Part], results: Results, out: Path, budget: float, start: float
+) -> None:
+    """Measures part by part and writes the results after each; names what was not measured.
+
+    Args:
+        budget: seconds from `start` on; no part that may wait is begun if the longest of them so
+            far would not end in them.
+    """
+    longest = 0.0
+
+    def left_out(name: str, why: str) -> None:
+        results.setdefault("not measured", {})[name] = why
+
+    with bar(len(parts), "part") as progress:
+        for part in parts:
+            begun = perf_counter()
+            if part.may_wait and begun - start + longest > budget:
+                left_out(part.name, f"{budget:.0f} s would not have been enough")
+                continue
+            try:
+                part.measure(results)
+            except FAILURES as error:
+                left_out(part.name, reason(error))
+            if part.may_wait:
+                longest = max(longest, perf_counter() - begun)
+            write_json(out, results)
+            progress.update()
+    for name, why in results.get("not measured", {}).items():
+        print(f"not measured: {name} ({why})")
+
+
+def on_cpu(args: argparse.Namespace) -> int:
+    """ResNet-18, in fresh processes."""
+    from benchmarks import sizes
+    from benchmarks.measure import machine
+    from benchmarks.report import tables
 
     description = machine.description(args.threads)
     out = step.writable(args.out or step.RESULTS / f"{machine.slug()}-{date.today()}.json")
-    processes = 12 if args.full else 4
-    batch_sizes = FULL_BATCH_SIZES if args.full else BATCH_SIZES
-    stepping = step.arguments(
-        ["--processes", str(processes), "--repeats", "30", "--threads", str(args.threads)]
-    )
+    line = ["--processes", "12" if args.full else "4", "--repeats", "30"]
+    stepping = step.arguments([*line, "--threads", str(args.threads)])
     rows, library = step.available_rows(["*"] if args.full else [])
-    with bar(processes * step.ticks(stepping), "round of 1: step") as progress:
-        steps = step.measured(stepping, step.MODEL, rows, library, progress.update)
-    with bar(len(sizes.COUNTS) + 1, "size of 2: sizes") as progress:
-        by_size = fresh(sizes.run, args.threads, 0)
-        progress.update(len(sizes.COUNTS) + 1)
-    training_processes = len(batch_sizes) * ((6 if args.full else 3) + 1)
-    with bar(training_processes, "process of 3: training") as progress:
-        trained = [measured_training(args, size, progress) for size in batch_sizes]
-    texts = [
-        report.tables(description, step.MODEL, stepping.dtype, steps),
-        *(run.pop("table") for run in trained),
+
+    def steps(results: Results) -> None:
+        with bar(stepping.processes * step.ticks(stepping), "round") as progress:
+            found = step.measured(stepping, step.MODEL, rows, library, progress.update)
+        results["step"] = {"model": step.MODEL, "dtype": stepping.dtype, "processes": found}
+        print(tables.cpu_tables(description, step.MODEL, stepping.dtype, found))
+
+    parts = [
+        Part("step", steps),
+        Part("sizes", lambda results: results.update(fresh(sizes.on_cpu, args.threads, 0))),
+        *(
+            Part(f"training {' '.join(line)}", partial(trained, line))
+            for line in cpu_runs(args.full, args.threads)
+        ),
     ]
-    print("\n\n".join(texts))
-    results = {
-        "machine": description,
-        "step": {"model": step.MODEL, "dtype": stepping.dtype, "processes": steps},
-        **by_size,
-        "training": trained,
-    }
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    files = pictures.draw(results, out.with_suffix(""))
+    results: Results = {"machine": description, "sizes": {}, "training": []}
+    in_parts(parts, results, out, math.inf, perf_counter())
+    return ended(results, out, draw=True)
+
+
+def on_gpu(args: argparse.Namespace) -> int:
+    """All models in this process, the rest in fresh ones."""
+    from benchmarks import gpu, sizes
+
+    start = perf_counter()
+    models = ["--model", *args.model] if args.model else []
+    plan = step.gpu_plan(step.arguments(["--device", "cuda", *models]))
+    out = step.writable(args.out or step.RESULTS / f"{plan.device.slug()}-{date.today()}.json")
+    status = gpu.main(plan, out)
+    plan.device.release()
+    results = json.loads(out.read_text())
+    results |= {"sizes": {}, "training": [], "wrong": [], "not measured": {}}
+    parts = [
+        Part("sizes", lambda results: results.update(fresh(sizes.on_gpu))),
+        *(
+            Part(f"training {' '.join(line)}", partial(trained, line), may_wait=True)
+            for line in gpu_runs(args.full)
+        ),
+    ]
+    in_parts(parts, results, out, BUDGET if args.seconds is None else args.seconds, start)
+    results["seconds"] = perf_counter() - start
+    return max(status, ended(results, out, args.pictures))
+
+
+def ended(results: Results, out: Path, draw: bool) -> int:
+    """Writes and draws; 1 if a row of ours was wrong or a part has failed."""
+    from benchmarks.report import pictures
+
+    write_json(out, results)
+    files = pictures.draw(results, out.with_suffix("")) if draw else []
     print(f"\nwritten: {', '.join(map(str, [out, *files]))}")
-    if any(run["wrong"] for run in trained):
-        raise SystemExit(1)
+    wrong = results.get("wrong") or any(run["wrong"] for run in results["training"])
+    return int(bool(wrong or results.get("not measured")))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints, writes, draws."""
+    args = arguments(argv)
+    need("benchmarks", *NEEDED)
+    import torch
+
+    if torch.cuda.is_available():
+        return on_gpu(args)
+    if args.model or args.seconds is not None:
+        sys.exit("benchmarks: --model and --seconds are for a GPU, and torch sees none")
+    return on_cpu(args)
 
 
 if __name__ == "__main__":

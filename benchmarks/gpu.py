@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_report, gpu_rows, shapes
-from benchmarks.device import Cuda, Device
-from benchmarks.gpu_measure import LIMIT, count_launches, measure
-from benchmarks.gpu_timing import LEAST_ROUNDS
-from benchmarks.progress import bar
-from benchmarks.providers import Row, selected
-from rbwa_fused.engine import backends as ops
+from benchmarks.measure.clock import Cuda
+from benchmarks.measure.progress import bar
+from benchmarks.measure.runner import LIMIT, count_launches, one_by_one
+from benchmarks.measure.timing import LEAST_ROUNDS
+from benchmarks.report.tables import gpu_tables
+from benchmarks.report.written import write_json
+from benchmarks.rows import shapes
+from benchmarks.rows.provider import Row
+from benchmarks.rows.providers import gpu_rows, selected
+from rbwa_fused.engine import backends as fused
 
 BACKENDS = ("cuda", "triton")
 
@@ -31,7 +32,7 @@ BACKENDS = ("cuda", "triton")
 class Plan:
     """What is measured, and on what."""
 
-    device: Device
+    device: Cuda
     layouts: dict[str, shapes.Layout]
     dtype: torch.dtype
     rows: list[Row]
@@ -45,7 +46,7 @@ def backends(asked: str | None, device: torch.device) -> tuple[str, ...]:
         ValueError: if the one that was asked for is missing.
     """
     names = BACKENDS if asked is None else (asked,)
-    missing = {name: why for name in names if (why := ops.unavailable(name, device)) is not None}
+    missing = {name: why for name in names if (why := fused.unavailable(name, device)) is not None}
     if asked is not None and missing:
         raise ValueError(f"backend {asked!r} {missing[asked]}")
     for name, why in missing.items():
@@ -68,7 +69,7 @@ def planned(args: argparse.Namespace) -> Plan:
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device")
     device = Cuda()
-    rows = selected(args.only, gpu_rows.rows(backends(args.backend, device.device), device))
+    rows = selected(args.only, gpu_rows(backends(args.backend, device.device), device))
     layouts = {name: shapes.MODELS[name]() for name in models}
     return Plan(device, layouts, getattr(torch, args.dtype), rows, args.repeats)
 
@@ -88,7 +89,7 @@ def run(plan: Plan, write: Callable[[list[dict[str, Any]]], object]) -> list[dic
                 write([*results, {"model": name, **result}])
 
             for name, layout in plan.layouts.items():
-                found = measure(device, layout, plan.dtype, plan.rows, plan.rounds, done)
+                found = one_by_one(device, layout, plan.dtype, plan.rows, plan.rounds, done)
                 results.append({"model": name, **found})
                 write(results)
                 device.release()
@@ -101,13 +102,6 @@ def run(plan: Plan, write: Callable[[list[dict[str, Any]]], object]) -> list[dic
     return results
 
 
-def write_json(out: Path, results: dict[str, Any]) -> None:
-    """Writes results so that whoever reads them, or ends this process, finds all of some state."""
-    whole = out.with_suffix(".part")
-    whole.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(whole, out)
-
-
 def main(plan: Plan, out: Path) -> int:
     """Measures, prints the tables, writes the results; 1 if a row of ours was wrong."""
     description = plan.device.description()
@@ -117,6 +111,6 @@ def main(plan: Plan, out: Path) -> int:
         write_json(out, {"machine": description, "settings": settings, "problems": problems})
 
     results = run(plan, write)
-    print(gpu_report.tables(description, results, plan.rows))
+    print(gpu_tables(description, results, plan.rows))
     print(f"\nwritten: {out}")
     return int(any(result["wrong"] for result in results))

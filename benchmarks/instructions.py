@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.report import table
+from benchmarks.report.markdown import table
 from rbwa_fused.command import Parser, run
 
 TENSORS, SIZE = 62, 20_000
@@ -39,12 +39,12 @@ def count() -> None:
     """Under callgrind: counts each row's steps, a dump for each, in their order."""
     import torch
 
-    from benchmarks.problem import small_tensors
-    from benchmarks.process import prepared
-    from benchmarks.providers import named
+    from benchmarks.measure.proof import all_proven
+    from benchmarks.rows.problem import small_tensors
+    from benchmarks.rows.providers import named
 
     torch.set_num_threads(1)
-    for provider in prepared(named(ROWS), small_tensors(TENSORS, SIZE)):
+    for provider in all_proven(named(ROWS), small_tensors(TENSORS, SIZE)):
         provider.prepare()
         control("--instr=on")
         for _ in range(STEPS):

@@ -8,25 +8,23 @@ medians of one process, to torch's foreach functions.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from statistics import median
-from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import rbwa_fused as rf
-from benchmarks import machine
-from benchmarks.check import mismatch, sample
-from benchmarks.progress import bar
-from benchmarks.report import spread, table
-from benchmarks.shapes import MODELS, Weights
-from benchmarks.timing import Times, switches
+from benchmarks.measure import machine
+from benchmarks.measure.check import mismatch, sample
+from benchmarks.measure.process import fresh
+from benchmarks.measure.progress import bar
+from benchmarks.measure.timing import Samples, in_rounds, timed
+from benchmarks.report.markdown import table
+from benchmarks.report.tables import facts_line, spread
+from benchmarks.rows.shapes import MODELS, Weights
 from rbwa_fused.command import Parser, run
 
 ALPHA = 0.3
@@ -115,17 +113,9 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, float]:
         steps[provider.name] = lambda pull=provider.pull, own=models: pull(own)  # type: ignore[misc]
     memory = torch.ones(args.replicas * MODELS[args.model]().numel, dtype=dtype)
     steps[CEILING] = lambda: memory.mul_(1.0)
-    times = {name: Times() for name in steps}
-    shuffle = random.Random(seed).shuffle
-    order = list(steps)
-    for _ in range(args.repeats):
-        shuffle(order)
-        for name in order:
-            before, start = switches(), perf_counter()
-            steps[name]()
-            seconds = perf_counter() - start
-            times[name].add(seconds, switches() != before)
-    return {name: 1e3 * median(own.kept) for name, own in times.items()}
+    times = {name: Samples() for name in steps}
+    in_rounds(list(steps), lambda name: times[name].add(*timed(steps[name])), args.repeats, seed)
+    return {name: own.ms() for name, own in times.items()}
 
 
 def report(args: argparse.Namespace, results: Sequence[dict[str, float]]) -> str:
@@ -148,11 +138,10 @@ def report(args: argparse.Namespace, results: Sequence[dict[str, float]]) -> str
                 spread(ratios),
             ]
         )
-    head = ", ".join(f"{k}: {v}" for k, v in machine.description(args.threads).items())
     share = median(result[CEILING] / result[OURS] for result in results)
     return "\n\n".join(
         [
-            head,
+            facts_line(machine.description(args.threads)),
             f"{args.replicas} x {args.model}, {numel / 1e6:.1f}M parameters each, {args.dtype}; "
             f"{len(results)} fresh processes",
             table(["provider", "bytes a weight", "ms", "GB/s", "ratio", "range"], rows),
@@ -184,11 +173,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
     args = arguments(argv)
-    results: list[Any] = []
+    results = []
     with bar(args.processes, "process") as progress:
         for seed in range(args.processes):
-            with get_context("spawn").Pool(1) as pool:
-                results.append(pool.apply(measure, (args, seed)))
+            results.append(fresh(measure, args, seed))
             progress.update()
     print(report(args, results))
 

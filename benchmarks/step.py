@@ -9,7 +9,6 @@ GPU, in one process, see gpu.py.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from benchmarks.progress import bar
+from benchmarks.measure.progress import bar
+from benchmarks.report.written import write_json
 from rbwa_fused.command import run
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ def cpu_model(names: list[str] | None) -> str:
 
 def available_rows(patterns: list[str]) -> tuple[tuple[str, ...], str | None]:
     """Names of the rows that can be measured here, and the ceiling's library; the rest is said."""
-    from benchmarks import ceiling
-    from benchmarks.providers import selected
+    from benchmarks.measure import machine
+    from benchmarks.rows import ceiling
+    from benchmarks.rows.providers import selected
 
     rows = selected(patterns)
     for row in rows:
@@ -92,7 +93,7 @@ def available_rows(patterns: list[str]) -> tuple[tuple[str, ...], str | None]:
     library = None
     if any(row.kind == "ceiling" for row in rows):
         try:
-            library = str(ceiling.build())
+            library = str(ceiling.build(machine.slug()))
         except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             print(f"skipped: the ceiling, and shares of it ({reason})")
@@ -104,7 +105,8 @@ def check_memory(model: str, dtype: str, rows: int) -> None:
     """Ends the program where the rows do not fit into this machine's memory."""
     import torch
 
-    from benchmarks import machine, shapes
+    from benchmarks.measure import machine
+    from benchmarks.rows import shapes
 
     needed = shapes.bytes_needed(model, getattr(torch, dtype), rows)
     free = machine.free_memory()
@@ -157,7 +159,7 @@ def on_gpu(args: argparse.Namespace) -> None:
 
 def ticks(args: argparse.Namespace) -> int:
     """Times that a process tells of its progress."""
-    from benchmarks.process import HOST_TICKS
+    from benchmarks.measure.runner import HOST_TICKS
 
     return int(args.repeats) + (HOST_TICKS if args.host else 0)
 
@@ -172,26 +174,26 @@ def measured(
     """The result of each fresh process.
 
     Raises:
-        RuntimeError: for a process that failed.
+        WrongError: for a row that is wrong.
+        RuntimeError: for a process that was killed. What else a row raises.
     """
-    from benchmarks.process import Settings, in_fresh_process
+    from benchmarks.measure.process import fresh
+    from benchmarks.measure.runner import Settings, side_by_side
 
-    return [
-        in_fresh_process(
-            Settings(
-                model=model,
-                dtype=args.dtype,
-                threads=args.threads,
-                rounds=args.repeats,
-                seed=seed,
-                rows=rows,
-                library=library,
-                host=args.host,
-            ),
-            after_tick,
+    def of_process(seed: int) -> dict[str, Any]:
+        settings = Settings(
+            model=model,
+            dtype=args.dtype,
+            threads=args.threads,
+            rounds=args.repeats,
+            seed=seed,
+            rows=rows,
+            library=library,
+            host=args.host,
         )
-        for seed in range(args.processes)
-    ]
+        return fresh(side_by_side, settings, after_tick=after_tick)
+
+    return [of_process(seed) for seed in range(args.processes)]
 
 
 def on_cpu(args: argparse.Namespace) -> None:
@@ -201,7 +203,8 @@ def on_cpu(args: argparse.Namespace) -> None:
         stop("torchvision is needed, for the shapes of its models")
     if find_spec("rbwa_fused._C") is None:
         stop("rbwa_fused's CPU kernels are not built")
-    from benchmarks import machine, report
+    from benchmarks.measure import machine
+    from benchmarks.report import tables
 
     try:
         rows, library = available_rows(args.only)
@@ -214,16 +217,16 @@ def on_cpu(args: argparse.Namespace) -> None:
     with bar(args.processes * ticks(args), "round") as progress:
         try:
             results = measured(args, model, rows, library, progress.update)
-        except RuntimeError as error:
+        except Exception as error:  # whatever a row's library raises
             progress.close()
-            stop(str(error))
-    print(report.tables(description, model, args.dtype, results))
+            stop(f"{type(error).__name__}: {error}".splitlines()[0])
+    print(tables.cpu_tables(description, model, args.dtype, results))
     written = {
         "machine": description,
         "settings": {"model": model, "dtype": args.dtype, "repeats": args.repeats},
         "processes": results,
     }
-    out.write_text(json.dumps(written, indent=1) + "\n")
+    write_json(out, written)
     print(f"\nwritten: {out}")
 
 

@@ -20,10 +20,12 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rbwa_fused._C")
 pytest.importorskip("torchvision")
 
-from benchmarks import ceiling
-from benchmarks.problem import Problem, small_tensors, torchvision_model, with_gradients
-from benchmarks.provider import check
-from benchmarks.providers import HOST_GROUP_ROWS, HOST_ROWS, ROWS, Row, named
+from benchmarks.measure import machine
+from benchmarks.measure.check import check
+from benchmarks.rows import ceiling
+from benchmarks.rows.problem import Problem, small_tensors, torchvision_model, with_gradients
+from benchmarks.rows.provider import Row
+from benchmarks.rows.providers import HOST_GROUP_ROWS, HOST_ROWS, ROWS, named
 
 MODEL = os.environ.get("RBWA_BENCHMARK_MODEL", "resnet18")
 ROUNDS, WARMUP = 30, 3
@@ -56,7 +58,7 @@ def run(benchmark: Any, row: Row, problem: Problem, steps: int) -> None:
         pytest.skip(f"{row.needs} is not installed")
     if row.kind == "ceiling":
         try:
-            ceiling.use(ceiling.build())
+            ceiling.use(ceiling.build(machine.slug()))
         except (RuntimeError, OSError) as error:
             pytest.skip(f"no ceiling here: {error}")
     provider = row.build(problem, row.name)

@@ -16,27 +16,32 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import random
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from time import perf_counter
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks import graph_training
-from benchmarks.device import Clock, Cpu, Cuda, Device
-from benchmarks.gpu_measure import Skipped, each, proven
-from benchmarks.problem import Problem, torchvision_model, with_gradients
-from benchmarks.process import fresh
-from benchmarks.progress import bar
-from benchmarks.provider import Provider
-from benchmarks.providers import CAPTURED, ON_GPU, TRAINED, Row, named, selected
-from benchmarks.timing import switches
-from benchmarks.training_report import Measured, Sample, Samples, report, timed_rows, wrong_rows
+from benchmarks.measure import graph_training
+from benchmarks.measure.clock import Clock, Cpu, Cuda
+from benchmarks.measure.process import fresh
+from benchmarks.measure.progress import bar
+from benchmarks.measure.proof import Skipped, each, proven
+from benchmarks.measure.timing import in_rounds, switches
+from benchmarks.report.training_tables import (
+    Measured,
+    Sample,
+    Samples,
+    report,
+    timed_rows,
+    wrong_rows,
+)
+from benchmarks.rows.problem import Problem, torchvision_model, with_gradients
+from benchmarks.rows.provider import Provider, Row
+from benchmarks.rows.providers import CAPTURED, ON_GPU, TRAINED, named, selected
 from rbwa_fused.command import Parser, run
 
 CLASSES = 1000  # of torchvision's networks
@@ -91,7 +96,7 @@ def train(provider: Provider, batch: Batch, args: argparse.Namespace, clock: Clo
     return Sample(clock.seconds(start, end), clock.seconds(between, end), disturbed)
 
 
-def replayed(graphs: graph_training.Graphs, device: Device) -> Sample:
+def replayed(graphs: graph_training.Graphs, device: Cuda) -> Sample:
     """One training step of a CUDA graph."""
     before = switches()
     whole, step = graph_training.visit(graphs, device)
@@ -129,7 +134,7 @@ def eager(
 
 
 def graphed(
-    rows: Sequence[Row], args: argparse.Namespace, device: Device, skipped: Skipped
+    rows: Sequence[Row], args: argparse.Namespace, device: Cuda, skipped: Skipped
 ) -> dict[str, Visit]:
     """A training step of each row under CUDA graphs, after it was right."""
     model, batch = network(args, device.device), images(args, device.device)
@@ -153,7 +158,7 @@ def visits(
     gc.disable()  # no collection in a capture or on the clock
     chosen = named(list(rows), table_of(args))
     if args.graph:
-        return graphed(chosen, args, cast(Device, clock), skipped)
+        return graphed(chosen, args, cast(Cuda, clock), skipped)
     return eager(chosen, args, clock, skipped, proving)
 
 
@@ -165,16 +170,15 @@ def measure(args: argparse.Namespace, rows: tuple[str, ...], seed: int) -> Measu
     numel = sum(p.numel() for p in network(args, torch.device("cpu")).parameters())
     found = visits(args, rows, clock, skipped, proving=True)
     samples: Samples = {name: [] for name in found}
-    shuffle = random.Random(seed).shuffle
-    order = list(found)
     gc.collect()
-    start = perf_counter()
-    for made in range(args.repeats):
-        if made >= LEAST_ROUNDS and perf_counter() - start > args.seconds:
-            break
-        shuffle(order)
-        for name in order:
-            samples[name].append(found[name]())
+    in_rounds(
+        list(found),
+        lambda name: samples[name].append(found[name]()),
+        args.repeats,
+        seed,
+        limit=args.seconds,
+        least=LEAST_ROUNDS,
+    )
     return Measured(description, numel, samples, skipped.reasons, skipped.wrong)
 
 
@@ -186,6 +190,20 @@ def peak(args: argparse.Namespace, row: str) -> float:
     for visit in visits(args, [row], clock, Skipped(), proving=False).values():
         visit()
     return clock.peak_bytes() / 1e6
+
+
+def measured(
+    args: argparse.Namespace, after_process: Callable[[], object] = lambda: None
+) -> tuple[list[Measured], dict[str, float]]:
+    """What each fresh process finds, and the rows' `peak`, if that is asked for."""
+    results, peaks = [], {}
+    for seed in range(args.processes):
+        results.append(fresh(measure, args, args.rows, seed))
+        after_process()
+    for name in timed_rows(results) if args.memory else ():
+        peaks[name] = fresh(peak, args, name)
+        after_process()
+    return results, peaks
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -236,14 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     if find_spec("scipy") is None:
         sys.exit("benchmarks.training: scipy is needed, for the intervals")
-    results, peaks = [], {}
     with bar(args.processes + args.memory * len(args.rows), "process") as progress:
-        for seed in range(args.processes):
-            results.append(fresh(measure, args, args.rows, seed))
-            progress.update()
-        for name in timed_rows(results) if args.memory else ():
-            peaks[name] = fresh(peak, args, name)
-            progress.update()
+        results, peaks = measured(args, progress.update)
     print(report(args, results, peaks))
     if wrong_rows(results):
         raise SystemExit(1)

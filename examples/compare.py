@@ -5,6 +5,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
-    from studies.moved import run
+    from rbwa_fused.command import moved
 
-    run("examples.compare", "studies.digits")
+    moved("examples.compare", "studies.digits")

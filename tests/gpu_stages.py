@@ -25,7 +25,7 @@ FACTS = """
 import json, torch
 if not torch.cuda.is_available():
     raise SystemExit("torch sees no CUDA device")
-from benchmarks.device import Cuda
+from benchmarks.measure.clock import Cuda
 device = Cuda()
 print(json.dumps({**device.description(), "slug": device.slug()}))
 """

@@ -24,46 +24,29 @@ pytest.importorskip("torchvision")
 
 import rbwa_fused as rf
 from benchmarks import __main__ as suite
-from benchmarks import (
-    ceiling,
-    device,
-    gpu,
-    gpu_measure,
-    gpu_report,
-    gpu_rows,
-    gpu_timing,
-    graph,
-    instructions,
-    pictures,
-    process,
-    progress,
-    replicas,
-    report,
-    shapes,
-    sizes,
-    step,
-    today,
-    training,
-    training_report,
-    variants,
-)
-from benchmarks.check import Average, Maths
-from benchmarks.gpu_timing import LEAST_ROUNDS, Series, copy_bandwidth
-from benchmarks.gpu_timing import interleaved as interleaved_on
-from benchmarks.problem import Problem, small_tensors, with_gradients
-from benchmarks.provider import Provider, check
-from benchmarks.providers import (
+from benchmarks import gpu, instructions, replicas, sizes, step, training
+from benchmarks.measure import bandwidth, clock, machine, process, progress, proof, runner
+from benchmarks.measure.check import check
+from benchmarks.measure.timing import LEAST_ROUNDS, Samples, on_device, on_host
+from benchmarks.report import pictures, tables, training_tables
+from benchmarks.rows import ceiling, graph, shapes, today, variants
+from benchmarks.rows.maths import Average, Maths
+from benchmarks.rows.problem import Problem, small_tensors, with_gradients
+from benchmarks.rows.provider import Provider, Row
+from benchmarks.rows.providers import (
     BASELINE,
+    GPU_CAPTURED,
+    GPU_OURS,
+    GPU_TODAY,
     HOST_GROUP_ROWS,
     HOST_ROWS,
     IN_BACKWARD,
     ROWS,
     TRAINED,
-    Row,
+    gpu_rows,
     named,
     selected,
 )
-from benchmarks.timing import Times, interleaved
 
 # Bytes of an element that a step moves, by hand: reads and writes of theta, g, m and a.
 BYTES_FLOAT32 = {
@@ -98,7 +81,7 @@ STATE_FLOAT32 = {
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_ceiling() -> None:
-    ceiling.use(ceiling.build())
+    ceiling.use(ceiling.build(machine.slug()))
 
 
 def tiny(dtype: torch.dtype = torch.float32) -> Problem:
@@ -202,20 +185,20 @@ def test_a_storage_that_two_tensors_share_counts_once() -> None:
 
 
 def test_disturbed_samples_are_dropped_unless_too_few_are_left() -> None:
-    times = Times()
+    times = Samples()
     for i in range(5):
         times.add(1.0 + i, disturbed=False)
     times.add(100.0, disturbed=True)
-    assert max(times.kept) == 5.0 and times.disturbed == 1
-    few = Times([(1.0, True), (2.0, False)])
-    assert few.kept == [1.0, 2.0]
+    assert max(times.kept()) == 5.0 and times.disturbed == 1
+    few = Samples([(1.0, True, False), (2.0, False, False)])
+    assert few.kept() == [1.0, 2.0]
 
 
 def test_rare_samples_are_weighted_as_they_occur() -> None:
     problem = tiny()
     providers = [checked(name, problem) for name in (BASELINE, "EMA every 10")]
     rounds: list[int] = []
-    times = interleaved(providers, 20, 1, 0, lambda: rounds.append(1))
+    times = on_host(providers, 20, 1, 0, lambda: rounds.append(1))
     assert len(rounds) == 20
     assert set(times) == {BASELINE, "EMA every 10"}
     assert all(entry["samples"] == 20 and entry["ms"] > 0 for entry in times.values())
@@ -231,8 +214,8 @@ def test_a_share_is_that_of_the_ceiling_with_the_same_streams() -> None:
         "step": {name: {"ms": value} for name, value in ms.items()},
         "facts": {n: {"moved": moved[n], "period": period.get(n, 1)} for n in ms},
     }
-    assert report.shares([result], "EMA") == [pytest.approx(0.8)]
-    assert report.shares([result], "EMA every 10") == [pytest.approx(1.0)]
+    assert tables.shares([result], "EMA") == [pytest.approx(0.8)]
+    assert tables.shares([result], "EMA every 10") == [pytest.approx(1.0)]
 
 
 def test_a_run_prints_its_tables_and_writes_every_process(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -270,7 +253,7 @@ def test_a_run_prints_its_tables_and_writes_every_process(tmp_path, capsys) -> N
 def test_bad_options_take_one_line(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.process.in_fresh_process", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("benchmarks.measure.process.fresh", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as stopped:
         step.main(arguments)
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
@@ -288,7 +271,7 @@ def test_missing_torchvision_takes_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_model_too_large_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.machine.free_memory", lambda: 10**9)
+    monkeypatch.setattr("benchmarks.measure.machine.free_memory", lambda: 10**9)
     with pytest.raises(SystemExit, match="choose some with --only"):
         step.check_memory("vgg16", "float32", 10)
 
@@ -296,7 +279,7 @@ def test_a_model_too_large_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_rows_of_missing_packages_are_skipped_and_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("benchmarks.providers.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.rows.provider.find_spec", lambda name: None)
     names, _ = step.available_rows(["fused*"])
     assert names == (BASELINE, "fused + AveragedModel (mean)", "fused + AveragedModel (EMA)")
     printed = capsys.readouterr().out
@@ -313,17 +296,17 @@ def test_the_baseline_is_always_measured() -> None:
 @pytest.fixture(autouse=True)
 def known_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gigabyte is not copied in every test."""
-    monkeypatch.setattr(gpu_measure, "copy_bandwidth", lambda device: 100.0)
+    monkeypatch.setattr(runner, "of_device", lambda device: 100.0)
 
 
 @pytest.fixture
 def emulated_forms(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
-    """The emulated kernels, also by the launches of benchmarks.variants."""
+    """The emulated kernels, also by the launches of rows/variants.py."""
     monkeypatch.setattr(variants, "launch_form", emulated_cuda.launch_form)
     return emulated_cuda
 
 
-GPU_ROWS = gpu_rows.rows(("cuda",), Host())
+GPU_ROWS = gpu_rows(("cuda",), Host())
 GPU_NAMES = [row.name for row in GPU_ROWS]
 TINY = shapes.Layout([(8, 3, 3, 3), (8,), (33, 129)], [(8,), ()])
 
@@ -378,12 +361,12 @@ def test_bytes_of_averages_by_hand(name: str, count: int) -> None:
 
 
 def test_the_table_has_ours_on_both_backends_and_captures_where_it_can() -> None:
-    names = {row.name for row in gpu_rows.rows(("cuda", "triton"), Host())}
-    for method in gpu_rows.OURS:
+    names = {row.name for row in gpu_rows(("cuda", "triton"), Host())}
+    for method in GPU_OURS:
         assert {f"{method}, cuda", f"{method}, triton"} <= names
-    for method in gpu_rows.OURS_CAPTURED:
+    for method in GPU_CAPTURED:
         assert f"{method}, cuda, graph" in names and f"{method}, triton, graph" not in names
-    assert {f"{row.name}, graph" for row in gpu_rows.TODAY} <= names
+    assert {f"{row.name}, graph" for row in GPU_TODAY} <= names
 
 
 def test_a_variant_is_launched_in_its_form_and_the_others_as_usual(emulated_forms: Any) -> None:
@@ -426,15 +409,15 @@ def test_a_step_is_captured_once_for_each_set_of_gradients_and_replayed_with_it(
 
 
 def measured(host: Host, rows: list[Row], rounds: int = LEAST_ROUNDS) -> dict[str, Any]:
-    return gpu_measure.measure(host, TINY, torch.float32, rows, rounds)
+    return runner.one_by_one(host, TINY, torch.float32, rows, rounds)
 
 
 def test_a_row_that_waits_is_skipped_and_the_others_are_timed() -> None:
     host = Host()
     host.waits = RuntimeError("called a synchronizing CUDA operation\nand a stack")
-    rows = gpu_rows.rows((), host)
+    rows = gpu_rows((), host)
     result = measured(host, rows)
-    assert set(result["rows"]) == {row.name for row in gpu_rows.TODAY}
+    assert set(result["rows"]) == {row.name for row in GPU_TODAY}
     assert result["skipped"]["torch SGD fused, graph"] == "called a synchronizing CUDA operation"
     assert not result["wrong"]
 
@@ -450,7 +433,7 @@ def test_what_failed_first_is_the_reason() -> None:
             return error
 
     error = ending("operation not permitted when stream is capturing", "capture was invalidated")
-    assert gpu_measure.reason(error) == "operation not permitted when stream is capturing"
+    assert proof.reason(error) == "operation not permitted when stream is capturing"
 
 
 def broken(problem: Problem, name: str) -> Provider:
@@ -471,7 +454,7 @@ def test_a_wrong_row_of_ours_is_not_timed_and_ends_with_status_1(
 
 
 def test_a_wrong_baseline_stops_the_run() -> None:
-    with pytest.raises(gpu_measure.WrongError):
+    with pytest.raises(proof.WrongError):
         measured(Host(), [Row(BASELINE, "ours", broken)])
 
 
@@ -480,7 +463,7 @@ def test_a_gpu_run_prints_its_tables_and_writes_every_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     host = Host()
-    rows = selected(["EMA*", "torch*"], gpu_rows.rows(("cuda",), host))
+    rows = selected(["EMA*", "torch*"], gpu_rows(("cuda",), host))
     plan = gpu.Plan(host, {"a": TINY, "b": TINY}, torch.float32, rows, LEAST_ROUNDS)
     out = tmp_path / "result.json"
     assert gpu.main(plan, out) == 0
@@ -519,7 +502,7 @@ def test_a_row_that_does_not_compile_or_cannot_be_profiled_leaves_the_others_mea
         """As Triton's, which is no RuntimeError."""
 
     class Unseen(Host):
-        def launches(self, step: device.Step) -> int | None:
+        def launches(self, step: clock.Step) -> int | None:
             raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED")
 
     def failing(problem: Problem, name: str) -> Provider:
@@ -527,10 +510,10 @@ def test_a_row_that_does_not_compile_or_cannot_be_profiled_leaves_the_others_mea
 
     rows = [gpu_row(BASELINE), Row("fails", "ours", failing), gpu_row("torch SGD foreach")]
     host = Unseen()
-    result = gpu_measure.measure(host, TINY, torch.float32, rows, LEAST_ROUNDS)
+    result = runner.one_by_one(host, TINY, torch.float32, rows, LEAST_ROUNDS)
     assert set(result["rows"]) == {BASELINE, "torch SGD foreach"}
     assert result["skipped"] == {"fails": "at 21:9:"}
-    gpu_measure.count_launches(host, TINY, rows, result)
+    runner.count_launches(host, TINY, rows, result)
     assert all(row["launches"] is None for row in result["rows"].values())
 
 
@@ -552,7 +535,7 @@ def test_a_device_that_a_row_has_broken_is_not_measured_on() -> None:
     written: list[Any] = []
     rows = [gpu_row(BASELINE), Row("breaks", "ours", breaking), gpu_row("torch SGD foreach")]
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        gpu_measure.measure(host, TINY, torch.float32, rows, LEAST_ROUNDS, written.append)
+        runner.one_by_one(host, TINY, torch.float32, rows, LEAST_ROUNDS, written.append)
     assert not written  # torch's row was not tried
 
 
@@ -560,7 +543,7 @@ def test_ours_are_timed_before_the_others() -> None:
     order: list[list[str]] = []
     rows = [gpu_row(BASELINE), gpu_row("torch SGD foreach"), replace(gpu_row(BASELINE), name="own")]
     rows[2] = replace(rows[2], kind="ours")
-    result = gpu_measure.measure(
+    result = runner.one_by_one(
         Host(),
         TINY,
         torch.float32,
@@ -577,15 +560,15 @@ def test_an_empty_kernel_is_not_charged_as_bandwidth() -> None:
         def seconds(self, start: float, end: float) -> float:
             return 3e-6
 
-    assert gpu_timing.empty_ms(Slow()) == pytest.approx(0.003)
+    assert bandwidth.empty_ms(Slow()) == pytest.approx(0.003)
     provider = gpu_row(BASELINE).build(tiny_on(), BASELINE)  # 20 bytes a parameter
     times = {"cold ms": 0.5, "warm ms": 0.1, "host ms": 9.0}
 
-    def bandwidth(empty: float) -> Any:
-        return gpu_measure.figures(times, provider, 10**8, 5000.0, empty, 0.25)["GB/s"]
+    def reached(empty: float) -> Any:
+        return runner.figures(times, provider, 10**8, 5000.0, empty, 0.25)["GB/s"]
 
-    assert bandwidth(0.1) == pytest.approx(5000.0)
-    assert bandwidth(0.5) is None
+    assert reached(0.1) == pytest.approx(5000.0)
+    assert reached(0.5) is None
 
 
 def test_every_clock_sees_every_tenth_step() -> None:
@@ -601,34 +584,37 @@ def test_every_clock_sees_every_tenth_step() -> None:
 
     provider = replace(gpu_row(BASELINE).build(problem, "rare"), period=10)
     assert check(provider, problem) is None
-    adding = Series.add
+    adding = Samples.add
 
-    def add(self: Series, seconds: float, sampled: bool) -> None:
+    def add(self: Samples, seconds: float, disturbed: bool = False, sampled: bool = False) -> None:
         seen.setdefault(str(id(self)), set()).add(sampled)
-        adding(self, seconds, sampled)
+        adding(self, seconds, disturbed, sampled)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Series, "add", add)
-        interleaved_on(Spy(), [provider], LEAST_ROUNDS, 0, limit=0.0)
+        patch.setattr(Samples, "add", add)
+        on_device(Spy(), [provider], LEAST_ROUNDS, 0, limit=0.0)
     assert sum(kinds == {False, True} for kinds in seen.values()) == 3
 
 
 def test_rounds_end_with_the_time_but_never_too_early() -> None:
     provider = gpu_row(BASELINE).build(tiny_on(), BASELINE)
-    times = interleaved_on(Host(), [provider], 1000, 0, limit=0.0)
+    times = on_device(Host(), [provider], 1000, 0, limit=0.0)
     assert times[BASELINE]["rounds"] == LEAST_ROUNDS
 
 
 def test_rare_samples_weigh_as_they_occur() -> None:
-    series = Series([1.0, 1.0, 3.0], [11.0])
-    assert series.ms(10) == pytest.approx(2000.0)
-    assert Series([0.002]).ms(1) == 2.0
+    samples = Samples()
+    for seconds in (1.0, 1.0, 3.0):
+        samples.add(seconds)
+    samples.add(11.0, sampled=True)
+    assert samples.ms(10) == pytest.approx(2000.0)
+    assert Samples([(0.002, False, True)]).ms(1) == 2.0
 
 
 def test_a_share_of_the_copy_follows_from_stated_bytes_and_the_cold_time() -> None:
     provider = gpu_row(BASELINE).build(tiny_on(), BASELINE)  # 20 bytes a parameter
     times = {"cold ms": 0.5, "warm ms": 0.1, "host ms": 9.0}
-    row = gpu_measure.figures(times, provider, 100_000_000, 5000.0, 0.0, baseline_ms=0.25)
+    row = runner.figures(times, provider, 100_000_000, 5000.0, 0.0, baseline_ms=0.25)
     assert row["GB/s"] == pytest.approx(4000.0)
     assert row["of copy"] == pytest.approx(0.8)
     assert row["ratio"] == 2.0
@@ -639,21 +625,21 @@ def test_a_copy_counts_what_it_reads_and_what_it_writes() -> None:
         def seconds(self, start: float, end: float) -> float:
             return 1e-3
 
-    assert copy_bandwidth(Second(), size=10**6) == pytest.approx(2.0)
+    assert bandwidth.of_device(Second(), size=10**6) == pytest.approx(2.0)
 
 
 def test_launches_are_the_kernels_of_a_trace() -> None:
     events = [{"cat": kind} for kind in ("kernel", "gpu_memcpy", "kernel", "gpu_user_annotation")]
-    assert device.kernels(json.dumps({"traceEvents": [{"ph": "M"}, *events]})) == 2
-    assert device.kernels(json.dumps({"traceEvents": events[1:2]})) is None
+    assert clock.kernels(json.dumps({"traceEvents": [{"ph": "M"}, *events]})) == 2
+    assert clock.kernels(json.dumps({"traceEvents": events[1:2]})) is None
 
 
 def test_a_row_has_to_fit_beside_the_baseline() -> None:
     baseline, ema, replayed = map(gpu_row, (BASELINE, "EMA, cuda", "EMA, cuda, graph"))
 
     def fits(rows: list[Row], copies: float) -> bool:
-        free = int(copies * 4000 / gpu_measure.USABLE) + 1
-        return gpu_measure.fits(rows, torch.float32, 1000, free)
+        free = int(copies * 4000 / runner.USABLE) + 1
+        return runner.fits(rows, torch.float32, 1000, free)
 
     # 3 temporary copies, 3 of the baseline, 3 of a row and 5 of a captured one.
     assert fits([baseline], 6) and not fits([baseline], 5.9)
@@ -669,7 +655,7 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [gpu_row(BASELINE), gpu_row("torch SGD foreach")]
     result = {"model": "tiny", **measured(Small(), rows)}
     assert not result["rows"]
-    printed = gpu_report.tables({}, [result], rows)
+    printed = tables.gpu_tables({}, [result], rows)
     assert "tiny: not measured" in printed
     assert "skipped: torch SGD foreach (does not fit into 0 GB)" in printed
 
@@ -699,7 +685,7 @@ def test_the_gpu_table_shows_what_was_measured() -> None:
         "skipped": {"apex FusedSGD": "amp_C is not installed"},
         "wrong": [],
     }
-    printed = gpu_report.tables({"gpu": "some"}, [result], GPU_ROWS)
+    printed = tables.gpu_tables({"gpu": "some"}, [result], GPU_ROWS)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
     assert [BASELINE, "52.4", "40.0", "15.1", "20", "4466", "95%", "1", "1.00"] in lines
     assert ["EMA, cuda", "52.4", "40.0", "15.1", "-", "-", "-", "-", "1.00"] in lines
@@ -738,7 +724,9 @@ def test_a_backend_that_is_missing_is_named_and_refused_if_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = {"cuda": None, "triton": "is not there"}
-    monkeypatch.setattr("rbwa_fused.ops.unavailable", lambda name, device: missing[name])
+    monkeypatch.setattr(
+        "rbwa_fused.engine.backends.unavailable", lambda name, device: missing[name]
+    )
     assert gpu.backends(None, Host.device) == ("cuda",)
     assert "skipped: rbwa_fused on triton (is not there)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="backend 'triton' is not there"):
@@ -775,7 +763,7 @@ def test_results_name_the_gpu_and_the_versions_but_no_path(monkeypatch: pytest.M
     def absent(*_: Any, **__: Any) -> None:
         raise FileNotFoundError("nvidia-smi")
 
-    cuda = object.__new__(device.Cuda)
+    cuda = object.__new__(clock.Cuda)
     cuda._facts = SimpleNamespace(
         name="NVIDIA H200",
         multi_processor_count=132,
@@ -815,28 +803,29 @@ def sampled(step: float, whole: float = 10.0, disturbed: bool = False) -> traini
 def test_overhead_is_the_steps_difference_over_the_whole_training_step() -> None:
     base = [sampled(2.0), sampled(2.0), sampled(3.0), sampled(9.0, 99.0, disturbed=True)]
     own = [sampled(2.5), sampled(2.5, 11.0), sampled(2.5, 12.0), sampled(2.5)]
-    found = training_report.figures([{BASELINE: base, "EMA": own}], "EMA")
+    found = training_tables.figures([{BASELINE: base, "EMA": own}], "EMA")
     assert found["step ms"] == pytest.approx(2.5)
     assert found["overhead"] == pytest.approx(5.0)
     assert found["ratio"] == pytest.approx(1.1)  # of 1.0, 1.1, 1.2: the disturbed pair is dropped
     assert found["pairs"] == 3
     low, high = found["interval"]
     assert 1.0 - 1e-9 <= low <= 1.1 <= high <= 1.2 + 1e-9
-    within = training_report.figures(
+    within = training_tables.figures(
         [{BASELINE: base, "EMA, in_backward": own}], "EMA, in_backward"
     )
     assert within["step ms"] is None and within["ratio"] == pytest.approx(1.1)
+
+
+def network_of(name: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4, training.CLASSES)).to(dtype)
 
 
 @pytest.mark.parametrize("how", [[], ["--amp", "--channels-last"]], ids=["plain", "amp"])
 def test_every_row_of_a_training_step_proves_itself_and_trains(
     how: list[str], monkeypatch: Any
 ) -> None:
-    def network_of(name: str, dtype: torch.dtype) -> nn.Module:
-        torch.manual_seed(0)
-        layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        return nn.Sequential(*layers, nn.Linear(4, training.CLASSES)).to(dtype)
-
     threads = torch.get_num_threads()
     monkeypatch.setattr(training, "torchvision_model", network_of)
     args = training.arguments(["--processes", "1", "--repeats", "2", "--batch-size", "2", *how])
@@ -850,7 +839,7 @@ def test_every_row_of_a_training_step_proves_itself_and_trains(
     assert not found.skipped and not found.wrong
     assert list(samples) == [row.name for row in TRAINED if row.available()]
     assert all(len(own) == 2 and all(s.step > 0.0 for s in own) for own in samples.values())
-    text = training_report.report(args, [found], peaks)
+    text = training_tables.report(args, [found], peaks)
     assert len([line for line in text.splitlines() if line.startswith("|")]) == len(samples) + 2
     assert f"{peaks['EMA, in_backward']:.0f}" in text
     assert ("bfloat16 autocast, channels_last" in text) == bool(how)
@@ -864,7 +853,7 @@ def test_a_row_in_backward_has_no_gradients_left_when_its_step_begins() -> None:
     step = provider.step
     provider.step = lambda: seen.append([p.grad for p in provider.params]) or step()
     args = training.arguments(["--batch-size", "2", "--side", "2"])
-    training.train(provider, training.images(args, device.Cpu.device), args, device.Cpu())
+    training.train(provider, training.images(args, clock.Cpu.device), args, clock.Cpu())
     assert seen == [[None, None]]
 
 
@@ -919,6 +908,17 @@ def test_the_suites_pictures_show_every_row(tmp_path: Path) -> None:
     assert names(pictures.training(results, results["training"])) == trained
 
 
+@pytest.mark.parametrize("file", sorted(step.RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_committed_results_can_be_read_and_printed_again(file: Path) -> None:
+    results = json.loads(file.read_text())
+    told = results["step"] if "step" in results else {**results["settings"], **results}
+    printed = tables.cpu_tables(results["machine"], told["model"], told["dtype"], told["processes"])
+    assert results["machine"]["cpu"] in printed
+    for name in told["processes"][0]["step"]:
+        assert f"| {name} " in printed
+    assert "step" not in results or pictures.steps_of(results) is not None
+
+
 def processes_with_bytes(results: dict[str, Any]) -> list[str]:
     facts = results["step"]["processes"][0]["facts"]
     return [row.name for row in ROWS if facts[row.name]["bytes per parameter"]]
@@ -926,10 +926,10 @@ def processes_with_bytes(results: dict[str, Any]) -> list[str]:
 
 def test_step_time_by_size_is_measured_for_every_size(monkeypatch: Any) -> None:
     monkeypatch.setattr(sizes, "COUNTS", (620, 6200))
-    monkeypatch.setattr(sizes, "COPIED", 2**16)
+    monkeypatch.setattr(bandwidth, "HOST_BYTES", 2**16)
     threads = torch.get_num_threads()
     try:
-        found = sizes.run(threads, 0)
+        found = sizes.on_cpu(threads, 0)
     finally:
         torch.set_num_threads(threads)
     assert found["copy GB/s"] > 0.0
@@ -939,13 +939,61 @@ def test_step_time_by_size_is_measured_for_every_size(monkeypatch: Any) -> None:
         assert all(own["ms"] > 0.0 and own["samples"] >= 8 for own in figures.values())
 
 
+@pytest.mark.parametrize("failing", [None, sizes.on_cpu, runner.side_by_side])
+def test_the_suite_on_the_cpu_writes_every_part_and_names_one_that_fails(
+    failing: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    def here(function: Any, *given: Any, after_tick: Any = None) -> Any:
+        if function is failing:
+            raise RuntimeError("terminated abruptly\nand more")
+        return function(*given)
+
+    for module in (suite, training, process):
+        monkeypatch.setattr(module, "fresh", here)
+    names = (BASELINE, "EMA")
+    few = step.arguments(["--processes", "1", "--repeats", "2", "--no-host"])
+    monkeypatch.setattr(step, "arguments", lambda argv: few)
+    monkeypatch.setattr(step, "MODEL", "squeezenet1_1")
+    monkeypatch.setattr(step, "available_rows", lambda patterns: (names, None))
+    monkeypatch.setattr(sizes, "COUNTS", (620, 6200))
+    monkeypatch.setattr(bandwidth, "HOST_BYTES", 2**16)
+    monkeypatch.setattr(training, "torchvision_model", network_of)
+    lines = [[*("--processes", "1", "--repeats", "2", "--only", "EMA", "--batch-size"), "4"]]
+    monkeypatch.setattr(suite, "cpu_runs", lambda full, threads: lines)
+    out, threads = tmp_path / "cpu.json", torch.get_num_threads()
+    try:
+        status = suite.main(["--out", str(out), "--threads", str(threads)])
+    finally:
+        torch.set_num_threads(threads)
+        gc.enable()
+    written = json.loads(out.read_text())
+    parts = {"step", "copy GB/s"}
+    parts -= {None: set(), sizes.on_cpu: {"copy GB/s"}, runner.side_by_side: {"step"}}[failing]
+    missing = {"not measured"} if failing else set()
+    assert written.keys() == {"machine", "sizes", "training"} | parts | missing
+    assert status == len(missing) and list(written["training"][0]["rows"]) == list(names)
+    assert set(written["training"][0]["peak MB"]) == set(names)
+    assert all(why == "terminated abruptly" for why in written.get("not measured", {}).values())
+    said = capsys.readouterr().out
+    assert ("not measured: " in said) == bool(failing)
+    pictures_of = {"step": "step", "copy GB/s": "sizes"}
+    assert {file.stem for file in tmp_path.glob("*.png")} >= {
+        f"cpu-{what}" for what in ("training", *(pictures_of[part] for part in parts))
+    }
+
+
 def test_the_suite_says_what_is_not_installed(monkeypatch: Any) -> None:
-    monkeypatch.setattr(suite, "find_spec", lambda name: None if name == "scipy" else True)
+    monkeypatch.setattr(
+        "benchmarks.measure.needed.find_spec", lambda name: None if name == "scipy" else True
+    )
     with pytest.raises(SystemExit, match="scipy not installed"):
         suite.main([])
 
 
-def test_a_process_that_dies_does_not_hang_the_suite() -> None:
+def test_a_process_that_dies_does_not_hang_the_suite_and_one_that_lives_tells_of_progress() -> None:
+    told: list[int] = []
+    process.fresh(process.tick, after_tick=lambda: told.append(1))
+    assert told == [1]
     assert process.fresh(int, "7") == 7
     with pytest.raises(RuntimeError, match="terminated abruptly"):
         process.fresh(os._exit, 3)

@@ -23,11 +23,12 @@ pytest.importorskip("torchvision")
 from rbwa_fused.command import run
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKER = "benchmarks.process"  # whose reader is the program that started it
+WORKER = "benchmarks.measure.process"  # whose reader is the program that started it
 MOVED = {
     "examples.train": "studies.digits",
     "examples.compare": "studies.digits",
     "examples.papers": "studies.papers",
+    "benchmarks.scaling": "studies.scaling",
 }
 
 
@@ -49,7 +50,7 @@ def programs() -> Iterator[str]:
         for file in sorted((ROOT / package).rglob("*.py")):
             if '\nif __name__ == "__main__":\n' in file.read_text():
                 name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-                if name != WORKER:
+                if name != WORKER and name not in MOVED:
                     yield name.removesuffix(".__main__")
 
 
@@ -58,7 +59,7 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/
 
 
 def test_all_programs_are_found() -> None:
-    assert {"rbwa_fused", "studies.digits", "studies.papers", "benchmarks"} < set(PROGRAMS)
+    assert {"rbwa_fused", "benchmarks", *MOVED.values()} < set(PROGRAMS)
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -77,7 +78,8 @@ def test_a_command_that_moved_says_where_it_is_and_does_what_it_did(
     new = MOVED[old]
     assert done.returncode == 0
     assert done.stderr == f"{old} has moved: python -m {new}\n"
-    assert done.stdout.startswith(f"usage: {new.removeprefix('studies.')} ")
+    usage = done.stdout.splitlines()[0]
+    assert usage.startswith("usage: ") and new.removeprefix("studies.") in usage
 
 
 def started(module: str, argument: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -168,6 +170,21 @@ def test_the_benchmarks_name_all_that_is_missing_before_anything_is_imported() -
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"benchmarks: {', '.join(missing)} not installed: make .venv/dev\n"
+
+
+def test_the_scaling_study_without_numpy_says_so_in_one_line_however_it_is_called() -> None:
+    for name in ("studies.scaling", "benchmarks.scaling"):
+        code = (
+            "import runpy, sys; sys.modules['numpy'] = None; "
+            f"sys.argv = ['{name}']; runpy.run_module('{name}', run_name='__main__')"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and not done.stdout
+        moves = [f"{name} has moved"] if name in MOVED else []
+        *before, last = done.stderr.splitlines()
+        assert last == "studies.scaling: numpy not installed: make .venv/dev"
+        assert [line.partition(":")[0] for line in before] == moves
 
 
 def test_a_process_group_is_destroyed_only_after_all_are_done() -> None:

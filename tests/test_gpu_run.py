@@ -329,7 +329,8 @@ def test_the_smoke_test_takes_its_stages_arguments(monkeypatch: pytest.MonkeyPat
 
 def test_the_benchmarks_take_their_stages_arguments() -> None:
     from benchmarks import __main__ as suite
-    from benchmarks import shapes, step
+    from benchmarks import step
+    from benchmarks.rows import shapes
 
     for name in ("bench", "bench triton"):
         args = step.arguments(named(name).command[3:])

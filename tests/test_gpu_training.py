@@ -20,24 +20,14 @@ pytest.importorskip("torchvision")
 pytest.importorskip("scipy")
 
 from benchmarks import __main__ as suite
-from benchmarks import (
-    gpu,
-    gpu_measure,
-    gpu_rows,
-    gpu_suite,
-    graph_training,
-    pictures,
-    shapes,
-    sizes,
-    step,
-    training,
-    training_report,
-    variants,
-)
-from benchmarks.check import Maths
-from benchmarks.problem import Problem
-from benchmarks.provider import Provider
-from benchmarks.providers import BASELINE, CAPTURED, ON_GPU, named
+from benchmarks import gpu, sizes, step, training
+from benchmarks.measure import graph_training, proof, runner
+from benchmarks.report import pictures, training_tables
+from benchmarks.rows import shapes, variants
+from benchmarks.rows.maths import Maths
+from benchmarks.rows.problem import Problem
+from benchmarks.rows.provider import Provider
+from benchmarks.rows.providers import BASELINE, CAPTURED, ON_GPU, gpu_rows, named
 from rbwa_fused.engine import backends
 
 WAITS = "called a synchronizing operation"
@@ -72,7 +62,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, emulated_cuda: Any) -> Iterator[R
     monkeypatch.setattr(training, "Cuda", lambda: device)
     monkeypatch.setattr(variants, "launch_form", emulated_cuda.launch_form)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_measure, "copy_bandwidth", lambda device: 100.0)
+    monkeypatch.setattr(runner, "of_device", lambda device: 100.0)
     yield device
     torch.set_num_threads(threads)
     gc.enable()
@@ -97,7 +87,7 @@ def test_whole_training_steps_are_captured_proved_and_timed(
     assert recording.captures == 3 * len(found.samples)  # whole, passes and step
     assert set(recording.pools) == {"a pool"}  # or every row's activations would stay
     assert recording.sides == len(found.samples) + list(NO_GRAPH.values()).count(WAITS)
-    text = training_report.report(args, [found], {BASELINE: 5.0})
+    text = training_tables.report(args, [found], {BASELINE: 5.0})
     assert "CUDA graph" in text and "1 process of 3 rounds; range: quartiles" in text
     for name, why in NO_GRAPH.items():
         assert f"skipped: {name} ({why})" in text
@@ -178,7 +168,7 @@ def test_a_graph_that_does_not_train_is_wrong(
     batch = training.images(args, recording.device)
     problem = Problem(training.network(args, recording.device), ([], []), tensor_lr=True)
     (row,) = named(["SGD + momentum"], CAPTURED)
-    with pytest.raises(gpu_measure.WrongError, match=why):
+    with pytest.raises(proof.WrongError, match=why):
         graph_training.proven(row, problem, lambda p: training.passes(p, batch, args), kind(), None)
 
 
@@ -252,10 +242,10 @@ def test_a_graph_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_single_process_has_the_quartiles_of_its_rounds() -> None:
     base = [training.Sample(0.1, 0.010, False)] * 5
     own = [training.Sample(0.1, 0.010 + k / 1e3, False) for k in (1, 2, 3, 4, 9)]
-    found = training_report.figures([{BASELINE: base, "EMA": own}], "EMA")
+    found = training_tables.figures([{BASELINE: base, "EMA": own}], "EMA")
     assert found["overhead"] == pytest.approx(3.0)
     assert found["overheads"] == pytest.approx((1.5, 6.5))
-    one = training_report.figures([{BASELINE: base[:1], "EMA": own[:1]}], "EMA")
+    one = training_tables.figures([{BASELINE: base[:1], "EMA": own[:1]}], "EMA")
     assert one["overheads"] == pytest.approx((1.0, 1.0))
 
 
@@ -265,17 +255,20 @@ def test_a_single_process_has_the_quartiles_of_its_rounds() -> None:
 @pytest.fixture
 def small_suite(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> Recording:
     """The suite on small models, in this process."""
-    monkeypatch.setattr(gpu_suite, "Cuda", lambda: recording)
-    monkeypatch.setattr(gpu_suite, "fresh", lambda function, *given: function(*given))
-    monkeypatch.setattr(gpu_suite, "BATCH_SIZES", (4, 6))
-    monkeypatch.setattr(gpu_suite, "ROUNDS", 10)
-    monkeypatch.setattr(gpu_suite, "SECONDS", 0.0)
+    monkeypatch.setattr(sizes, "Cuda", lambda: recording)
+    for module in (suite, training):
+        monkeypatch.setattr(module, "fresh", lambda function, *given: function(*given))
+    monkeypatch.setattr(suite, "GPU_BATCH_SIZES", (4, 6))
+    monkeypatch.setattr(suite, "ROUNDS", 10)
+    monkeypatch.setattr(sizes, "ROUNDS", 10)
+    monkeypatch.setattr(suite, "SECONDS", 0.0)
+    monkeypatch.setattr(step, "gpu_plan", lambda args: plan_of(recording))
     monkeypatch.setattr(sizes, "COUNTS", (620, 6200))
     return recording
 
 
 def plan_of(device: Host) -> gpu.Plan:
-    rows = [row for row in gpu_rows.rows(("cuda",), device) if row.available()]
+    rows = [row for row in gpu_rows(("cuda",), device) if row.available()]
     chosen = [row for row in rows if row.name.startswith(("torch SGD fused", "EMA, cuda"))]
     return gpu.Plan(device, {"tiny": TINY}, torch.float32, chosen, 10)
 
@@ -284,7 +277,7 @@ def test_the_suite_on_a_gpu_writes_every_part_and_draws_four_pictures(
     small_suite: Recording, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "gpu.json"
-    assert gpu_suite.main(plan_of(small_suite), False, out) == 0
+    assert suite.main(["--out", str(out)]) == 0
     written = json.loads(out.read_text())
     assert {"machine", "settings", "problems", "copy GB/s", "sizes", "training"} <= written.keys()
     assert list(written["sizes"]) == ["620", "6200"]
@@ -318,14 +311,18 @@ def test_a_part_that_fails_is_named_and_leaves_the_others(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    out = tmp_path / "gpu.json"
+
     def failing(function: Any, *given: Any) -> Any:
-        if function is gpu_suite.by_size or given[0].graph:
+        if function is not sizes.on_gpu:  # whoever ends the run now finds what has failed
+            assert "sizes" in json.loads(out.read_text())["not measured"]
+        if function is sizes.on_gpu or given[0].graph:
             raise RuntimeError("CUDA error: an illegal memory access\nand a stack")
         return function(*given)
 
-    monkeypatch.setattr(gpu_suite, "fresh", failing)
-    out = tmp_path / "gpu.json"
-    assert gpu_suite.main(plan_of(small_suite), False, out) == 1
+    for module in (suite, training):
+        monkeypatch.setattr(module, "fresh", failing)
+    assert suite.main(["--out", str(out)]) == 1
     written = json.loads(out.read_text())
     assert len(written["training"]) == 4 and len(written["not measured"]) == 5
     assert set(written["not measured"].values()) == {"CUDA error: an illegal memory access"}
@@ -337,9 +334,9 @@ def test_a_part_that_fails_is_named_and_leaves_the_others(
 def test_no_run_is_begun_that_would_not_end_in_time(
     small_suite: Recording, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu_suite, "BUDGET", 0.0)
+    monkeypatch.setattr(suite, "BUDGET", 0.0)
     out = tmp_path / "gpu.json"
-    assert gpu_suite.main(plan_of(small_suite), False, out) == 1
+    assert suite.main(["--out", str(out)]) == 1
     written = json.loads(out.read_text())
     assert not written["training"] and len(written["not measured"]) == 8
     assert set(written["not measured"].values()) == {"0 s would not have been enough"}
@@ -347,30 +344,33 @@ def test_no_run_is_begun_that_would_not_end_in_time(
 
 
 def test_all_batch_sizes_and_precisions_are_measured_with_full() -> None:
-    lines = gpu_suite.runs(full=True)
+    lines = suite.gpu_runs(full=True)
     sizes_found = {line[line.index("--batch-size") + 1] for line in lines}
     assert sizes_found == {"32", "128", "512", "1024"} and len(lines) == 24
     flags = ("--amp", "--channels-last", "--graph")
     assert len({tuple(flag in line for flag in flags) for line in lines}) == 6
-    assert len(gpu_suite.runs(full=False)) == 8
+    assert len(suite.gpu_runs(full=False)) == 8
 
 
 def test_the_suite_goes_to_the_gpu_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    called: list[Any] = []
+    steps: list[Any] = []
+    parts: list[str] = []
 
-    def main(plan: Any, full: bool, out: Path, *how: Any) -> int:
-        called.append((plan.device, full, out))
+    def main(plan: gpu.Plan, out: Path) -> int:
+        steps.append((plan.device, out))
+        out.write_text("{}")
         return 1
 
     device = Host()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(step, "gpu_plan", lambda args: plan_of(device))
     monkeypatch.setattr(step, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu_suite, "main", main)
-    with pytest.raises(SystemExit) as ended:
-        suite.main(["--full"])
-    ((where, full, out),) = called
-    assert ended.value.code == 1 and where is device and full
+    monkeypatch.setattr(gpu, "main", main)
+    monkeypatch.setattr(suite, "in_parts", lambda given, *_: parts.extend(p.name for p in given))
+    assert suite.main(["--full", "--no-pictures"]) == 1  # as a row of ours was wrong
+    ((where, out),) = steps
+    assert where is device and len(parts) == 1 + 24
+    assert json.loads(out.read_text())["seconds"] >= 0.0  # whatever has failed, the rest is written
     assert out.parent == tmp_path and out.name.startswith("none-") and out.suffix == ".json"

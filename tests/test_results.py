@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 TEXT = (ROOT / "docs" / "results.md").read_text()
-DOCUMENTS = (ROOT / "docs").glob("*.md")
+LINKING = sorted(
+    str(file.relative_to(ROOT))
+    for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("studies/*/*.md")]
+)
 NAMES = re.findall(r"^<!-- (\S+) -->$", TEXT, re.MULTILINE)
 
 
@@ -68,7 +71,7 @@ def test_every_picture_and_folder_that_is_named_is_there() -> None:
     assert {path.name for path in RESULTS.iterdir()} == set(NAMES)
 
 
-@pytest.mark.parametrize("document", ["README.md", *sorted(f"docs/{p.name}" for p in DOCUMENTS)])
+@pytest.mark.parametrize("document", LINKING)
 def test_links_between_files_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):

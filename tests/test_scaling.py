@@ -1,4 +1,4 @@
-"""docs/scaling.md: every figure that it quotes, the bytes it counts, and its strategies."""
+"""studies/scaling/README.md: its figures, the bytes it counts, and its strategies."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ pytest.importorskip("rbwa_fused._C")
 pytest.importorskip("torchvision")
 
 import rbwa_fused as rf
-from benchmarks import collectives as on_paper
-from benchmarks import scaling, scaling_predicted
-from benchmarks.scaling_tables import GPUS, H100, H200, LARGE, MANY, NETWORKS, SLOW, SMALL
-from benchmarks.strategies import (
+from studies.scaling import __main__ as program
+from studies.scaling import collectives as on_paper
+from studies.scaling import document, predicted
+from studies.scaling.strategies import (
     BFLOAT16,
     FLOAT32,
     MASTERS,
@@ -38,9 +38,10 @@ from benchmarks.strategies import (
     strategies,
     zero1,
 )
+from studies.scaling.tables import GPUS, H100, H200, LARGE, MANY, NETWORKS, SLOW, SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "scaling.md"
+DOCUMENT = ROOT / "studies" / "scaling" / "README.md"
 TEXT = DOCUMENT.read_text()
 
 
@@ -48,26 +49,26 @@ TEXT = DOCUMENT.read_text()
 
 
 def measured_tables() -> dict[str, str]:
-    (target,) = re.findall(r"\]\((\.\./benchmarks/results/\S+-scaling\.json)\)", TEXT)
-    return scaling_predicted.tables(json.loads((DOCUMENT.parent / target).read_text()))
+    (target,) = re.findall(r"\]\((results/\S+-scaling\.json)\)", TEXT)
+    return predicted.tables(json.loads((DOCUMENT.parent / target).read_text()))
 
 
-@pytest.mark.parametrize("name", scaling.TABLES)
+@pytest.mark.parametrize("name", document.TABLES)
 def test_a_quoted_table_is_what_the_formulas_give(name: str) -> None:
-    assert scaling.quoted(TEXT, name) == scaling.TABLES[name]()
+    assert document.quoted(TEXT, name) == document.TABLES[name]()
 
 
 def test_quoted_measurements_are_those_of_the_committed_file() -> None:
     for name, table in measured_tables().items():
-        assert scaling.quoted(TEXT, name) == table, name
+        assert document.quoted(TEXT, name) == table, name
 
 
 def test_no_other_figure_stands_in_the_document() -> None:
     names = re.findall(r"<!-- (\S+) -->", TEXT)
-    assert sorted(names) == sorted([*scaling.TABLES, *measured_tables()])
+    assert sorted(names) == sorted([*document.TABLES, *measured_tables()])
     prose = TEXT
     for name in names:
-        prose = prose.replace(scaling.quoted(TEXT, name), "").replace(f"<!-- {name} -->", "")
+        prose = prose.replace(document.quoted(TEXT, name), "").replace(f"<!-- {name} -->", "")
     prose = re.sub(r"\]\([^)]*\)|`[^`]*`|    python .*", "", prose)
     prose = re.sub(
         r"FSDP2|ResNet-18|ZeRO-[13]|H200|bfloat16|bf16|[Ff]loat32|\(N.1\)|2·⌈|2005|2009", "", prose
@@ -92,24 +93,24 @@ def test_no_other_figure_stands_in_the_document() -> None:
 
 
 def test_update_replaces_a_table_and_nothing_else() -> None:
-    document = "a\n\n<!-- x -->\nold\nold\n\nb\n\n<!-- y -->\n\nc\n"
-    once = scaling.updated(document, {"x": "new", "y": "1"})
+    text = "a\n\n<!-- x -->\nold\nold\n\nb\n\n<!-- y -->\n\nc\n"
+    once = document.updated(text, {"x": "new", "y": "1"})
     assert once == "a\n\n<!-- x -->\nnew\n\nb\n\n<!-- y -->\n1\n\nc\n"
-    assert scaling.updated(once, {"x": "new", "y": "1"}) == once
+    assert document.updated(once, {"x": "new", "y": "1"}) == once
     with pytest.raises(ValueError, match="no table z"):
-        scaling.updated(document, {"z": ""})
+        document.updated(text, {"z": ""})
 
 
 def test_the_command_prints_the_tables_and_draws_the_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scaling.main([])
+    program.main([])
     printed = capsys.readouterr().out
     assert all(
-        scaling.quoted(printed, name) == scaling.quoted(TEXT, name) for name in scaling.TABLES
+        document.quoted(printed, name) == document.quoted(TEXT, name) for name in document.TABLES
     )
     pytest.importorskip("matplotlib")
-    scaling.main(["--picture", str(tmp_path / "picture.png")])
+    program.main(["--picture", str(tmp_path / "picture.png")])
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 

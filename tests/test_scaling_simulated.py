@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("rbwa_fused._C")
 pytest.importorskip("torchvision")
 
-from benchmarks import collectives as on_paper
-from benchmarks import ring, simulated
-from benchmarks.collectives import Levels, Link
-from benchmarks.scaling_tables import H200
+from studies.scaling import collectives as on_paper
+from studies.scaling import ring, simulated
+from studies.scaling.collectives import Levels, Link
+from studies.scaling.tables import H200
 
 LINK = Link(bandwidth=1e9, latency=1e-5)
 LEVELS = Levels(4, Link(4e9, 1e-6), LINK)

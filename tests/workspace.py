@@ -17,6 +17,7 @@ TREE = (
     "triton_kernels",
     "tests",
     "benchmarks",
+    "studies",
     "setup.py",
     "pyproject.toml",
 )

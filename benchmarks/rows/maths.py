@@ -1,0 +1,25 @@
+"""What a provider says that it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Average:
+    """The sample after steps every, 2 every, … enters with ``weight(n)``, n samples before it."""
+
+    weight: Callable[[int], float]
+    every: int = 1
+    written_back: bool = False
+
+
+@dataclass(frozen=True)
+class Maths:
+    """What a provider computes: torch's SGD with or without momentum, RSGDM, or schedule-free SGD
+    (Defazio et al., 2024), which has no weight decay here; an average."""
+
+    rule: Literal["plain", "momentum", "rsgdm", "schedule_free"] = "momentum"
+    average: Average | None = None

@@ -1,0 +1,106 @@
+"""Ours: FusedSGD and RSGDM as providers, and what each method computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import rbwa_fused as rf
+from benchmarks.rows import today
+from benchmarks.rows.maths import Average, Maths
+from benchmarks.rows.problem import MOMENTUM, WEIGHT_DECAY, Problem
+from benchmarks.rows.provider import Build, Provider, use_gradients_of
+
+STEPS_PER_EPOCH = 100
+
+Difference = Literal["implicit", "explicit"]
+
+
+def ours(
+    maths: Maths,
+    average: rf.Average | None = None,
+    *,
+    flatten: bool = True,
+    difference: Difference = "implicit",
+    backend: str = "cpu",
+    capturable: bool = False,
+    in_backward: bool = False,
+) -> Build:
+    """A builder for FusedSGD, or for RSGDM where the maths are RSGDM's."""
+
+    def build(problem: Problem, name: str) -> Provider:
+        model = problem.copy()
+        options: dict[str, Any] = {
+            "momentum": 0.0 if maths.rule == "plain" else MOMENTUM,
+            "weight_decay": WEIGHT_DECAY,
+            "average": average,
+            "backend": backend,
+            "flatten": flatten,
+            "capturable": capturable,
+            "in_backward": in_backward,
+        }
+        opt: torch.optim.Optimizer
+        if maths.rule == "rsgdm":
+            opt = rf.RSGDM(problem.groups(model), difference=difference, **options)
+        else:
+            opt = rf.FusedSGD(problem.groups(model), **options)
+        params: list[Tensor] = list(model.parameters())
+
+        def averages() -> list[Tensor] | None:
+            kept = [opt.state.get(p, {}).get("average") for p in params]
+            return None if kept[0] is None else kept
+
+        def moved() -> tuple[float, float]:
+            """From the state itself: theta and each buffer are read and written, g is read."""
+            streams = {k: v.element_size() for k, v in opt.state.get(params[0], {}).items()}
+            average_bytes = 2 * streams.pop("average", 0)
+            item = params[0].element_size()
+            without = 3 * item + 2 * sum(streams.values())
+            return without, without + average_bytes
+
+        return Provider(
+            name=name,
+            kind="ours",
+            maths=maths,
+            params=params,
+            step=opt.step,
+            use_gradients=use_gradients_of(problem, model),
+            averages=averages,
+            state=lambda: [t for s in opt.state.values() for t in s.values()],
+            moved=moved,
+            period=1 if average is None else average.every,
+            model=model,
+        )
+
+    return build
+
+
+def averaging(weight: Callable[[int], float], every: int = 1, back: bool = False) -> Maths:
+    """SGD with momentum and an average."""
+    return Maths("momentum", Average(weight, every, back))
+
+
+# What each of our rows computes, and the policy that asks for it.
+METHODS: dict[str, tuple[Maths, rf.Average | None]] = {
+    "SGD, no momentum": (Maths("plain"), None),
+    "SGD + momentum": (Maths("momentum"), None),
+    "RBWA": (averaging(today.mean, back=True), rf.rbwa(STEPS_PER_EPOCH, start_epoch=0)),
+    "RBWA, no momentum": (
+        Maths("plain", Average(today.mean, written_back=True)),
+        rf.rbwa(STEPS_PER_EPOCH, start_epoch=0),
+    ),
+    "RBWA-E": (
+        averaging(today.ema(today.RBWA_E_BETA), back=True),
+        rf.rbwa_e(today.RBWA_E_BETA, steps_per_epoch=STEPS_PER_EPOCH, start_epoch=0),
+    ),
+    "RSGDM": (Maths("rsgdm"), None),
+    "EMA": (averaging(today.ema(today.EMA_DECAY)), rf.ema(today.EMA_DECAY)),
+    "EMA every 10": (
+        averaging(today.ema(today.EMA_DECAY), every=10),
+        rf.ema(today.EMA_DECAY, every=10),
+    ),
+    "SWA": (averaging(today.mean), rf.swa(start=0, every=1)),
+}

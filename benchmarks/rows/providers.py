@@ -1,0 +1,167 @@
+"""The rows of the tables: torch's own SGD, ours, what users write today, and the ceiling.
+
+Rows are built in the process that times them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
+from typing import Any
+
+from benchmarks.rows import ceiling, today, variants
+from benchmarks.rows.graph import Capturing, captured
+from benchmarks.rows.ours import METHODS, ours
+from benchmarks.rows.provider import Row
+
+BASELINE = "torch SGD fused"
+
+
+def _row(name: str, **options: Any) -> Row:
+    """A row of ours under its method's name, with what is different about it behind a comma."""
+    method = next(m for m in (name, name.rpartition(", ")[0]) if m in METHODS)
+    return Row(name, "ours", ours(*METHODS[method], **options))
+
+
+def _rows() -> list[Row]:
+    return [
+        Row(BASELINE, "baseline", today.torch_sgd("fused")),
+        Row("torch SGD for-loop", "baseline", today.torch_sgd("for-loop")),
+        Row("torch SGD foreach", "baseline", today.torch_sgd("foreach")),
+        _row("SGD, no momentum"),
+        _row("SGD + momentum"),
+        _row("SGD + momentum, flatten=False", flatten=False),
+        _row("RBWA"),
+        _row("RBWA, no momentum"),
+        _row("RBWA-E"),
+        _row("RSGDM"),
+        _row("RSGDM, explicit", difference="explicit"),
+        _row("EMA"),
+        _row("EMA, flatten=False", flatten=False),
+        _row("EMA every 10"),
+        _row("SWA"),
+        Row("fused + AveragedModel (mean)", "today", today.averaged_model("mean")),
+        Row("fused + AveragedModel (EMA)", "today", today.averaged_model("ema")),
+        Row("fused + timm ModelEmaV3", "today", today.timm_ema, needs="timm"),
+        Row("fused + ema_pytorch EMA", "today", today.ema_pytorch_ema, needs="ema_pytorch"),
+        Row("RBWA: fused + mean + copy back", "today", today.averaged_model("rbwa")),
+        Row("RBWA-E: fused + EMA + copy back", "today", today.averaged_model("rbwa_e")),
+        Row("RSGDM, foreach", "today", today.rsgdm_foreach),
+        Row("schedule_free SGD", "today", today.schedule_free, needs="schedulefree"),
+        Row("SGD + momentum, compiled", "today", today.compiled(average=False), slow=True),
+        Row("EMA, compiled", "today", today.compiled(average=True), slow=True),
+        *(
+            Row(f"plain loop: {streams}", "ceiling", ceiling.loop(streams))
+            for streams in ceiling.STREAMS
+        ),
+    ]
+
+
+ROWS: tuple[Row, ...] = tuple(_rows())
+
+HOST_ROWS: tuple[str, ...] = (
+    BASELINE,
+    "SGD + momentum",
+    "RBWA",
+    "RBWA-E",
+    "EMA",
+    "SWA",
+    "SGD + momentum, flatten=False",
+)
+HOST_GROUP_ROWS: tuple[str, ...] = (BASELINE, "SGD + momentum", "RBWA", "EMA")
+
+
+def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
+    """The rows that match one of the patterns (all that are not slow if there are none), and always
+    the baseline.
+
+    Raises:
+        ValueError: for a pattern that matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatch(row.name, pattern) for row in rows):
+            raise ValueError(f"no row matches {pattern!r}")
+    return [
+        row
+        for row in rows
+        if (not patterns and not row.slow)
+        or row.name == BASELINE
+        or any(fnmatch(row.name, pattern) for pattern in patterns)
+    ]
+
+
+def named(names: tuple[str, ...] | list[str], rows: Sequence[Row] = ROWS) -> list[Row]:
+    """The rows of these names, in the table's order."""
+    return [row for row in rows if row.name in names]
+
+
+# Averages by hand, in one foreach call: what a CUDA graph can replay.
+BY_HAND: tuple[Row, ...] = (
+    Row("EMA: fused + foreach lerp", "today", today.foreach_lerp(written_back=False)),
+    Row("RBWA-E: fused + lerp + copy back", "today", today.foreach_lerp(written_back=True)),
+)
+
+IN_BACKWARD = ", in_backward"
+
+
+def _trained(capturable: bool = False) -> tuple[Row, ...]:
+    """Rows of a whole training step; those in the backward pass have no step of their own to
+    time."""
+    options = {"backend": "auto", "capturable": capturable}
+    return (
+        *named((BASELINE, "torch SGD foreach")),
+        *(
+            _row(name, **options)
+            for name in ("SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA", "SWA")
+        ),
+        *(
+            _row(name + IN_BACKWARD, **options, in_backward=True)
+            for name in ("SGD + momentum", "EMA")
+        ),
+        *named(
+            (
+                *("fused + AveragedModel (mean)", "fused + AveragedModel (EMA)"),
+                *("RBWA: fused + mean + copy back", "RSGDM, foreach"),
+            )
+        ),
+    )
+
+
+TRAINED = _trained()
+ON_GPU = (*TRAINED, *BY_HAND)
+CAPTURED = (*_trained(capturable=True), *BY_HAND)  # what cannot be captured says so
+
+
+# ---- optimizer steps on a GPU: by torch, by hand, ours; some under a graph
+
+GPU_TODAY: tuple[Row, ...] = (
+    Row(BASELINE, "baseline", today.torch_sgd("fused")),
+    Row("torch SGD foreach", "baseline", today.torch_sgd("foreach")),
+    Row("fused + AveragedModel (EMA)", "today", today.averaged_model("ema")),
+    Row("RBWA: fused + AveragedModel + copy back", "today", today.averaged_model("rbwa")),
+    *BY_HAND,
+)
+APEX = Row("apex FusedSGD", "baseline", today.apex_sgd, needs="amp_C")  # apex's own extension
+GPU_OURS = ("SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA", "SWA", "EMA every 10")
+GPU_CAPTURED = ("SGD + momentum", "RBWA", "EMA")
+CAPTURED_BACKEND = "cuda"
+
+
+def under_graph(row: Row, device: Capturing) -> Row:
+    """The same row, replayed by a CUDA graph."""
+    build = captured(row.build, device)
+    return replace(row, name=f"{row.name}, graph", build=build, captured=True)
+
+
+def gpu_rows(backends: Sequence[str], device: Capturing) -> list[Row]:
+    """The table's rows in its order, ours once for each of these backends."""
+    table = [*GPU_TODAY, *(under_graph(row, device) for row in GPU_TODAY), APEX]
+    for backend in backends:
+        for name in GPU_OURS:
+            table.append(_row(f"{name}, {backend}", backend=backend))
+    table += variants.rows(backends)
+    for name in GPU_CAPTURED if CAPTURED_BACKEND in backends else ():
+        row = _row(f"{name}, {CAPTURED_BACKEND}", backend=CAPTURED_BACKEND, capturable=True)
+        table.append(under_graph(row, device))
+    return table
