@@ -5,6 +5,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
-    from rbwa_fused.command import moved
+    from studies.moved import run
 
-    moved("examples.papers", "studies.papers")
+    run("examples.papers", "studies.papers")

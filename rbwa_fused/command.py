@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import runpy
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -63,9 +62,3 @@ def discard() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def moved(old: str, new: str) -> None:
-    """Does `python -m new`, after a line on stderr that says where `python -m old` is now."""
-    print(f"{old} has moved: python -m {new}", file=sys.stderr, flush=True)
-    runpy.run_module(new, run_name="__main__", alter_sys=True)
