@@ -26,13 +26,13 @@ def facts() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
-        "cpu kernels": f"built with {cpu.COMPILER}" if cpu is not None else backends._missing,
+        "cpu kernels": f"built with {cpu.COMPILER}" if cpu is not None else backends.CPU_MISSING,
         "cpu instruction set": cpu.cpu_capability() if cpu is not None else "-",
         "direct call": "yes" if hasattr(cpu, "step") else "no (all goes through the dispatcher)",
         "cuda kernels": (
             f"built with CUDA {cuda.TOOLKIT / 1000:.1f} for {cuda.ARCHITECTURES}"
             if cuda is not None
-            else backends._missing_cuda
+            else backends.CUDA_MISSING
         ),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from rbwa_fused import checkpoint, form
 from rbwa_fused.engine import backends, checks
-from rbwa_fused.engine.engine import Counts, Engine
+from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.rows import GroupPlan, Plan
+from rbwa_fused.engine.tables import Counts
 
 CAST = (torch.bfloat16, torch.float16)
 Group = dict[str, Any]
@@ -121,13 +122,13 @@ def _is_torchs(group: Group) -> bool:
 
 
 def _policy(engine: Engine, defaults: Group, group: Group) -> Any:
-    known = engine.known(group)
+    known = engine.tables.known(group)
     return known.policy if known is not None else defaults.get("average")
 
 
 def _counted(engine: Engine, group: Group, kept: Mapping[Any, Any]) -> Counts:
     """A group's samples and beta, as the engine has counted them."""
-    known = engine.known(group)
+    known = engine.tables.known(group)
     if known is None:
         return Counts()
     streams = [kept.get(p, {}) for p in group["params"]]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rbwa_fused import form
 from rbwa_fused.average import Average, same, structure
-from rbwa_fused.engine.engine import Counts, Engine
+from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.rows import GroupPlan
+from rbwa_fused.engine.tables import Counts
 from rbwa_fused.numbers import integer
 from rbwa_fused.rules import Rule
 from rbwa_fused.streams import DTYPES, STREAMS
@@ -121,7 +122,7 @@ def read(engine: Engine, groups: Sequence[Group], state_dict: Any, step: int | N
         else:
             state[key] = held
     counts = [counted(saved) for saved in saved_groups]
-    for plan, (n_averaged, _) in zip(engine.groups, counts, strict=True):
+    for plan, (n_averaged, _) in zip(engine.tables.plan.groups, counts, strict=True):
         for i, p in enumerate(plan.group["params"]):
             name = f"parameter {i} of group {plan.index}"
             check_state(name, p, state.get(p, {}), engine.rule.streams, plan, n_averaged)

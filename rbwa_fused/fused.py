@@ -20,8 +20,9 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global
 
 from rbwa_fused import adopted, checkpoint, evaluate, form, rules
 from rbwa_fused.engine import backends, checks
-from rbwa_fused.engine.engine import Engine, Options
+from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.sharded import is_flattened, kind_of_shard
+from rbwa_fused.engine.tables import Options
 from rbwa_fused.in_backward import MIDWAY, InBackward
 
 Group = dict[str, Any]
@@ -62,7 +63,7 @@ class FusedOptimizer(Optimizer):
     @property
     def backend(self) -> str:
         """The name of what runs: "cpu", "cuda", "triton" or "reference"."""
-        return self.engine.backend
+        return self.engine.tables.backend
 
     @property
     def _itself(self) -> Any:
@@ -170,9 +171,9 @@ class FusedOptimizer(Optimizer):
         self._refuse_midway("add_param_group")
         checks.duplicates(param_group)
         engine = self.engine
-        built = len(engine.groups) > 0  # else torch's constructor adds the first groups
+        built = len(engine.tables.plan.groups) > 0  # else torch's constructor adds the first groups
         # Rebuilding brings a device's counters back to the host: they have no room for a group.
-        if built and (engine.device_counters is not None or not engine.follows(self.state)):
+        if built and (engine.device_counters is not None or not engine.tables.follows(self.state)):
             self._rebuild()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -305,7 +306,7 @@ class FusedOptimizer(Optimizer):
             hook_result = pre_hook(opt, state_dict)
             if hook_result is not None:
                 state_dict = hook_result
-        if not engine.describes_groups(opt.param_groups):
+        if not engine.tables.describes_groups(opt.param_groups):
             opt._rebuild()
         loaded = checkpoint.read(engine, opt.param_groups, state_dict, step)
         if loaded.notes:

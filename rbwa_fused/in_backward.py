@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rbwa_fused.engine import checks
-from rbwa_fused.engine.engine import Engine, Launch
+from rbwa_fused.engine.engine import Engine
+from rbwa_fused.engine.tables import Launch
 
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 CONVERTED = f"a parameter was converted or moved {MIDWAY}"
@@ -42,7 +43,7 @@ class InBackward:
         self._stepped: set[Tensor] | None = None  # by the step under way; None outside of one
         self._opt = weakref.ref(opt)
         self._engine = engine
-        self._rebuild = rebuild
+        self._make_tables = rebuild
         self._launch_of: dict[Tensor, Launch] = {}
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._frozen: list[Tensor] = []  # autograd takes no hook for them yet
@@ -59,8 +60,8 @@ class InBackward:
     def attach(self) -> None:
         """Hooks the parameters of the engine's launches, once each; those that share memory wait
         for step(), which moves them in their order."""
-        self._launch_of = {launch[0].params[0]: launch for launch in self._engine.launches}
-        hooked = self._launch_of.keys() & self._engine.alone
+        self._launch_of = {launch[0].params[0]: launch for launch in self._engine.tables.launches}
+        hooked = self._launch_of.keys() & self._engine.tables.alone
         for p in self._handles.keys() - hooked:
             self._handles.pop(p).remove()
         self._frozen = [p for p in hooked if p not in self._handles]
@@ -114,10 +115,10 @@ class InBackward:
         self._look_for_others(opt)
         self._look_for_replicas()
         while not (
-            engine.describes(opt.param_groups, opt.state)
-            and all(table.fits(0) for table, _ in engine.launches)
+            engine.tables.describes(opt.param_groups, opt.state)
+            and all(table.fits(0) for table, _ in engine.tables.launches)
         ):
-            rebuild = self._rebuild()
+            rebuild = self._make_tables()
             assert rebuild is not None
             rebuild()
         engine.begin()
@@ -143,19 +144,19 @@ class InBackward:
             return False
         self._stepped = None
         rest = []
-        for launch in engine.launches:
+        for launch in engine.tables.launches:
             table = launch[0]
-            p, group = table.params[0], engine.groups[table.groups[0]]
+            p, group = table.params[0], engine.tables.plan.groups[table.groups[0]]
             if p in stepped:
                 continue
             moves = p.grad is not None or group.policy is not None
-            if moves or engine.state_is_due:
+            if moves or engine.tables.plan.state_is_due:
                 grads = self._ready(launch)
             if moves:
                 rest.append((launch, grads))
         for launch, grads in rest:
             self._run(launch, grads)
-        engine.all_state_given()
+        engine.tables.plan.state_is_due = False
         engine.end()
         return True
 
@@ -163,9 +164,9 @@ class InBackward:
         """The gradient of a launch's parameter, which is given the state that it comes to need."""
         table = launch[0]
         grads = [table.params[0].grad]
-        if not self._engine.fit(table, grads):
+        if not self._engine.tables.fit(table, grads):
             raise RuntimeError(CONVERTED)
-        self._engine.give_state(table, grads)
+        self._engine.tables.give_state(table, grads, marked=False)
         return grads
 
     def _run(self, launch: Launch, grads: list[Tensor | None]) -> None:
@@ -175,7 +176,9 @@ class InBackward:
 
     def _name(self, launch: Launch) -> str:
         table = launch[0]
-        return checks.name_of(self._engine.groups[table.groups[0]].group, table.index[0])
+        return checks.name_of(
+            self._engine.tables.plan.groups[table.groups[0]].group, table.index[0]
+        )
 
     def _look_for_others(self, opt: Optimizer) -> None:
         """Raises where another optimizer's hooks would step a parameter once more. Not at

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from rbwa_fused import rules
 from rbwa_fused.average import Average
-from rbwa_fused.engine.engine import Options
+from rbwa_fused.engine.tables import Options
 from rbwa_fused.fused import FusedOptimizer
 
 

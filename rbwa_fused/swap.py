@@ -61,7 +61,7 @@ class Swap:
     def __init__(self, opt: Averaging, model: nn.Module | None) -> None:
         self.over = False
         self._missing = "averaged() was interrupted on exit"
-        self._opt = opt
+        self._owner = opt
         self._model = model
         with _plain():
             fitting = list(_fitting(opt))
@@ -94,7 +94,7 @@ class Swap:
             reshard(self._model)
         except Exception as error:
             wrong["FSDP could not free what it has gathered"] = error
-        members = {p for group in self._opt.param_groups for p in group["params"]}
+        members = {p for group in self._owner.param_groups for p in group["params"]}
         with _plain():
             for p, saved in list(self._saved.items()):
                 try:
@@ -105,7 +105,7 @@ class Swap:
                     wrong[f"parameter {saved.name}"] = error
             _announce(self._averages)
         if not wrong:
-            self._opt.engine.swapped = None
+            self._owner.engine.swapped = None
             return None
         self._missing = "; ".join(f"{where}: {error}" for where, error in wrong.items())
         failure = RuntimeError(f"averaged() could not bring back all weights: {self}")
@@ -134,7 +134,7 @@ def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
 def _sampled(opt: Averaging) -> list[GroupPlan]:
     """The groups whose averages have at least one sample."""
     opt.engine.read_back()
-    return [plan for plan in opt.engine.groups if plan.n_averaged > 0]
+    return [plan for plan in opt.engine.tables.plan.groups if plan.n_averaged > 0]
 
 
 def _fitting(opt: Averaging) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -97,7 +97,7 @@ def no_collective_in_a_step() -> None:
     model = sharded_network()
     opt = optimizer(model, average=rf.ema(0.5))
     train(model, opt, 1, 1)
-    assert len(opt.engine.launches) == 1  # of one call of the kernel
+    assert len(opt.engine.tables.launches) == 1  # of one call of the kernel
     for step in (2, 3):
         loss(model, step, distributed.get_rank()).backward()
         places = [p._local_tensor.data_ptr() for p in model.parameters()]  # type: ignore

@@ -432,7 +432,7 @@ def test_an_empty_group_is_torchs_empty_group() -> None:
 @pytest.fixture
 def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_C", None)
-    monkeypatch.setattr(backends, "_missing", "not built here, run `pip install`")
+    monkeypatch.setattr(backends, "CPU_MISSING", "not built here, run `pip install`")
 
 
 @pytest.mark.usefixtures("unbuilt")

@@ -404,7 +404,7 @@ def record(opt: Any, calls: list[Any]) -> None:
 
         return call
 
-    opt.engine.launches = [
+    opt.engine.tables.launches = [
         (table, b._replace(step=recording(b.step), advance=recording(b.advance)))
-        for table, b in opt.engine.launches
+        for table, b in opt.engine.tables.launches
     ]

@@ -278,7 +278,7 @@ def test_a_nan_is_stored_as_one_in_sixteen_bits_whatever_its_payload(dtype: torc
 
 def test_a_backend_that_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_C", None)
-    monkeypatch.setattr(backends, "_missing", "with a C++ compiler at hand run this")
+    monkeypatch.setattr(backends, "CPU_MISSING", "with a C++ compiler at hand run this")
     with pytest.raises(RuntimeError, match=r"C.. compiler"):
         rf.FusedSGD([nn.Parameter(torch.ones(2))], backend="cpu")
     with pytest.warns(UserWarning, match=r"C.. compiler") as caught:

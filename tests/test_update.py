@@ -199,8 +199,8 @@ def test_layerwise_learning_rates_are_one_launch(monkeypatch: pytest.MonkeyPatch
     launches = []
     backend = backends.CPU
     counting = backend._replace(step=lambda *a, **k: launches.append(a) or backend.step(*a, **k))
-    launched = [(table, counting) for table, _ in opt.engine.launches]
-    monkeypatch.setattr(opt.engine, "launches", launched)
+    launched = [(table, counting) for table, _ in opt.engine.tables.launches]
+    monkeypatch.setattr(opt.engine.tables, "launches", launched)
     for p in ps:
         p.grad = torch.randn_like(p)
     opt.step()

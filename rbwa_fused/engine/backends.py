@@ -17,8 +17,9 @@ from rbwa_fused.engine.memory import is_dense, is_plain, same_layout
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MOST_REPLICAS = 4000  # whose addresses are kernel arguments of one launch
 OWN = ("rbwa_fused", "torch")  # whose frames are not the user's
-_C, _missing = compiled.load("_C")
-_C_cuda, _missing_cuda = compiled.load("_C_cuda") if _C is not None else (None, _missing)
+# The compiled modules, or None with the reason why.
+_C, CPU_MISSING = compiled.load("_C")
+_C_cuda, CUDA_MISSING = compiled.load("_C_cuda") if _C is not None else (None, CPU_MISSING)
 
 Grads = list[Tensor | None]
 
@@ -209,9 +210,9 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     if backend in ("cpu", "cuda") and device.type != backend:
         return f"it does not serve parameters on {device}"
     if backend == "cpu" and _C is None:
-        return _missing
+        return CPU_MISSING
     if backend == "cuda" and _C_cuda is None:
-        return _missing_cuda
+        return CUDA_MISSING
     return None
 
 

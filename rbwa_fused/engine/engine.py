@@ -1,56 +1,28 @@
 """The engine: one pass over memory for the parameters of some param groups.
 
-It owns where parameters and state lie, the rows that the kernels read, the counters and the
-launches, and knows no torch.optim. A step is `begin`, `run` for each launch, `end`: `step` does
-so for all launches, the step in the backward pass (in_backward.py) for one parameter after the
-other. Groups and state are their owner's; the tables hold for as long as those stay what they
-were made for, which `describes` says, and `rebuild` makes them anew.
-
-A parameter's first step with momentum passes through these hands: `give_state` gives it a buffer
-and points its segment at the group's first-step row, the kernel runs, `finish` points it back.
-A segment that is to have momentum or a master but has had no gradient yet waits in
-`Segments.lacking`. Where the device counts, its `marks` say all this instead (counters.py).
+It owns the tables that the kernels read, the counters and the launches, and knows no torch.optim.
+A step is `begin`, `run` for each launch, `end`: `step` does so for all launches, the step in the
+backward pass (in_backward.py) for one parameter after the other. Groups and state are their
+owner's, who hands them over at each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from operator import is_
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from rbwa_fused import rules
-from rbwa_fused.engine import backends, checks, memory
+from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.counters import DeviceCounters
-from rbwa_fused.engine.rows import GroupPlan, Plan
+from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.segments import Segments
-from rbwa_fused.engine.sharded import local, shard_of
-from rbwa_fused.streams import STREAMS
-
-Group = dict[str, Any]
-State = MutableMapping[Tensor, Any]
-Grads = list[Tensor | None]
-Launch = tuple[Segments, backends.Backend]
-
-
-class Options(NamedTuple):
-    """What an engine is told once; FusedSGD's arguments of these names."""
-
-    backend: str = "auto"
-    flatten: bool = True
-    capturable: bool = False
-    master_weights: bool = False
-    in_backward: bool = False  # a launch for each parameter
-
-
-class Counts(NamedTuple):
-    """What is counted for a param group beside the steps."""
-
-    n_averaged: int = 0
-    beta: float | None = None  # of implicit RSGDM, the momentum of its first step
+from rbwa_fused.engine.sharded import local
+from rbwa_fused.engine.tables import Counts, Grads, Group, Launch, Options, State, Tables
 
 
 class Swapped(Protocol):
@@ -69,17 +41,13 @@ class Engine:
     """Steps and averages the parameters of some groups.
 
     Attributes:
+        tables: of the groups as they were built, or rebuilt.
         steps: taken so far; where the device counts, as of the last `read_back`.
-        groups: what belongs to each param group beside its hyperparameters.
-        launches: the tables of segments and their backends, in the order of their launches.
-        alone: the parameters that share memory with no other.
-        backend: the name of what runs.
         device_counters: of each device, where the host does not count; else None.
         swapped: inside averaged(), or after one that could not be undone; else None.
     """
 
     steps = 0
-    backend = ""
     device_counters: dict[torch.device, DeviceCounters] | None = None
     swapped: Swapped | None = None
     _warned = False  # that the reference runs
@@ -87,26 +55,10 @@ class Engine:
     def __init__(self, rule: rules.Rule, options: Options) -> None:
         self.rule = rule
         self.options = options
-        self.launches: list[Launch] = []
-        self.alone: set[Tensor] = set()
-        self._plan = Plan(rule, options.master_weights)
-        self._tables: dict[tuple[torch.device, int], Segments] = {}
-        self._state: State = {}
-        self._size = 0  # of the state
-
-    @property
-    def groups(self) -> list[GroupPlan]:
-        return self._plan.groups
-
-    @property
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The coefficient tables, `rows` and `samplings`."""
-        return self._plan.tensors
+        self.tables = Tables(rule, options, {})
 
     # ---- tables --------------------------------------------------------------------------------
 
-    # dynamo cannot follow a table's making; torch hides its own `add_param_group` from it, too.
-    @torch._disable_dynamo
     def build(
         self,
         groups: Sequence[Group],
@@ -115,61 +67,25 @@ class Engine:
         *,
         move: bool = False,
     ) -> None:
-        """Makes tables and rows anew and takes over the state that there is.
+        """Makes the tables anew; where that fails, they are what they were. See Tables.add."""
+        tables = Tables(self.rule, self.options, state)
+        tables.add(groups, counts, move=move)
+        self.tables, self.device_counters = tables, None
+        self._warn_of_reference()
 
-        Args:
-            counts: of each group (default: nothing is counted so far).
-            move: parameters on the CPU into flat buffers, where their memory is theirs.
-        """
-        self._plan = Plan(self.rule, self.options.master_weights)
-        self.device_counters = None
-        self._tables = {}
-        self._state = state
-        self.add(groups, counts, move=move)
+    def add(self, groups: Sequence[Group], *, move: bool = False) -> None:
+        """Adds groups to the tables. See Tables.add."""
+        self.tables.add(groups, move=move)
+        self._warn_of_reference()
 
-    @torch._disable_dynamo
-    def add(
-        self,
-        groups: Sequence[Group],
-        counts: Sequence[Counts] | None = None,
-        *,
-        move: bool = False,
-    ) -> None:
-        """Adds groups to the tables. See `build`."""
-        plan, options = self._plan, self.options
-        known = [p for table in self._tables.values() for p in table.params]
-        known_turns = [turn for (_, turn), table in self._tables.items() for _ in table.params]
-        new = [p for group in groups for p in group["params"]]
-        turns, alone = memory.launch_order(known + new, known_turns)
-        if options.in_backward:
-            turns = list(range(len(turns)))
-        turn_of = dict(zip(known + new, turns, strict=True))
-        if move:
-            memory.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
-        self.alone = {p for p, own in zip(known + new, alone, strict=True) if own}
-        for group, counted in zip(groups, counts or [Counts()] * len(groups), strict=True):
-            group_plan = plan.add(group, *counted)
-            for index, p in enumerate(group["params"]):
-                table = self._tables.setdefault((p.device, turn_of[p]), Segments())
-                row, sampling = group_plan.row(first=False), group_plan.sampling(p)
-                table.add(p, group_plan.index, index, row, sampling)
-        self.backend = backends.choose(options.backend, torch.device("cpu")).name if not new else ""
-        self.launches = []
-        for (device, _), table in self._tables.items():  # each turn's is made after those before it
-            backend = backends.choose(options.backend, device)
-            self.backend = backend.name
-            self.launches.append((table, backend))
-            if self.backend == "reference" and options.backend == "auto" and not self._warned:
+    def _warn_of_reference(self) -> None:
+        if self.options.backend != "auto" or self._warned:
+            return
+        for table, backend in self.tables.launches:
+            if backend.name == "reference":
                 self._warned = True
-                backends.warn_of_reference(device)
-            self._take_over_state(table, set(new))
-        custom = any(p.policy is not None and p.policy.custom for p in plan.groups)
-        self._device_may_count = not custom and all(
-            backend.advance is not None for _, backend in self.launches
-        )
-        self._kernels_check = all(backend.checks for _, backend in self.launches)
-        plan.state_is_due = True
-        self._size = len(self._state)
+                backends.warn_of_reference(table.params[0].device)
+                return
 
     def rebuild(
         self, groups: Sequence[Group], state: State, counts: Sequence[Counts] | None = None
@@ -203,44 +119,6 @@ class Engine:
         self.steps = steps
         self.build(groups, state, counts)
 
-    def describes(self, groups: Sequence[Group], state: State) -> bool:
-        """Whether groups, parameters and state are those that the tables were made for."""
-        if (
-            state is not self._state
-            or len(state) != self._size
-            or not self.describes_groups(groups)
-        ):
-            return False
-        return all(table.holds_state() and table.holds_shards() for table, _ in self.launches)
-
-    def describes_groups(self, groups: Sequence[Group]) -> bool:
-        """Whether these are the groups that there are, with the parameters in them."""
-        plans = self._plan.groups
-        return len(plans) == len(groups) and all(map(GroupPlan.describes, plans, groups))
-
-    def follows(self, state: State) -> bool:
-        """Whether the state has as many parameters as it had, in the same mapping."""
-        return state is self._state and len(state) == self._size
-
-    def _take_over_state(self, table: Segments, new: set[Tensor]) -> None:
-        for stream in STREAMS:
-            values: dict[int, Tensor | None] = {}
-            for i, p in enumerate(table.params):
-                held = self._state.get(p, {}) if p in new else {}
-                group = self._plan.groups[table.groups[i]]
-                gone = {"average": not group.has_buffer(p), "master_param": not group.has_master(p)}
-                if gone.get(stream):
-                    held.pop(stream, None)  # after model.float() a parameter needs no master
-                if held.get(stream) is not None:
-                    values[i] = shard_of(held[stream], p)
-            self._attach(table, stream, values)
-
-    def _attach(self, table: Segments, stream: str, values: dict[int, Tensor | None]) -> None:
-        groups = self._plan.groups
-        dtypes = {i: groups[table.groups[i]].dtype_of(stream, table.params[i]) for i in values}
-        for i, view in table.attach(stream, values, dtypes).items():
-            self._state[table.params[i]][stream] = view
-
     # ---- the step ------------------------------------------------------------------------------
 
     def step(
@@ -259,14 +137,15 @@ class Engine:
         Returns:
             False, with nothing changed, where the tables must be rebuilt first.
         """
-        if not self.describes(groups, state):
+        tables = self.tables
+        if not tables.describes(groups, state):
             return False
-        plan = self._plan
+        plan, launches = tables.plan, tables.launches
         gathered: list[tuple[Launch, Grads]] = []
         absent = present = negated = False
-        if len(self.launches) > 1:
+        if len(launches) > 1:
             plan.state_is_due = True
-        for launch in self.launches:
+        for launch in launches:
             table = launch[0]
             grads, some_absent, some_present, some_negated = (
                 backends.described(table.gradients())
@@ -282,7 +161,7 @@ class Engine:
         if not present:
             return True
         deferring = self.device_counters is not None or (
-            self._device_may_count and (self.options.capturable or found_inf is not None)
+            tables.device_may_count and (self.options.capturable or found_inf is not None)
         )
         scale = 1.0
         if deferring:
@@ -294,11 +173,11 @@ class Engine:
         else:
             scale = 1.0 if grad_scale is None else float(grad_scale.item())
             self.begin(scale)
-        if plan.state_is_due or negated or not self._kernels_check:
-            if not all(self.fit(table, grads) for (table, _), grads in gathered):
+        if plan.state_is_due or negated or not tables.kernels_check:
+            if not all(tables.fit(table, grads) for (table, _), grads in gathered):
                 return False
             for (table, _), grads in gathered:
-                self.give_state(table, grads)
+                tables.give_state(table, grads, marked=deferring)
             plan.state_is_due = False
         if deferring:
             if not self._run_on_device(gathered, grad_scale, found_inf):
@@ -314,58 +193,14 @@ class Engine:
 
     def begin(self, scale: float = 1.0) -> None:
         """Brings the rows up to date for the step to come; gradients are ``scale`` times theirs."""
-        self._plan.sample(self.steps + 1)
-        self._plan.update(scale)
+        plan = self.tables.plan
+        plan.sample(self.steps + 1)
+        plan.update(scale)
 
     def end(self) -> None:
         """Counts the step that was taken."""
         self.steps += 1
-        self._plan.commit()
-
-    @property
-    def state_is_due(self) -> bool:
-        """Whether some parameter may still need a state tensor; see Plan."""
-        return self._plan.state_is_due
-
-    def all_state_given(self) -> None:
-        """Says that `give_state` has looked at every parameter."""
-        self._plan.state_is_due = False
-
-    def fit(self, table: Segments, grads: Grads) -> bool:
-        """Checks gradients in full; see checks.fit."""
-        return checks.fit(table, grads, [plan.group for plan in self._plan.groups])
-
-    def give_state(self, table: Segments, grads: Grads) -> None:
-        """Gives parameters the state they come to need; momentum's absence marks its first step."""
-        averages: dict[int, Tensor | None] = {}
-        masters: dict[int, Tensor | None] = {}
-        momentum: dict[int, Tensor | None] = {}
-        table.lacking = []
-        for i, p in enumerate(table.params):
-            group = self._plan.groups[table.groups[i]]
-            held = self._state[p] if group.policy is not None else self._state.get(p, {})
-            if group.has_buffer(p) and "average" not in held:
-                averages[i] = local(p).detach()
-            moving = group.has_momentum and "momentum_buffer" not in held
-            mastering = group.has_master(p) and "master_param" not in held
-            if mastering and (grads[i] is not None or "momentum_buffer" in held):
-                masters[i] = local(p).detach()
-                mastering = False
-            if grads[i] is None:
-                if moving or mastering:
-                    table.lacking.append(i)
-            elif moving:
-                momentum[i] = None
-                if self.device_counters is None:  # else its mark says it
-                    table.set_row(i, group.row(first=True))
-                    table.first.append(i)
-                if self.rule.constant_momentum:
-                    group.beta = float(group.group["momentum"])
-        self._attach(table, "average", averages)
-        self._attach(table, "master_param", masters)
-        for stream in self.rule.streams:
-            self._attach(table, stream, momentum)
-        self._size = len(self._state)
+        self.tables.plan.commit()
 
     def run(self, launch: Launch, grads: Grads, counters: DeviceCounters | None = None) -> bool:
         """Steps one table. False, with nothing changed, where a parameter was converted."""
@@ -374,12 +209,12 @@ class Engine:
             return False  # the kernel would see the copy alone, in its old dtype
         for param, copy in table.copies:
             copy.copy_(param)
-        tables = (table.memory, grads, table.state, *table.tensors(), *self._plan.tensors)
+        tables = (table.memory, grads, table.state, *table.tensors(), *self.tables.plan.tensors)
         try:
             backend.step(*tables, deferred=counters)
         except RuntimeError:
             refused = grads.copy()
-            if not self.fit(table, grads):  # or it says what is wrong
+            if not self.tables.fit(table, grads):  # or it says what is wrong
                 return False
             if all(map(is_, grads, refused)):
                 raise  # what fitted was launched, perhaps in part: a second step would be one more
@@ -396,7 +231,7 @@ class Engine:
     ) -> bool:
         """Steps all tables and lets each device count, or not: nothing waits for it here."""
         assert self.device_counters is not None
-        groups = self._plan.groups
+        groups = self.tables.plan.groups
         lrs: list[Tensor | None] = [None] * len(groups)
         if self.options.capturable:
             lrs = [rules.lr_on_device(group.group) for group in groups]
@@ -417,7 +252,9 @@ class Engine:
                     if g is not unscaled:  # but a copy of the parameter's layout
                         unscaled.copy_(g)
         for device, counters in counting.items():
-            advance = next(b.advance for t, b in self.launches if t.params[0].device == device)
+            advance = next(
+                b.advance for t, b in self.tables.launches if t.params[0].device == device
+            )
             assert advance is not None
             advance(counters)
         return True
@@ -429,16 +266,14 @@ class Engine:
             absent: whether some gradient is None.
             scale: what gradients are divided by, as GradScaler wants to find them.
         """
-        for i in table.first:
-            group = self._plan.groups[table.groups[i]]
-            table.set_row(i, group.row(first=False))
-        table.first = []
+        self.tables.first_steps_taken(table)
+        groups = self.tables.plan.groups
         written = table.params
         if absent:
             written = [
                 p
                 for p, g, group in zip(written, grads, table.groups, strict=True)
-                if g is not None or self._writes_back(self._plan.groups[group], p)
+                if g is not None or self._writes_back(groups[group], p)
             ]
         increment_version(written)
         if scale != 1.0:
@@ -464,10 +299,10 @@ class Engine:
     def counts(self, groups: Sequence[Group], state: State) -> list[Counts]:
         """Of each group, as counted for the group that has had its parameters. Where the state was
         cleared, averages in buffers start again."""
-        cleared = not state and self._size > 0
+        cleared = self.tables.were_cleared(state)
         counts = []
         for group in groups:
-            plan = self.known(group)
+            plan = self.tables.known(group)
             if plan is None:
                 counts.append(Counts())
                 continue
@@ -476,11 +311,6 @@ class Engine:
             counts.append(Counts(n_averaged, None if cleared else plan.beta))
         return counts
 
-    def known(self, group: Group) -> GroupPlan | None:
-        """What belongs to the group that has had a parameter of this one."""
-        plan_of = {p: plan for plan in self._plan.groups for p in plan.params}
-        return next((plan_of[p] for p in group["params"] if p in plan_of), None)
-
     def read_back(self) -> list[Tensor]:
         """Reads the device's counters, if it counts. Returns parameters whose momentum buffers have
         not had their first step, since all steps so far were skipped."""
@@ -488,11 +318,11 @@ class Engine:
             return []
         counters = next(iter(self.device_counters.values()))
         self.steps, *samples = counters.counts.tolist()
-        for sampler, n_averaged in zip(self._plan.samplers, samples, strict=True):
+        for sampler, n_averaged in zip(self.tables.plan.samplers, samples, strict=True):
             sampler.n_averaged = n_averaged
         waiting = []
         marks = {device: d.marks[:, 0].tolist() for device, d in self.device_counters.items()}
-        for table, _ in self.launches:
+        for table, _ in self.tables.launches:
             for p in table.params:
                 # No kernel marks what is empty; but before the first step nothing can have started.
                 if not marks[p.device].pop(0) and (local(p).numel() > 0 or self.steps == 0):
@@ -501,12 +331,12 @@ class Engine:
 
     def _count_on_device(self) -> dict[torch.device, DeviceCounters]:
         """Hands the counters over to the devices, for as long as the tables stay as they are."""
-        plan = self._plan
+        plan = self.tables.plan
         plan.sample(self.steps + 1)
         started: dict[torch.device, list[bool]] = {}
-        for table, _ in self.launches:
+        for table, _ in self.tables.launches:
             started.setdefault(table.params[0].device, []).extend(
-                "momentum_buffer" in self._state.get(p, {}) for p in table.params
+                self.tables.holds("momentum_buffer", p) for p in table.params
             )
         samplings = plan.tensors[1]
         return {
