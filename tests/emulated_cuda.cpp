@@ -7,14 +7,14 @@
 #include <memory>
 #include <utility>
 
+#include "cuda/body.h"
 #include "cuda/device_tables.h"
+#include "cuda/kernel.h"
 #include "cuda/packer.h"
+#include "cuda/pull_body.h"
+#include "cuda/pull_cuda.h"
 #include "python_tensors.h"
 #include "replica_tables.h"
-#include "cuda/pull_cuda.h"
-#include "cuda/pull_body.h"
-#include "cuda/kernel.h"
-#include "cuda/body.h"
 
 namespace {
 
