@@ -25,6 +25,22 @@ inline std::vector<View> views_of(const pybind11::list& tensors) {
   return views;
 }
 
+// Views of tensors that stay what they are: they are taken once, and the tensors kept.
+class Views {
+ public:
+  explicit Views(pybind11::list tensors) : views(views_of(tensors)), tensors_(std::move(tensors)) {}
+  const std::vector<View> views;
+
+ private:
+  pybind11::list tensors_;
+};
+
+// The state of a step: views that were taken once, or a list of tensors.
+inline std::vector<View> views_of_state(pybind11::handle state) {
+  if (pybind11::isinstance<Views>(state)) return state.cast<const Views&>().views;
+  return views_of(pybind11::reinterpret_borrow<pybind11::list>(state));
+}
+
 inline bool find_exchange_table() {
   const pybind11::object tensor = pybind11::module_::import("torch").attr("Tensor");
   if (!pybind11::hasattr(tensor, "__dlpack_c_exchange_api__")) return false;

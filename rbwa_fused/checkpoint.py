@@ -14,6 +14,7 @@ from torch import Tensor
 from rbwa_fused import form
 from rbwa_fused.average import Average, same, structure
 from rbwa_fused.engine.engine import Engine
+from rbwa_fused.engine.memory import lies_as
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.tables import Counts
 from rbwa_fused.numbers import integer
@@ -127,6 +128,21 @@ def read(engine: Engine, groups: Sequence[Group], state_dict: Any, step: int | N
             name = f"parameter {i} of group {plan.index}"
             check_state(name, p, state.get(p, {}), engine.rule.streams, plan, n_averaged)
     return Loaded(merged, state, taken, counts, list(notes))
+
+
+@torch.no_grad()
+def keep_tensors(loaded: Mapping[Any, Any], before: Mapping[Any, Any]) -> None:
+    """Brings loaded state into the tensors that held it before, where they can hold it: whoever
+    has one of them sees it go on."""
+    for param, held in loaded.items():
+        old = before.get(param)
+        if not isinstance(old, Mapping) or not isinstance(held, dict):
+            continue
+        for stream in held.keys() & old.keys() & set(STREAMS):
+            kept, value = old[stream], held[stream]
+            both = type(kept) is Tensor and type(value) is Tensor
+            if both and kept.dtype == value.dtype and lies_as(kept, value):
+                held[stream] = kept.copy_(value)
 
 
 def counted(saved: Mapping[str, Any]) -> Counts:

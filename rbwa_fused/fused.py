@@ -170,10 +170,11 @@ class FusedOptimizer(Optimizer):
         self._refuse_inside_averaged("add_param_group")
         self._refuse_midway("add_param_group")
         checks.duplicates(param_group)
-        engine = self.engine
-        built = len(engine.tables.plan.groups) > 0  # else torch's constructor adds the first groups
+        engine, tables = self.engine, self.engine.tables
+        built = len(tables.plan.groups) > 0  # else torch's constructor adds the first groups
         # Rebuilding brings a device's counters back to the host: they have no room for a group.
-        if built and (engine.device_counters is not None or not engine.tables.follows(self.state)):
+        counting = engine.device_counters is not None
+        if built and (counting or not tables.describes_state(self.state)):
             self._rebuild()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -313,6 +314,7 @@ class FusedOptimizer(Optimizer):
             warnings.warn("; ".join(loaded.notes), stacklevel=2)
         for group, new in zip(opt.param_groups, loaded.groups, strict=True):
             group.update(new)
+        checkpoint.keep_tensors(loaded.state, opt.state)
         opt.state = loaded.state
         engine.restart(opt.param_groups, loaded.state, loaded.steps, loaded.counts)
         opt._laid_out()

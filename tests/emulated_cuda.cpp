@@ -124,20 +124,20 @@ const char* advance_cuda(const Deferred& deferred, void*) {
 PYBIND11_MODULE(emulated_cuda, module) {
   if (!find_exchange_table()) throw py::import_error("this torch has no DLPack exchange table");
   module.def(
-      "step", [](const py::list& params, const py::list& grads, const py::list& state,
+      "step", [](const py::list& params, const py::list& grads, py::handle state,
                  py::handle segments, py::handle shapes, py::handle rows, py::handle samplings) {
         CudaTables tables{};
-        tables.step = {views_of(params), views_of(grads), views_of(state),   view_of(segments),
+        tables.step = {views_of(params), views_of(grads), views_of_state(state), view_of(segments),
                        view_of(shapes),  view_of(rows),   view_of(samplings)};
         step_on(tables, kCpu, nullptr);
       });
   module.def("step_deferred",
-             [](const py::list& params, const py::list& grads, const py::list& state,
+             [](const py::list& params, const py::list& grads, py::handle state,
                 py::handle segments, py::handle shapes, py::handle rows, py::handle samplings,
                 const py::list& lrs, py::handle samplings64, py::handle samplings32,
                 py::handle marks, py::handle grad_scale, py::handle found_inf) {
-               step_on({{views_of(params), views_of(grads), views_of(state), view_of(segments),
-                         view_of(shapes), view_of(rows), view_of(samplings)},
+               step_on({{views_of(params), views_of(grads), views_of_state(state),
+                         view_of(segments), view_of(shapes), view_of(rows), view_of(samplings)},
                         views_of(lrs),
                         view_of(samplings64),
                         view_of(samplings32),

@@ -180,13 +180,11 @@ class TestInterpreted:
             memory[-1][5] = torch.inf
             grads.append(None if i % 7 == 0 else g)
         every = range(len(memory))
-        table.attach("average", dict.fromkeys(every), {})
-        table.attach("momentum_buffer", dict.fromkeys(every[::2]), {})
-        for stream in ("difference_buffer", "previous_gradient"):
-            table.attach(stream, dict.fromkeys(every[::4]), {})
+        kept = {"average": 1, "momentum_buffer": 2, "difference_buffer": 4, "previous_gradient": 4}
+        for stream, step in kept.items():
+            table.attach(stream, {i: torch.randn(40, generator=random) for i in every[::step]})
         for i, buffer in enumerate(table.state):
-            buffer.copy_(torch.randn(buffer.shape, generator=random))
-            buffer[7 + i :: 128] = torch.inf
+            buffer[7 + i % 32] = torch.inf
         tables = (*table.tensors(), numbers, torch.tensor(samplings, dtype=torch.float64))
         Twice().step(memory, grads, table.state, *tables)
 
@@ -248,7 +246,7 @@ class TestInterpreted:
 
         def step(*args: Any, deferred: Any = None) -> None:
             triton_step.step_triton(*args)
-            tables.append(triton_step._launches[args[3]][0].upload)
+            tables.append(triton_step._launches[args[3]][0][0].upload)
 
         monkeypatch.setattr(backends, "choose", lambda *_: backends.Backend("triton", step, False))
         p = nn.Parameter(torch.ones(3))
@@ -470,14 +468,15 @@ class OnDevice:
             group = int(i == 2)
             elided = policy is not None and policy.elided_for(p.dtype) and group == 0
             self.table.add(p, group, i, row=2 * group, sampling=2 * group + elided)
-        every = dict.fromkeys(range(3))
-        self.state = {name: self.table.attach(name, every, {}) for name in opt.engine.rule.streams}
+        self.state = {
+            name: {i: torch.zeros_like(p).detach() for i, p in enumerate(ps)}
+            for name in opt.engine.rule.streams
+        }
         if policy is not None and not policy.elided_for(ps[0].dtype):
             dtype = policy.dtype_for(ps[0].dtype)
-            starts: dict[int, Tensor | None] = {i: ps[i].detach() for i in range(2)}
-            self.state["average"] = self.table.attach(
-                "average", starts, dict.fromkeys(starts, dtype)
-            )
+            self.state["average"] = {i: ps[i].detach().to(dtype, copy=True) for i in range(2)}
+        for name, tensors in self.state.items():
+            self.table.attach(name, tensors)
         self.deferred = Counters([policy, None], segments=3)
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:

@@ -88,15 +88,16 @@ def step_triton(
         return
     device = params[0].device
     with _on(device):
-        launches = _launches.get(segments)
-        if launches is None:
+        known = _launches.get(segments)
+        if known is None:
             reason = available(device)
             if reason is None and _capturing(device):
                 reason = "take a step before you capture one"
             if reason is not None:
                 raise RuntimeError(f"backend 'triton': {reason}")
-            launches = _launches[segments] = _plan(segments, state, device)
-        addresses = [t.data_ptr() for t in state]
+            addresses = [t.data_ptr() for t in state]  # other tensors come with another table
+            known = _launches[segments] = _plan(segments, state, device), addresses
+        launches, addresses = known
         for launch in launches:
             launch.run(params, grads, addresses, rows, samplings, deferred)
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "gradients.h"
+#include "held.h"
 #include "python_tensors.h"
 #include "replica_tables.h"
 #include "step.h"
@@ -48,9 +49,9 @@ void pull_op(std::vector<Tensor> params, int64_t replicas, double alpha) {
 
 // ---- the Python module -------------------------------------------------------------------------
 
-void step_python(const py::list& params, const py::list& grads, const py::list& state,
+void step_python(const py::list& params, const py::list& grads, py::handle state,
                  py::handle segments, py::handle shapes, py::handle rows, py::handle samplings) {
-  const Tables tables{views_of(params), views_of(grads), views_of(state),   view_of(segments),
+  const Tables tables{views_of(params), views_of(grads), views_of_state(state), view_of(segments),
                       view_of(shapes),  view_of(rows),   view_of(samplings)};
   const py::gil_scoped_release release;
   step(tables);
@@ -63,11 +64,16 @@ STABLE_TORCH_LIBRARY(rbwa_fused, library) {
       "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
       "Tensor shapes, Tensor rows, Tensor samplings) -> ()");
   library.def("pull_(Tensor(a!)[] params, int replicas, float alpha) -> ()");
+  library.def("hand_over(Tensor[] tensors) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CPU, library) {
   library.impl("step_", TORCH_BOX(&step_op));
   library.impl("pull_", TORCH_BOX(&pull_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CompositeExplicitAutograd, library) {
+  library.impl("hand_over", TORCH_BOX(&held::hand_over));
 }
 
 PYBIND11_MODULE(_C, module) {
@@ -86,7 +92,12 @@ PYBIND11_MODULE(_C, module) {
              "Use another instruction set; False if this processor or build lacks it.");
   gradients::find();
   module.def("gradients", &gradients::gather, "See ops.gradients.");
+  py::class_<held::State>(module, "HeldState", "See engine/held.py.")
+      .def(py::init<py::dict, const py::list&, int64_t>())
+      .def("stands", &held::State::stands);
   if (find_exchange_table()) {
+    py::class_<Views>(module, "Views", "Tensors as the kernels see them.")
+        .def(py::init<py::list>());
     module.def("step", &step_python, "torch.ops.rbwa_fused.step_ without the dispatcher.");
   }
 }

@@ -51,7 +51,7 @@ void advance(const CountTables& tables) {
 void step_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
              Tensor shapes, Tensor rows, Tensor samplings) {
   CudaTables tables{};
-  tables.step = {views_of(params), views_of(grads), views_of(state),   view_of(segments),
+  tables.step = {views_of(params), views_of(grads), views_of_state(state), view_of(segments),
                  view_of(shapes),  view_of(rows),   view_of(samplings)};
   step(tables);
 }
@@ -90,22 +90,22 @@ void pull_op(Tensors params, int64_t replicas, double alpha) {
 
 // ---- the Python module -------------------------------------------------------------------------
 
-void step_python(const py::list& params, const py::list& grads, const py::list& state,
+void step_python(const py::list& params, const py::list& grads, py::handle state,
                  py::handle segments, py::handle shapes, py::handle rows, py::handle samplings) {
   CudaTables tables{};
-  tables.step = {views_of(params), views_of(grads), views_of(state),   view_of(segments),
+  tables.step = {views_of(params), views_of(grads), views_of_state(state), view_of(segments),
                  view_of(shapes),  view_of(rows),   view_of(samplings)};
   const py::gil_scoped_release release;
   step(tables);
 }
 
-void step_deferred_python(const py::list& params, const py::list& grads, const py::list& state,
+void step_deferred_python(const py::list& params, const py::list& grads, py::handle state,
                           py::handle segments, py::handle shapes, py::handle rows,
                           py::handle samplings, const py::list& lrs, py::handle samplings64,
                           py::handle samplings32, py::handle marks, py::handle grad_scale,
                           py::handle found_inf) {
-  const CudaTables tables{{views_of(params), views_of(grads), views_of(state), view_of(segments),
-                           view_of(shapes), view_of(rows), view_of(samplings)},
+  const CudaTables tables{{views_of(params), views_of(grads), views_of_state(state),
+                           view_of(segments), view_of(shapes), view_of(rows), view_of(samplings)},
                           views_of(lrs),
                           view_of(samplings64),
                           view_of(samplings32),

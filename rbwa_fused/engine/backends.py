@@ -13,6 +13,7 @@ from torch import Tensor
 from rbwa_fused import compiled, reference
 from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.engine.memory import is_dense, is_plain, same_layout
+from rbwa_fused.engine.segments import Streams
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MOST_REPLICAS = 4000  # whose addresses are kernel arguments of one launch
@@ -30,7 +31,7 @@ class Step(Protocol):
     Args:
         params: n dense tensors in the layout that the tables were made for.
         grads: n gradients in their parameters' dtype, shape and layout, or None.
-        state: the flat buffers that the streams lie in.
+        state: what the streams lie in, vectors.
         segments: (n, COLUMNS) int64, see segments.py.
         shapes: 1-d int64, sizes and strides.
         rows: (n_rows, 9) float64, see rules.py.
@@ -86,19 +87,27 @@ def _door(module: Any) -> Step:
         deferred: DeviceCounters | None = None,
     ) -> None:
         observed = direct is None or torch.autograd._profiler_enabled()
-        if deferred is None and not observed:
-            direct(params, grads, state, segments, shapes, rows, samplings)
+        if not observed:
+            views: Any = state
+            if type(state) is Streams:
+                views = state.views
+                if views is None:  # the list's copy: it would keep them, and they the list
+                    views = state.views = _C.Views(list(state))
+            tables = (params, grads, views, segments, shapes, rows, samplings)
+            if deferred is None:
+                direct(*tables)
+            else:
+                d = deferred
+                own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
+                direct_deferred(*tables, list(d.lrs), *own)
             return
-        tables = (params, grads, state, segments, shapes, rows, samplings)
+        operands = (params, grads, list(state), segments, shapes, rows, samplings)
         if deferred is None:
-            torch.ops.rbwa_fused.step_.default(*tables)
+            torch.ops.rbwa_fused.step_.default(*operands)
             return
         d = deferred
         own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
-        if observed:
-            torch.ops.rbwa_fused.step_deferred_.default(*tables, d.lrs, *own)
-        else:
-            direct_deferred(*tables, list(d.lrs), *own)
+        torch.ops.rbwa_fused.step_deferred_.default(*operands, d.lrs, *own)
 
     return step
 

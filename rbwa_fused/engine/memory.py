@@ -7,6 +7,7 @@ bytes and not the whole buffer.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -85,6 +86,59 @@ def allocate(
         end += length
     if offsets:
         yield buffer(), offsets
+
+
+def laid_out(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that is not filled, in the layout of another, in a storage of its own."""
+    with torch.inference_mode(False):
+        return torch.empty_strided(
+            like.shape, strides_like(like), dtype=dtype, device=like.device, requires_grad=False
+        )
+
+
+def lies_as(tensor: Tensor, like: Tensor) -> bool:
+    """Whether a kernel that steps the one finds the other's elements in the same order."""
+    return (
+        tensor.device == like.device
+        and tensor.layout == torch.strided
+        and same_layout(tensor, like)
+        and is_dense(tensor)
+        and is_plain(tensor)
+        and not tensor.requires_grad
+        and not tensor.is_inference()
+    )
+
+
+class Spans:
+    """Ranges of memory that have an owner."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._taken: list[tuple[str, int, int]] = []  # device, start, end; in order, disjoint
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> bool:
+        """Takes a tensor's memory. False where another one has some of it."""
+        if tensor.numel() == 0:
+            return True
+        device, start, end = _span(tensor)
+        first = last = bisect_left(self._taken, (device, start, end))
+        if first > 0 and self._taken[first - 1][0] == device and self._taken[first - 1][2] > start:
+            first -= 1
+        while last < len(self._taken) and self._taken[last][0] == device:
+            if self._taken[last][1] >= end:
+                break
+            last += 1
+        others = self._taken[first:last]
+        whole = min([start, *(o[1] for o in others)]), max([end, *(o[2] for o in others)])
+        self._taken[first:last] = [(device, *whole)]
+        return not others
+
+
+def _span(tensor: Tensor) -> tuple[str, int, int]:
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + reach * tensor.element_size()
 
 
 def launch_order(

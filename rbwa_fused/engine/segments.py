@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rbwa_fused.engine.memory import alias, allocate, is_dense, is_plain, same_layout, strides_like
-from rbwa_fused.engine.sharded import beside, is_sharded, laid_out_as, local
+from rbwa_fused.engine.memory import is_dense, is_plain, same_layout, strides_like
+from rbwa_fused.engine.sharded import is_sharded, laid_out_as, local
 from rbwa_fused.streams import DTYPES, STREAMS
 
 # Columns of the segment table (csrc/tables.h has the same list). A stream is a pair: which state
@@ -14,6 +16,16 @@ from rbwa_fused.streams import DTYPES, STREAMS
 LENGTH, ROW, SAMPLING, SHAPE, DIMS, DTYPE, FIRST_STREAM = range(7)
 COLUMN_OF = {name: FIRST_STREAM + 2 * i for i, name in enumerate(STREAMS)}
 COLUMNS = FIRST_STREAM + 2 * len(STREAMS)
+
+
+class Streams(list[Tensor]):
+    """The tensors of a launch's streams, which stay what they are.
+
+    Attributes:
+        views: the same for the compiled modules, made by the first step with them.
+    """
+
+    views: Any = None
 
 
 class Segments:
@@ -28,7 +40,7 @@ class Segments:
         shards: the DTensor parameters, each with the shard that the table was made for.
         lacking: segments whose group has momentum, without a momentum buffer so far.
         first: segments that take their first step with momentum now.
-        state: the flat buffers that the streams lie in.
+        state: what the streams lie in, each tensor as a vector in the order of its memory.
     """
 
     def __init__(self) -> None:
@@ -40,12 +52,11 @@ class Segments:
         self.shards: list[tuple[Tensor, Tensor]] = []
         self.lacking: list[int] = []
         self.first: list[int] = []
-        self.state: list[Tensor] = []
+        self.state = Streams()
         self._columns: list[list[int]] = []
         self._shapes: list[int] = []
         self._made_for: list[Tensor] = []
         self._tensors: tuple[Tensor, Tensor] | None = None
-        self._holders: list[tuple[int, int]] = []  # of each state buffer: its storage, its holders
 
     def add(self, param: Tensor, group: int, index: int, row: int, sampling: int) -> None:
         """Appends a segment for a parameter, with its rows in the coefficient tables."""
@@ -68,43 +79,17 @@ class Segments:
         self.index.append(index)
         self._tensors = None
 
-    def attach(
-        self, stream: str, values: dict[int, Tensor | None], dtypes: dict[int, torch.dtype]
-    ) -> dict[int, Tensor]:
-        """Gives segments a state buffer: zeros, or a copy of the value. Returns its tensors, of
-        DTensor parameters as DTensors.
-
-        `dtypes` names those that differ from the parameter's.
-        """
-        if not values:
-            return {}
-        kinds: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
-        for i in values:
-            dtype = dtypes.get(i, self.memory[i].dtype)
-            kinds.setdefault(dtype, []).append((i, self.memory[i]))
-        views: dict[int, Tensor] = {}
-        for dtype, members in kinds.items():
-            for flat, offsets in allocate(members, dtype, members[0][1].device):
-                for i, offset in offsets.items():
-                    column = COLUMN_OF[stream]
-                    self._columns[i][column : column + 2] = len(self.state), offset
-                    views[i] = alias(flat, offset, self.memory[i])
-                    value = values[i]
-                    if value is not None:
-                        views[i].copy_(value)
-                self.state.append(flat)
-                storage = flat.untyped_storage()._cdata
-                self._holders.append((storage, torch._C._storage_Use_Count(storage)))
+    def attach(self, stream: str, tensors: dict[int, Tensor]) -> None:
+        """Gives segments a stream: dense tensors, laid out as what the kernel steps."""
+        if not tensors:
+            return
+        state = Streams(self.state)  # another list for other tensors: launches know it again
+        for i, tensor in tensors.items():
+            column = COLUMN_OF[stream]
+            self._columns[i][column : column + 2] = len(state), 0
+            state.append(tensor.as_strided((tensor.numel(),), (1,)))
+        self.state = state
         self._tensors = None
-        return {i: beside(view, self.params[i]) for i, view in views.items()}
-
-    def holds_state(self) -> bool:
-        """Whether all state tensors lie in the buffers still. To share one with a process, as
-        sending it there does, moves its storage elsewhere; the buffer loses a holder then."""
-        for storage, holders in self._holders:
-            if torch._C._storage_Use_Count(storage) != holders:
-                return False
-        return True
 
     def holds_shards(self) -> bool:
         """Whether all shards are those that the table was made for; FSDP may make others."""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.engine import backends, checks, memory
+from rbwa_fused.engine.held import Held
 from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
-from rbwa_fused.engine.sharded import local, shard_of
+from rbwa_fused.engine.sharded import beside, is_sharded, local, shard_of
 from rbwa_fused.rules import Rule
 from rbwa_fused.streams import STREAMS
 
@@ -28,7 +29,7 @@ Group = dict[str, Any]
 State = MutableMapping[Tensor, Any]
 Grads = list[Tensor | None]
 Launch = tuple[Segments, backends.Backend]
-Held = tuple[dict[str, Any], str, Tensor | None]  # a parameter's state, a key and its value in it
+Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
 
 
 class Options(NamedTuple):
@@ -46,6 +47,12 @@ class Counts(NamedTuple):
 
     n_averaged: int = 0
     beta: float | None = None  # of implicit RSGDM, the momentum of its first step
+
+
+def _of(state: State, param: Tensor) -> dict[str, Any]:
+    """A parameter's state, or an empty one."""
+    held = state.get(param)
+    return {} if held is None else held
 
 
 class Tables:
@@ -70,7 +77,7 @@ class Tables:
         self._options = options
         self._segments: dict[tuple[torch.device, int], Segments] = {}
         self._state = state
-        self._size = len(state)
+        self._held = Held(state)
 
     @torch._disable_dynamo
     def add(
@@ -106,10 +113,11 @@ class Tables:
         if not new:
             self.backend = backends.choose(options.backend, torch.device("cpu")).name
         launches: list[Launch] = []
-        held: list[Held] = []
+        held: list[Change] = []
+        taken = memory.Spans(map(local, known + new))
         for (device, _), table in self._segments.items():  # a turn's comes after those before it
             launches.append((table, backends.choose(options.backend, device)))
-            held += self._take_over_state(table, set(new))
+            held += self._take_over_state(table, set(new), taken)
         self.launches = launches
         if launches:
             self.backend = launches[-1][1].name
@@ -124,100 +132,117 @@ class Tables:
                 state.pop(stream, None)
             else:
                 state[stream] = tensor
-        self._size = len(self._state)
+        self._held = Held(self._state)
 
     def describes(self, groups: Sequence[Group], state: State) -> bool:
         """Whether groups, parameters and state are those that the tables were made for."""
-        if (
-            state is not self._state
-            or len(state) != self._size
-            or not self.describes_groups(groups)
-        ):
+        if not self._held.stands(state) or not self.describes_groups(groups):
             return False
-        return all(table.holds_state() and table.holds_shards() for table, _ in self.launches)
+        return all(table.holds_shards() for table, _ in self.launches)
 
     def describes_groups(self, groups: Sequence[Group]) -> bool:
         """Whether these are the groups that there are, with the parameters in them."""
         plans = self.plan.groups
         return len(plans) == len(groups) and all(map(GroupPlan.describes, plans, groups))
 
-    def follows(self, state: State) -> bool:
-        """Whether the state has as many parameters as it had, in the same mapping."""
-        return state is self._state and len(state) == self._size
+    def describes_state(self, state: State) -> bool:
+        """Whether the state is what the tables were made for."""
+        return self._held.stands(state)
 
     def were_cleared(self, state: State) -> bool:
         """Whether the state is empty, which once was not."""
-        return not state and self._size > 0
+        return not state and not self._held.empty
 
     def holds(self, stream: str, param: Tensor) -> bool:
         """Whether a parameter has a stream in its state."""
-        return stream in self._state.get(param, {})
+        return _of(self._state, param).get(stream) is not None
 
     def known(self, group: Group) -> GroupPlan | None:
         """What belongs to the group that has had a parameter of this one."""
         plan_of = {p: plan for plan in self.plan.groups for p in plan.params}
         return next((plan_of[p] for p in group["params"] if p in plan_of), None)
 
-    def _take_over_state(self, table: Segments, new: set[Tensor]) -> list[Held]:
-        """What the state of new parameters is to hold: tensors in the table's buffers, or nothing
-        any more."""
-        held: list[Held] = []
+    def _take_over_state(
+        self, table: Segments, new: set[Tensor], taken: memory.Spans
+    ) -> list[Change]:
+        """Gives a table the state that there is of new parameters.
+
+        A tensor that a kernel can step is stepped where it lies; any other is replaced by a copy
+        that can be. Returns what the state is to hold instead of what it holds.
+        """
+        changes: list[Change] = []
         for stream in STREAMS:
-            values: dict[int, Tensor | None] = {}
+            tensors: dict[int, Tensor] = {}
             for i, p in enumerate(table.params):
-                state = self._state.get(p, {}) if p in new else {}
+                held = _of(self._state, p) if p in new else {}
+                value = held.get(stream)
                 group = self.plan.groups[table.groups[i]]
                 gone = {"average": not group.has_buffer(p), "master_param": not group.has_master(p)}
-                if gone.get(stream):
-                    held.append((state, stream, None))  # model.float() leaves no need of a master
-                elif state.get(stream) is not None:
-                    values[i] = shard_of(state[stream], p)
-            views = self._attach(table, stream, values)
-            held += [(self._state[table.params[i]], stream, view) for i, view in views.items()]
-        return held
-
-    def _attach(
-        self, table: Segments, stream: str, values: dict[int, Tensor | None]
-    ) -> dict[int, Tensor]:
-        groups = self.plan.groups
-        dtypes = {i: groups[table.groups[i]].dtype_of(stream, table.params[i]) for i in values}
-        return table.attach(stream, values, dtypes)
+                if stream in held and (gone.get(stream) or value is None):
+                    changes.append((held, stream, None))  # model.float() leaves no need of a master
+                elif value is not None:
+                    dtype = group.dtype_of(stream, p)
+                    own = local(value)
+                    fits = (
+                        type(own) is Tensor
+                        and own.dtype == dtype
+                        and is_sharded(p) == (is_sharded(value))
+                    )
+                    if not (fits and memory.lies_as(own, table.memory[i]) and taken.add(own)):
+                        own = memory.laid_out(table.memory[i], dtype)
+                        own.copy_(shard_of(value, p))
+                        changes.append((held, stream, beside(own, p)))
+                    tensors[i] = own
+            table.attach(stream, tensors)
+        return changes
 
     def give_state(self, table: Segments, grads: Grads, *, marked: bool) -> None:
         """Gives parameters the state they come to need; momentum's absence marks its first step.
 
         `marked` says that a device's marks tell first steps.
         """
-        averages: dict[int, Tensor | None] = {}
-        masters: dict[int, Tensor | None] = {}
-        momentum: dict[int, Tensor | None] = {}
+        given: dict[str, dict[int, Tensor]] = {}
         table.lacking = []
+
+        def give(stream: str, i: int, value: Tensor | None) -> None:
+            dtype = group.dtype_of(stream, p)
+            tensor = memory.laid_out(table.memory[i], dtype)
+            given.setdefault(stream, {})[i] = (
+                tensor.zero_() if value is None else tensor.copy_(value)
+            )
+
         for i, p in enumerate(table.params):
             group = self.plan.groups[table.groups[i]]
-            held = self._state[p] if group.policy is not None else self._state.get(p, {})
+            if group.policy is not None:  # or torch.distributed.checkpoint takes a step to fill it
+                self._state.setdefault(p, {})
+            held = _of(self._state, p)
             if group.has_buffer(p) and "average" not in held:
-                averages[i] = local(p).detach()
+                give("average", i, local(p).detach())
             moving = group.has_momentum and "momentum_buffer" not in held
             mastering = group.has_master(p) and "master_param" not in held
             if mastering and (grads[i] is not None or "momentum_buffer" in held):
-                masters[i] = local(p).detach()
+                give("master_param", i, local(p).detach())
                 mastering = False
             if grads[i] is None:
                 if moving or mastering:
                     table.lacking.append(i)
             elif moving:
-                momentum[i] = None
+                for stream in self._rule.streams:
+                    give(stream, i, None)
                 if not marked:
                     table.set_row(i, group.row(first=True))
                     table.first.append(i)
                 if self._rule.constant_momentum:
                     group.beta = float(group.group["momentum"])
-        given = {"average": averages, "master_param": masters}
-        given |= dict.fromkeys(self._rule.streams, momentum)
-        for stream, values in given.items():
-            for i, view in self._attach(table, stream, values).items():
-                self._state[table.params[i]][stream] = view
-        self._size = len(self._state)
+        for stream, tensors in given.items():
+            table.attach(stream, tensors)
+            for i, tensor in tensors.items():
+                p = table.params[i]
+                held = _of(self._state, p)
+                held[stream] = beside(tensor, p)
+                self._state[p] = held
+        if given or not self._held.stands(self._state):
+            self._held = Held(self._state)
 
     def first_steps_taken(self, table: Segments) -> None:
         """Points the segments that took their first step with momentum at their usual rows."""

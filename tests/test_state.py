@@ -1,0 +1,208 @@
+"""What stands in opt.state at the time of a step is what the step reads and writes, as in torch.
+
+All numbers are small sums of powers of 2, so that nothing is rounded here or there.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rbwa_fused as rf
+from rbwa_fused.engine import held
+
+STREAM = "momentum_buffer"
+
+
+def params(count: int = 3) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.arange(-3.0, 4.0 + i) / 8) for i in range(count)]
+
+
+def train(opt: Any, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        for group in opt.param_groups:
+            for i, p in enumerate(group["params"]):
+                p.grad = torch.full_like(p, 0.5 + i + step)
+        opt.step()
+
+
+def pair(**options: Any) -> tuple[Any, Any]:
+    """Ours and torch's, after two steps that were the same."""
+    ours = rf.FusedSGD(params(), lr=0.125, momentum=0.75, **options)
+    theirs = torch.optim.SGD(params(), lr=0.125, momentum=0.75)
+    for opt in (ours, theirs):
+        train(opt, 1, 2)
+    return ours, theirs
+
+
+def first(opt: Any) -> nn.Parameter:
+    param: nn.Parameter = opt.param_groups[0]["params"][0]
+    return param
+
+
+def assign(opt: Any) -> Tensor:
+    tensor = torch.full((7,), 0.25)
+    opt.state[first(opt)][STREAM] = tensor
+    return tensor
+
+
+def data(opt: Any) -> Tensor:
+    opt.state[first(opt)][STREAM].data = torch.full((7,), 0.25)
+    return opt.state[first(opt)][STREAM]  # type: ignore[no-any-return]
+
+
+def set_(opt: Any) -> Tensor:
+    with torch.no_grad():
+        opt.state[first(opt)][STREAM].set_(torch.full((7,), 0.25))
+    return opt.state[first(opt)][STREAM]  # type: ignore[no-any-return]
+
+
+def shared(opt: Any) -> Tensor:
+    return opt.state[first(opt)][STREAM].share_memory_()  # type: ignore[no-any-return]
+
+
+def new_dict(opt: Any) -> Tensor:
+    tensor = torch.full((7,), 0.25)
+    opt.state[first(opt)] = {STREAM: tensor}
+    return tensor
+
+
+def new_state(opt: Any) -> Tensor:
+    opt.state = defaultdict(dict, {p: dict(value) for p, value in opt.state.items()})
+    return opt.state[first(opt)][STREAM]  # type: ignore[no-any-return]
+
+
+def behind_the_dicts_back(opt: Any) -> Tensor:
+    tensor = torch.full((7,), 0.25)
+    dict.update(opt.state[first(opt)], {STREAM: tensor})
+    return tensor
+
+
+ADOPTED = [assign, data, set_, shared, new_dict, new_state, behind_the_dicts_back]
+
+
+@pytest.fixture(params=["compiled", "python"])
+def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks at the state."""
+    if request.param == "python":
+        monkeypatch.setattr(held, "_C", None)
+
+
+@pytest.mark.parametrize("edit", ADOPTED)
+def test_a_tensor_of_a_users_is_stepped_where_it_lies(
+    edit: Callable[[Any], Tensor], asked: None
+) -> None:
+    ours, theirs = pair()
+    tensor, other = edit(ours), edit(theirs)
+    others = [ours.state[p][STREAM] for p in ours.param_groups[0]["params"][1:]]
+    address = tensor.data_ptr()
+    for opt in (ours, theirs):
+        train(opt, 3, 5)
+    assert torch.equal(tensor, other)
+    assert ours.state[first(ours)][STREAM] is tensor and tensor.data_ptr() == address
+    for p, kept in zip(ours.param_groups[0]["params"][1:], others, strict=True):
+        assert ours.state[p][STREAM] is kept  # nobody else's was replaced
+    for p, q in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
+def empty(opt: Any) -> None:
+    opt.state[first(opt)] = {}
+
+
+def pop(opt: Any) -> None:
+    opt.state.pop(first(opt))
+
+
+def clear(opt: Any) -> None:
+    opt.state.clear()
+
+
+def none(opt: Any) -> None:
+    opt.state[first(opt)][STREAM] = None
+
+
+def popped(opt: Any) -> None:
+    opt.state[first(opt)].pop(STREAM)
+
+
+@pytest.mark.parametrize("edit", [empty, pop, clear, popped])
+def test_state_that_is_taken_away_starts_again_as_in_torch(
+    edit: Callable[[Any], None], asked: None
+) -> None:
+    ours, theirs = pair()
+    kept = [ours.state[p][STREAM] for p in ours.param_groups[0]["params"][1:]]
+    for opt in (ours, theirs):
+        edit(opt)
+        train(opt, 3, 5)
+    for p, q in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q) and torch.equal(ours.state[p][STREAM], theirs.state[q][STREAM])
+    if edit is not clear:
+        for p, tensor in zip(ours.param_groups[0]["params"][1:], kept, strict=True):
+            assert ours.state[p][STREAM] is tensor
+
+
+def test_none_is_a_buffer_that_is_not_there(asked: None) -> None:
+    ours, _ = pair()
+    theirs, _ = pair()
+    none(ours), popped(theirs)
+    for opt in (ours, theirs):
+        train(opt, 3, 4)
+    assert torch.equal(ours.state[first(ours)][STREAM], theirs.state[first(theirs)][STREAM])
+
+
+@pytest.mark.parametrize("average", [None, rf.ema(0.5)], ids=["no average", "ema"])
+def test_a_reference_to_a_buffer_stays_live_across_loading_and_new_groups(average: Any) -> None:
+    opt = rf.FusedSGD(params(), lr=0.125, momentum=0.75, average=average)
+    train(opt, 1, 2)
+    held_by_user = [value for p in opt.state for value in opt.state[p].values()]
+    saved = copy.deepcopy(opt.state_dict())
+    train(opt, 3, 3)
+    opt.load_state_dict(saved)
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    train(opt, 3, 4)
+    now = [value for p in list(opt.state)[:3] for value in opt.state[p].values()]
+    assert all(a is b for a, b in zip(held_by_user, now, strict=True))
+
+
+def test_one_tensor_for_two_parameters_is_not_stepped_twice() -> None:
+    opt = rf.FusedSGD([nn.Parameter(torch.ones(5)) for _ in range(2)], lr=0.125, momentum=0.75)
+    train(opt, 1, 1)
+    one, other = opt.param_groups[0]["params"]
+    opt.state[other][STREAM] = opt.state[one][STREAM]
+    train(opt, 2, 2)
+    assert opt.state[one][STREAM].data_ptr() != opt.state[other][STREAM].data_ptr()
+
+
+def test_a_tensor_that_no_kernel_can_step_is_replaced_by_one_that_can_be() -> None:
+    ours, _ = pair()
+    wide = torch.arange(14.0)[::2]
+    ours.state[first(ours)][STREAM] = wide
+    train(ours, 3, 3)
+    assert wide.tolist() == list(range(0, 14, 2))
+    assert ours.state[first(ours)][STREAM].is_contiguous()
+
+
+def test_a_buffer_made_smaller_is_refused_by_its_shape() -> None:
+    ours, _ = pair()
+    ours.state[first(ours)][STREAM].resize_(3)
+    with pytest.raises(ValueError, match=r"has shape \(7,\), its momentum_buffer \(3,\)"):
+        train(ours, 3, 3)
+
+
+def test_state_is_plain_containers_wherever_it_goes() -> None:
+    opt, _ = pair(average=rf.ema(0.5))
+    saved = opt.state_dict()
+    assert type(opt.state) is defaultdict
+    assert {type(value) for value in (*opt.state.values(), *saved["state"].values())} == {dict}
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["state"].keys() == saved["state"].keys()
