@@ -103,9 +103,8 @@ SEGMENTS: Mutants = [
         "self._columns[segment][ROW] = row",
     ),
     ("param.dtype == made_for.dtype\n            and ", ""),
-    ("views[i].copy_(value)", "pass"),
-    ("= len(self.state), offset", "= len(self.state), 0"),
-    ("(storage) != holders", "(storage) > holders"),
+    ("= len(state), 0", "= 0, 0"),
+    ("state = Streams(self.state)", "state = self.state"),
 ]
 CHECKPOINT: Mutants = [
     (
@@ -240,18 +239,26 @@ TABLES_OF_GROUPS: Mutants = [
         "group_plan.row(first=True), group_plan.sampling(p)",
     ),
     ("group_plan.sampling(p)\n", "group_plan.sampler.first_row\n"),
-    ("self._state.get(p, {}) if p in new else {}", "self._state.get(p, {})"),
+    ("_of(self._state, p) if p in new else {}", "_of(self._state, p)"),
+    ("own.copy_(shard_of(value, p))", "own.zero_()"),
+    ("changes.append((held, stream, beside(own, p)))", "pass"),
+    ("                        and own.dtype == dtype\n", ""),
+    ("                        and taken.add(own)\n", ""),
+    ("                        and memory.lies_as(own, table.memory[i])\n", ""),
+    ("held[stream] = beside(tensor, p)", "held[stream] = tensor"),
+    ("                self._state.setdefault(p, {})\n", "                pass\n"),
+    ("tensor.zero_() if value is None", "tensor.fill_(1) if value is None"),
+    ("if given or not self._held.stands(self._state):", "if False:"),
     ("state.pop(stream, None)", "pass"),
-    ("            state is not self._state\n            or ", "            "),
-    ("            or len(state) != self._size\n", ""),
-    ("            or not self.describes_groups(groups)\n", ""),
-    ("table.holds_state() and table.holds_shards() for", "table.holds_shards() for"),
-    ("averages[i] = local(p).detach()", "averages[i] = None"),
+    ("not self._held.stands(state) or not", "not"),
+    ("or not self.describes_groups(groups)", ""),
+    ("all(table.holds_shards() for table, _ in self.launches)", "True"),
+    ('give("average", i, local(p).detach())', 'give("average", i, None)'),
     ("table.lacking.append(i)", "pass"),
     ("table.set_row(i, group.row(first=True))", "pass"),
     ("table.first.append(i)", "pass"),
     ('group.beta = float(group.group["momentum"])', "pass"),
-    ("masters[i] = local(p).detach()", "masters[i] = None"),
+    ('give("master_param", i, local(p).detach())', 'give("master_param", i, None)'),
     ('and (grads[i] is not None or "momentum_buffer" in held)', "and grads[i] is not None"),
     ("if moving or mastering:", "if moving:"),
 ]
@@ -350,10 +357,31 @@ SHARDED: Mutants = [
     ('_modules(model, "FullyShardedDataParallel")\n    members', "[model]\n    members"),
     ('.training_state.name == "SUMMON_FULL_PARAMS"', ".training_state.name is None"),
 ]
+HELD: Mutants = [
+    ("if not self._ask(state):", "if False:"),
+    ("state is not self._state or not", "not"),
+    ("all(local(t) is shard for t, shard in self._shards)", "True"),
+    ("        p is q\n        and ", "        "),
+    ("and held is other\n", "\n"),
+    ("and value is thing ", ""),
+    (" and memory == place", ""),
+    ("        and len(values) == len(others)\n", ""),
+    ("(value.data_ptr(), value.numel())", "(0, value.numel())"),
+]
+HELD_COMPILED: Mutants = [
+    ("if (state.ptr() != state_.ptr()) return false;", ""),
+    ("param != expected->param.ptr() || ", ""),
+    (" || dict != expected->dict.ptr()", ""),
+    ("key != next->key.ptr() || ", ""),
+    (" || value != next->value.ptr()", ""),
+    ("tensor.data_ptr() != next->data || ", ""),
+    (" || tensor.numel() != next->numel", ""),
+    ("      next += expected->count;\n", ""),
+    ("PyDict_GET_SIZE(dict) != expected.count", "false"),
+]
 SHARDS_IN_TABLES: Mutants = [
     ("all(local(param) is shard for param, shard in self.shards)", "True"),
     ("                if alike is not g:\n                    param.grad = alike\n", ""),
-    ("return {i: beside(view, self.params[i]) for i, view in views.items()}", "return views"),
 ]
 SHARDS_IN_MEMORY: Mutants = [
     ("enumerate(map(local, params))", "enumerate(params)"),
@@ -381,6 +409,7 @@ COMPILED: Mutants = [
 ]
 CHECKED: Mutants = [('set(verdicts) == {"ok"}', 'set(verdicts) <= {"ok"}')]
 STEPS = (
+    "test_state.py",
     "test_outside_edits.py",
     "test_optimizer.py",
     "test_methods.py",
@@ -427,6 +456,8 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/engine/memory.py", MEMORY, STEPS, False),
     ("rbwa_fused/engine/memory.py", SHARDS_IN_MEMORY, SHARDS, False),
     ("rbwa_fused/engine/segments.py", SEGMENTS, STEPS, False),
+    ("rbwa_fused/engine/held.py", HELD, ("test_state.py", *SHARDS), False),
+    ("csrc/held.h", HELD_COMPILED, ("test_state.py",), True),
     ("rbwa_fused/engine/sharded.py", SHARDED, SHARDS, False),
     ("rbwa_fused/engine/segments.py", SHARDS_IN_TABLES, SHARDS, False),
     ("rbwa_fused/evaluate.py", SHARDS_IN_EVALUATION, SHARDS, False),

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rbwa_fused as rf
 from rbwa_fused.checkpoint import OURS
 from rbwa_fused.distributed import Joined, ZeroRedundancyOptimizer, averaged
+from rbwa_fused.optimizer import DIFFERENCES
 
 
 def arguments(method: str) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def arguments(method: str) -> dict[str, Any]:
     template = METHODS[method]([nn.Parameter(torch.zeros(1))])
     given = {k: v for k, v in template.defaults.items() if k not in OURS}
     if isinstance(template, rf.RSGDM):
-        given["difference"] = template._difference
+        named = {rule: name for name, rule in DIFFERENCES.items()}
+        given["difference"] = named[template.engine.rule]
     return {"optimizer_class": type(template), **given}
 
 

@@ -1,6 +1,6 @@
 """Sharded parameters (FSDP2, tensor parallel, FSDP1): a process steps the shard that it holds.
 
-Tables, kernels and flat state know plain tensors alone: the shards. What a user sees, in
+Tables, kernels and state know plain tensors alone: the shards. What a user sees, in
 ``opt.state`` and in a state dict, is a DTensor again, laid out as its parameter, so that
 torch.distributed.checkpoint can distribute it anew. Nothing here communicates, but where a gradient
 or a checkpoint is laid out otherwise than the parameter.
@@ -51,10 +51,17 @@ def local(tensor: Tensor) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard  # of a collective that is under way
 
 
+def is_sharded_as(tensor: Any, param: Any) -> bool:
+    """Whether both are DTensors laid out alike, or neither is one."""
+    if not (is_sharded(tensor) and is_sharded(param)):
+        return is_sharded(tensor) == is_sharded(param)
+    mesh, other = tensor.device_mesh, param.device_mesh
+    return bool(tensor.placements == param.placements and (mesh is other or mesh == other))
+
+
 def laid_out_as(param: Any, tensor: Any) -> Any:
     """A DTensor laid out as a DTensor parameter; itself if it is so already."""
-    mesh, other = tensor.device_mesh, param.device_mesh
-    if tensor.placements == param.placements and (mesh is other or mesh == other):
+    if is_sharded_as(tensor, param):
         return tensor
     return tensor.redistribute(param.device_mesh, param.placements)
 

@@ -21,7 +21,7 @@ from rbwa_fused.engine import backends, checks, memory
 from rbwa_fused.engine.held import Held
 from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
-from rbwa_fused.engine.sharded import beside, is_sharded, local, shard_of
+from rbwa_fused.engine.sharded import beside, is_sharded_as, local, shard_of
 from rbwa_fused.rules import Rule
 from rbwa_fused.streams import STREAMS
 
@@ -183,12 +183,13 @@ class Tables:
                 elif value is not None:
                     dtype = group.dtype_of(stream, p)
                     own = local(value)
-                    fits = (
+                    if not (
                         type(own) is Tensor
                         and own.dtype == dtype
-                        and is_sharded(p) == (is_sharded(value))
-                    )
-                    if not (fits and memory.lies_as(own, table.memory[i]) and taken.add(own)):
+                        and is_sharded_as(value, p)
+                        and memory.lies_as(own, table.memory[i])
+                        and taken.add(own)
+                    ):
                         own = memory.laid_out(table.memory[i], dtype)
                         own.copy_(shard_of(value, p))
                         changes.append((held, stream, beside(own, p)))
