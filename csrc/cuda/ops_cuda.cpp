@@ -51,7 +51,7 @@ void advance(const CountTables& tables) {
 void step_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
              Tensor shapes, Tensor rows, Tensor samplings) {
   CudaTables tables{};
-  tables.step = {views_of(params), views_of(grads), views_of_state(state), view_of(segments),
+  tables.step = {views_of(params), views_of(grads), views_of(state),   view_of(segments),
                  view_of(shapes),  view_of(rows),   view_of(samplings)};
   step(tables);
 }
