@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
-TREES := rbwa_fused triton_kernels tests benchmarks studies examples setup.py
+TREES := rbwa_fused triton_kernels tests benchmarks studies examples setup.py docs/draw_tables.py
 CPP := $(wildcard csrc/*.* csrc/*/*) benchmarks/rows/*.cpp tests/*.cpp
 
 .PHONY: demo test check format abi mutants sanitize soak bench gpu clean
