@@ -747,13 +747,13 @@ def test_the_smoke_test_passes_on_the_emulated_kernels(capsys: pytest.CaptureFix
 def test_the_smoke_test_fails_where_one_element_differs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = rf.ops.CPU
+    right = rf.engine.backends.CPU
 
     def wrong(params: list[torch.Tensor], *tables: Any, **options: Any) -> None:
         right.step(params, *tables, **options)
         params[-1].view(-1)[-1] += 1
 
-    monkeypatch.setattr(rf.ops, "CPU", right._replace(step=wrong))
+    monkeypatch.setattr(rf.engine.backends, "CPU", right._replace(step=wrong))
     monkeypatch.setattr(gpu_smoke, "DTYPES", [torch.float32])
     assert gpu_smoke.main(["--device", "cpu", "--backend", "cpu"]) == 1
     assert "WRONG: torch.float32, plain, none: 1 tensors differ" in capsys.readouterr().out
