@@ -88,6 +88,7 @@ class Training(SideBySide):
             case AddGroup():
                 if self.opt.engine.device_counters is not None:
                     self.twin.follow()  # counters come back from the device, and all is made anew
+                    self.twin.forget_skipped()
                 self.opt.add_param_group(self.group(event.group))
             case Change():
                 self.change(event)

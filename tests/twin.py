@@ -177,6 +177,12 @@ class Twin:
                     elif wanted != dtype:
                         member.state[name] = Value.of(value.v.to(wanted)), wanted
 
+    def forget_skipped(self) -> None:
+        """Averages that only skipped steps have made are made again by the first that is taken."""
+        if self.steps == 0:
+            for member in self.members:
+                member.state.pop(AVERAGE, None)
+
     def clear(self) -> None:
         """State that was thrown away starts again, and with it the averages that lay in it."""
         for group in self.groups:
