@@ -252,7 +252,7 @@ TABLES_OF_GROUPS: Mutants = [
     ("state.pop(stream, None)", "pass"),
     ("not self._held.stands(state) or not", "not"),
     ("or not self.describes_groups(groups)", ""),
-    ("all(table.holds_shards() for table, _ in self.launches)", "True"),
+    ("not self._sharded or all(map(Segments.holds_shards, self._sharded))", "True"),
     ('give("average", i, local(p).detach())', 'give("average", i, None)'),
     ("table.lacking.append(i)", "pass"),
     ("table.set_row(i, group.row(first=True))", "pass"),

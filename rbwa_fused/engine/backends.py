@@ -93,13 +93,13 @@ def _door(module: Any) -> Step:
                 views = state.views
                 if views is None:  # the list's copy: it would keep them, and they the list
                     views = state.views = _C.Views(list(state))
-            tables = (params, grads, views, segments, shapes, rows, samplings)
             if deferred is None:
-                direct(*tables)
-            else:
-                d = deferred
-                own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
-                direct_deferred(*tables, list(d.lrs), *own)
+                direct(params, grads, views, segments, shapes, rows, samplings)
+                return
+            d = deferred
+            tables = (params, grads, views, segments, shapes, rows, samplings)
+            own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
+            direct_deferred(*tables, list(d.lrs), *own)
             return
         operands = (params, grads, list(state), segments, shapes, rows, samplings)
         if deferred is None:

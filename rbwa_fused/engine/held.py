@@ -31,6 +31,8 @@ class Held:
             plain = list(filter(_has_memory, _tensors(state)))
             number = torch.ops.rbwa_fused.hand_over.default(plain) if plain else 0
             self._ask = _C.HeldState(state, plain, number).stands
+            if not self._shards:
+                self.stands = self._ask  # type: ignore[method-assign]  # a call less in each step
         else:
             self._state = state
             self._kept = list(_objects(state))

@@ -76,6 +76,7 @@ class Tables:
         self._rule = rule
         self._options = options
         self._segments: dict[tuple[torch.device, int], Segments] = {}
+        self._sharded: list[Segments] = []
         self._state = state
         self._held = Held(state)
 
@@ -119,6 +120,7 @@ class Tables:
             launches.append((table, backends.choose(options.backend, device)))
             held += self._take_over_state(table, set(new), taken)
         self.launches = launches
+        self._sharded = [table for table, _ in launches if table.shards]
         if launches:
             self.backend = launches[-1][1].name
         custom = any(p.policy is not None and p.policy.custom for p in plan.groups)
@@ -138,7 +140,7 @@ class Tables:
         """Whether groups, parameters and state are those that the tables were made for."""
         if not self._held.stands(state) or not self.describes_groups(groups):
             return False
-        return all(table.holds_shards() for table, _ in self.launches)
+        return not self._sharded or all(map(Segments.holds_shards, self._sharded))
 
     def describes_groups(self, groups: Sequence[Group]) -> bool:
         """Whether these are the groups that there are, with the parameters in them."""
