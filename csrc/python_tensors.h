@@ -37,7 +37,7 @@ class Views {
 
 // The state of a step: views that were taken once, or a list of tensors.
 inline std::vector<View> views_of_state(pybind11::handle state) {
-  if (pybind11::isinstance<Views>(state)) return state.cast<const Views&>().views;
+  if (!PyList_Check(state.ptr())) return state.cast<const Views&>().views;
   return views_of(pybind11::reinterpret_borrow<pybind11::list>(state));
 }
 

@@ -84,6 +84,7 @@ std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_a
                   "step_: ", count, " parameters, ", tables.grads.size(), " gradients and ",
                   numel_of(tables.segments) / kSegmentColumns, " segments");
   std::vector<int64_t> numel;
+  numel.reserve(tables.state.size());
   for (const View& buffer : tables.state) {
     STD_TORCH_CHECK(is_contiguous(buffer), "step_: a buffer of the state is not contiguous");
     numel.push_back(numel_of(buffer));
