@@ -126,7 +126,7 @@ def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has an average beside it, with that average, laid out as it is."""
     for plan in _sampled(opt):
         for p in plan.group["params"]:
-            average = opt.state.get(p, {}).get("average")
+            average = (opt.state.get(p) or {}).get("average")
             if plan.has_buffer(p) and average is not None:
                 yield p, beside(shard_of(average, p), p)
 
@@ -147,7 +147,7 @@ def _fitting(opt: Averaging) -> Iterator[tuple[str, Tensor, Tensor]]:
         except (TypeError, ValueError) as error:
             raise RuntimeError(f"averaged() left the weights as they are: {error}") from error
         for i, p in enumerate(group["params"]):
-            average = opt.state.get(p, {}).get("average")
+            average = (opt.state.get(p) or {}).get("average")
             if plan.has_buffer(p) and average is not None and p.numel() > 0:
                 name = f"{checks.name_of(group, i)} of group {plan.index}"
                 yield name, p, shard_of(average, p)

@@ -254,7 +254,7 @@ TABLES_OF_GROUPS: Mutants = [
     ("or not self.describes_groups(groups)", ""),
     ("not self._sharded or all(map(Segments.holds_shards, self._sharded))", "True"),
     ('give("average", i, local(p).detach())', 'give("average", i, None)'),
-    ("table.lacking.append(i)", "pass"),
+    ("                    lacking.append(i)\n", "                    pass\n"),
     ("table.set_row(i, group.row(first=True))", "pass"),
     ("table.first.append(i)", "pass"),
     ('group.beta = float(group.group["momentum"])', "pass"),

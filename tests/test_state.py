@@ -149,10 +149,15 @@ def test_state_that_is_taken_away_starts_again_as_in_torch(
             assert ours.state[p][STREAM] is tensor
 
 
-def test_none_is_a_buffer_that_is_not_there(asked: None) -> None:
+def all_none(opt: Any) -> None:
+    opt.state[first(opt)] = None
+
+
+@pytest.mark.parametrize("edit", [none, all_none])
+def test_none_is_state_that_is_not_there(edit: Callable[[Any], None], asked: None) -> None:
     ours, _ = pair()
     theirs, _ = pair()
-    none(ours), popped(theirs)
+    edit(ours), popped(theirs)
     for opt in (ours, theirs):
         train(opt, 3, 4)
     assert torch.equal(ours.state[first(ours)][STREAM], theirs.state[first(theirs)][STREAM])

@@ -70,8 +70,9 @@ def params(group: dict[str, Any], master_weights: bool) -> None:
 def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
     """Raise for a parameter whose state was made for another shape."""
     for i, p in enumerate(group["params"]):
-        for stream in held.get(p, {}).keys() & STREAMS:
-            value = held[p][stream]
+        own = held.get(p) or {}
+        for stream in own.keys() & STREAMS:
+            value = own[stream]
             if value is not None and value.shape != p.shape:
                 raise ValueError(
                     f"parameter {name_of(group, i)} has shape {tuple(p.shape)}, its {stream} "

@@ -102,13 +102,13 @@ class Engine:
         if counts is None and self.steps == 0:
             if self.device_counters is None:
                 checks.refuse_uncounted(state)
-            for held in state.values():  # all steps so far were skipped
+            for held in filter(None, state.values()):  # all steps so far were skipped
                 held.pop("average", None)
         if counts is None:
             counts = self.counts(groups, state)
         for p in waiting:
             for stream in self.rule.streams:
-                state.get(p, {}).pop(stream, None)
+                (state.get(p) or {}).pop(stream, None)
         self.build(groups, state, counts)
 
     def restart(

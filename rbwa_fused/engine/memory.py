@@ -1,8 +1,8 @@
-"""Memory: flat buffers, how tensors lie in memory, and which of them share it.
+"""Memory: how tensors lie in it, which of them share it, and flat buffers for parameters.
 
-Buffers hold one segment for each tensor, aligned to 128 bytes. Every tensor that a user can see has
-a storage of its own that aliases its segment, so saving, copying or sharing one moves that tensor's
-bytes and not the whole buffer.
+A flat buffer holds one segment for each parameter, aligned to 128 bytes. A parameter has a storage
+of its own that aliases its segment, so saving, copying or sharing it moves its bytes and not the
+whole buffer. State tensors are allocated one by one.
 """
 
 from __future__ import annotations
@@ -153,9 +153,7 @@ def launch_order(
     spans = []
     for i, p in enumerate(map(local, params)):
         if p.numel() > 0:
-            reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
-            device = str(p.device)
-            spans.append((device, p.data_ptr(), p.data_ptr() + reach * p.element_size(), i))
+            spans.append((*_span(p), i))
     clusters: list[list[tuple[str, int, int, int]]] = []
     end = 0
     for span in sorted(spans):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbwa_fused.engine.memory import is_dense, is_plain, same_layout, strides_like
+from rbwa_fused.engine.memory import is_dense, is_plain, laid_out, same_layout
 from rbwa_fused.engine.sharded import is_sharded, laid_out_as, local
 from rbwa_fused.streams import DTYPES, STREAMS
 
@@ -64,9 +64,7 @@ class Segments:
         if is_sharded(param):
             self.shards.append((param, shard))
         if not (is_dense(shard) and is_plain(shard)):
-            memory = torch.empty_strided(
-                shard.shape, strides_like(shard), dtype=shard.dtype, device=shard.device
-            )
+            memory = laid_out(shard, shard.dtype)
             self.copies.append((shard, memory))
         dtype = DTYPES.index(memory.dtype)
         columns = [memory.numel(), row, sampling, len(self._shapes), memory.dim(), dtype]

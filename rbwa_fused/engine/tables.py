@@ -205,7 +205,7 @@ class Tables:
         `marked` says that a device's marks tell first steps.
         """
         given: dict[str, dict[int, Tensor]] = {}
-        table.lacking = []
+        lacking, started = [], []
 
         def give(stream: str, i: int, value: Tensor | None) -> None:
             dtype = group.dtype_of(stream, p)
@@ -228,15 +228,19 @@ class Tables:
                 mastering = False
             if grads[i] is None:
                 if moving or mastering:
-                    table.lacking.append(i)
+                    lacking.append(i)
             elif moving:
                 for stream in self._rule.streams:
                     give(stream, i, None)
-                if not marked:
-                    table.set_row(i, group.row(first=True))
-                    table.first.append(i)
-                if self._rule.constant_momentum:
-                    group.beta = float(group.group["momentum"])
+                started.append(i)
+        table.lacking = lacking  # nothing has been changed until here, where memory may run out
+        for i in started:
+            group = self.plan.groups[table.groups[i]]
+            if not marked:
+                table.set_row(i, group.row(first=True))
+                table.first.append(i)
+            if self._rule.constant_momentum:
+                group.beta = float(group.group["momentum"])
         for stream, tensors in given.items():
             table.attach(stream, tensors)
             for i, tensor in tensors.items():
