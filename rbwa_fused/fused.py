@@ -309,6 +309,8 @@ class FusedOptimizer(Optimizer):
                 state_dict = hook_result
         if not engine.tables.describes_groups(opt.param_groups):
             opt._rebuild()
+        for group in opt.param_groups:
+            checks.params(group, engine.options.master_weights)
         loaded = checkpoint.read(engine, opt.param_groups, state_dict, step)
         if loaded.notes:
             warnings.warn("; ".join(loaded.notes), stacklevel=2)

@@ -211,3 +211,16 @@ def test_state_is_plain_containers_wherever_it_goes() -> None:
     torch.save(saved, file)
     file.seek(0)
     assert torch.load(file, weights_only=True)["state"].keys() == saved["state"].keys()
+
+
+def test_loading_is_refused_before_anything_changes_where_a_parameter_cannot_be_stepped() -> None:
+    opt, _ = pair()
+    saved = copy.deepcopy(opt.state_dict())
+    train(opt, 3, 3)
+    before = {p: opt.state[p][STREAM].clone() for p in opt.state}
+    opt.param_groups[0]["lr"] = 0.5
+    first(opt).data = first(opt).data.to(torch.complex64)
+    with pytest.raises(TypeError, match="parameter 0 has dtype torch.complex64"):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 0.5
+    assert all(torch.equal(opt.state[p][STREAM], value) for p, value in before.items())
