@@ -1,7 +1,7 @@
 // What an optimizer's state held when tables were made for it, and whether it holds that still.
 //
 // `opt.state` is a dict of dicts that anybody may write to, and its tensors may be given other
-// memory. A step looks at all of it: 62 parameters with one tensor each take 1.2 us.
+// memory. So every step looks at all of it, by identity and address.
 #pragma once
 
 #include <pybind11/pybind11.h>

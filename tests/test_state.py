@@ -220,7 +220,7 @@ def test_loading_is_refused_before_anything_changes_where_a_parameter_cannot_be_
     before = {p: opt.state[p][STREAM].clone() for p in opt.state}
     opt.param_groups[0]["lr"] = 0.5
     first(opt).data = first(opt).data.to(torch.complex64)
-    with pytest.raises(TypeError, match="parameter 0 has dtype torch.complex64"):
+    with pytest.raises(TypeError, match=r"parameter 0 has dtype torch\.complex64"):
         opt.load_state_dict(saved)
     assert opt.param_groups[0]["lr"] == 0.5
     assert all(torch.equal(opt.state[p][STREAM], value) for p, value in before.items())

@@ -3,7 +3,7 @@
 `opt.state` is everybody's: a program may put another tensor into it, take one out, replace it
 whole, or give a tensor in it other memory. What stands there at the time of a step is what the step
 reads and writes, so each step begins with the question whether anything is new. The compiled module
-asks it in a microsecond (csrc/held.h); without it, or for a state that is no dict, Python does.
+asks it (csrc/held.h); without it, or for a state that is no dict, Python does.
 """
 
 from __future__ import annotations

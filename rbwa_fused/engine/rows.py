@@ -237,7 +237,7 @@ class Plan:
             sampler.commit()
 
     def _pack_lr(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
-        """Another learning rate alone, a twentieth of the work of `_pack`."""
+        """Another learning rate alone, without a check of all the rest."""
         plan.rule_inputs = None  # until both rows hold it
         for first in (False, True):
             self._rows.pack_last(plan.row(first), inputs[0])
