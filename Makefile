@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 TREES := rbwa_fused triton_kernels tests benchmarks studies examples setup.py docs/draw_tables.py
-CPP := $(wildcard csrc/*.* csrc/*/*) benchmarks/rows/*.cpp tests/*.cpp
+CPP := $(wildcard csrc/*.* csrc/*/*) benchmarks/rows/*.cpp tests/*.cpp tests/*/*.cpp
 
 .PHONY: demo test check format abi mutants sanitize soak bench gpu clean
 
@@ -40,9 +40,9 @@ sanitize: .venv/dev
 # What takes long: thousands of random training runs, a comparison killed at random moments, and
 # every variant of Triton's kernels compiled.
 soak: .venv/dev
-	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/test_properties.py
-	RBWA_PROFILE=long $(BIN)/python -m pytest -q tests/test_triton_compiled.py
-	RBWA_KILLS=50 $(BIN)/python -m pytest -q -s tests/test_crash.py
+	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/properties/test_properties.py
+	RBWA_PROFILE=long $(BIN)/python -m pytest -q tests/update/test_triton_compiled.py
+	RBWA_KILLS=50 $(BIN)/python -m pytest -q -s tests/studies/test_crash.py
 
 # On a machine with a GPU, in stages, all that needs one: tests/gpu_run.py, which needs no make.
 OUT ?= build/gpu
@@ -58,9 +58,11 @@ abi: .venv/dev
 	.venv-abi/bin/pip install -q torch==2.13.0 triton==3.6.0 numpy pytest
 	.venv-abi/bin/pip install -q --no-deps --force-reinstall build/abi/rbwa_fused-*.whl
 	cd tests && ../.venv-abi/bin/python -P -m rbwa_fused
-	cd tests && ../.venv-abi/bin/python -P -m pytest -q test_update.py test_methods.py test_ops.py \
-		test_fsdp.py test_tensor_parallel.py
-	cd tests && ../.venv-abi/bin/python -P -m pytest -q test_triton.py test_triton_compiled.py
+	cd tests && ../.venv-abi/bin/python -P -m pytest -q update/test_update.py \
+		update/test_methods.py update/test_ops.py \
+		distributed/test_fsdp.py distributed/test_tensor_parallel.py
+	cd tests && ../.venv-abi/bin/python -P -m pytest -q update/test_triton.py \
+		update/test_triton_compiled.py
 
 clean:
 	rm -rf .venv .venv-abi build *.egg-info rbwa_fused/*.so

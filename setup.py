@@ -28,7 +28,8 @@ FLAGS = [
     "-g0",
     "-std=c++20",
     "-ffp-contract=off",
-    # What g++ needs to vectorise the loop of every rule and dtype (tests/test_vectorised.py):
+    # What g++ needs to vectorise the loop of every rule and dtype
+    # (tests/update/test_vectorised.py):
     "-fno-trapping-math",  # both sides of a select may be computed
     "-fno-math-errno",  # a square root is an instruction, not a call
     "-fwrapv",  # most Pythons' own flags have it; without it loops inlined into tiles stayed scalar

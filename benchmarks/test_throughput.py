@@ -53,7 +53,7 @@ def host(groups: int) -> Problem:
 def run(benchmark: Any, row: Row, problem: Problem, steps: int) -> None:
     """Builds a row, lets it prove itself, and times its steps."""
     if row.slow and benchmark.disabled:
-        pytest.skip("slow to build; tests/test_benchmarks.py checks it")
+        pytest.skip("slow to build; tests/benchmarks/test_benchmarks.py checks it")
     if not row.available():
         pytest.skip(f"{row.needs} is not installed")
     if row.kind == "ceiling":

@@ -5,7 +5,7 @@
     python tests/gpu_run.py --out folder --wheels folder-of-wheels
 
 Needs Python with torch, Triton, setuptools and pytest, and nvcc; no network. Each stage
-(gpu_stages.py) is a process group with a time limit of its own, and a stage that fails, dies or
+(gpu/gpu_stages.py) is a process group with a time limit of its own, and a stage that fails, dies or
 hangs stops none behind it, except those that make no sense without it. What does not fit into the
 minutes is left out, the least informative first. At any moment, also if this is killed, the folder
 holds what there is: log.txt, the table so far, the run in JSON, and every row of the benchmarks.
@@ -29,6 +29,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+sys.path.insert(1, str(Path(__file__).resolve().parent / "gpu"))
 
 from gpu_process import GRACE, Output, take
 

@@ -4,9 +4,9 @@
 
 Each mutant is one edit in a copy of the tree under build/mutants. The mathematics of the CUDA
 kernels runs in emulated ones (tests/emulation.py) against the CPU's; the mathematics of reference
-and rules must fail against the literal algorithms of the tests. mutants.py lists what stands around
-the mathematics; for its C++ the CPU module is compiled. RBWA_MUTATE_WORKERS says how many mutants
-run at a time (2). The exit status is the number of survivors.
+and rules must fail against the literal algorithms of the tests. tools/mutants.py lists what
+stands around the mathematics; for its C++ the CPU module is compiled. RBWA_MUTATE_WORKERS says how
+many mutants run at a time (2). The exit status is the number of survivors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
+
+sys.path.insert(1, str(Path(__file__).resolve().parent / "tools"))
 
 import mutants
 import mutants_distributed
@@ -225,25 +228,25 @@ COUNTERS = [
     ("tl.store(marks + 2 * segment, mark, mask=mask)", "pass"),
 ]
 
-CUDA = ("test_cuda.py",)
-REPLICAS = ("test_replicas.py",)
-SAMPLES = ("test_threads.py::test_weights_that_are_only_sampled_are_not_written",)
-PYTHON = ("test_update.py", "test_methods.py", "test_optimizer.py")
+CUDA = ("update/test_cuda.py",)
+REPLICAS = ("update/test_replicas.py",)
+SAMPLES = ("update/test_threads.py::test_weights_that_are_only_sampled_are_not_written",)
+PYTHON = ("update/test_update.py", "update/test_methods.py", "optimizer/test_optimizer.py")
 # file, mutants, tests, whether the CPU module must be compiled
 CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     ("csrc/update.h", UPDATE, CUDA, False),
     ("csrc/update.h", SAMPLED, (*CUDA, *SAMPLES), False),
     ("csrc/update.h", PULLED, REPLICAS, False),
     ("csrc/cuda/pull_body.h", PULL_BODY, REPLICAS, False),
-    ("csrc/cuda/pull_packer.cpp", PULL_LAUNCHES, (*REPLICAS, "test_sanitized.py"), False),
-    ("csrc/cuda/body.h", BODY, (*CUDA, *SAMPLES, "test_sanitized.py"), False),
+    ("csrc/cuda/pull_packer.cpp", PULL_LAUNCHES, (*REPLICAS, "project/test_sanitized.py"), False),
+    ("csrc/cuda/body.h", BODY, (*CUDA, *SAMPLES, "project/test_sanitized.py"), False),
     ("csrc/policy.h", AVERAGE_H, CUDA, False),
     ("csrc/cuda/packer.cpp", LAUNCHES, CUDA, False),
-    ("csrc/cuda/packer.cpp", FORMS, ("test_launch_forms.py",), False),
-    ("triton_kernels/update.py", TRITON, ("test_triton.py",), False),
+    ("csrc/cuda/packer.cpp", FORMS, ("update/test_launch_forms.py",), False),
+    ("triton_kernels/update.py", TRITON, ("update/test_triton.py",), False),
     ("triton_kernels/update.py", TRITON_SAMPLED, SAMPLES, False),
-    ("triton_kernels/step.py", UPLOADS, ("test_triton.py",), False),
-    ("triton_kernels/advance.py", COUNTERS, ("test_triton.py",), False),
+    ("triton_kernels/step.py", UPLOADS, ("update/test_triton.py",), False),
+    ("triton_kernels/advance.py", COUNTERS, ("update/test_triton.py",), False),
     ("rbwa_fused/reference.py", REFERENCE, PYTHON, False),
     ("rbwa_fused/reference.py", PULL_REFERENCE, REPLICAS, False),
     ("rbwa_fused/rules.py", RULES, PYTHON, False),

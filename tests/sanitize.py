@@ -15,7 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(1, str(Path(__file__).resolve().parent / "tools"))
 
 from workspace import ROOT, Edit, Workspace
 
@@ -23,17 +26,17 @@ from rbwa_fused.command import Parser
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 TESTS = (
-    "test_update.py",
-    "test_ops.py",
-    "test_methods.py",
-    "test_optimizer.py",
-    "test_threads.py",
-    "test_outside_edits.py",
-    "test_averaged.py",
-    "test_bad_input.py",
-    "test_cuda.py",
-    "test_launch_forms.py",
-    "test_replicas.py",
+    "update/test_update.py",
+    "update/test_ops.py",
+    "update/test_methods.py",
+    "optimizer/test_optimizer.py",
+    "update/test_threads.py",
+    "engine/test_outside_edits.py",
+    "averages/test_averaged.py",
+    "optimizer/test_bad_input.py",
+    "update/test_cuda.py",
+    "update/test_launch_forms.py",
+    "update/test_replicas.py",
 )
 
 
@@ -55,18 +58,18 @@ FLOAT32_ALONE: tuple[Edit, ...] = tuple(  # which compiles in a fraction of the 
 )
 # -fwrapv gives a signed overflow a meaning, so that the sanitizer is silent about it.
 OVERFLOWS_TOLD: Edit = ("setup.py", '    "-fwrapv",', '    "-Wall",')
-BROKEN_TABLE = "test_ops.py::test_a_broken_table_is_refused_before_anything_is_written"
+BROKEN_TABLE = "update/test_ops.py::test_a_broken_table_is_refused_before_anything_is_written"
 CANARIES = (
     Canary(
         "a loop that goes one element too far",
         ((LOOP, "i < n; ++i) {\n    Element", "i <= n; ++i) {\n    Element"),),
-        ("test_update.py", "-k", "literal and plain and none and cpu"),
+        ("update/test_update.py", "-k", "literal and plain and none and cpu"),
         "heap-buffer-overflow",
     ),
     Canary(
         "a last tile that is as long as the others",
         ((LOOP, "n - at < kTile ? n - at : kTile", "kTile"),),
-        ("test_update.py", "-k", "literal and plain and none and float16"),
+        ("update/test_update.py", "-k", "literal and plain and none and float16"),
         "heap-buffer-overflow",
     ),
     Canary(
@@ -90,13 +93,13 @@ CANARIES = (
     Canary(
         "a thread of CUDA's that goes one element too far",
         ((BODY, "i < chunk.n; i += kThreads", "i <= chunk.n; i += kThreads"), *FLOAT32_ALONE),
-        ("test_cuda.py", "-k", "bits and plain and none and float32"),
+        ("update/test_cuda.py", "-k", "bits and plain and none and float32"),
         "heap-buffer-overflow",
     ),
     Canary(
         "a vector of CUDA's off its boundary",
         ((BODY, "all % kVectorBytes == 0", "true"), *FLOAT32_ALONE),
-        ("test_cuda.py", "-k", "bits and plain and none and float32"),
+        ("update/test_cuda.py", "-k", "bits and plain and none and float32"),
         "misaligned address",
     ),
 )
