@@ -1,6 +1,6 @@
 // The named averaging policies as numbers, and what becomes of the sample of one step: the mirror
-// of `Sampler.update` (engine/rows.py) and `weight_of` (average.py), for counters that live on a
-// device. No torch, no CUDA header.
+// of `Sampler.update` (engine/rows.py) and of each weight's `of` (average.py), for counters that
+// live on a device. No torch, no CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@
 #include "step.h"
 #include "update.h"
 
-enum class Weight : int32_t { kNone, kMean, kEma, kAlgorithm2 };
+enum class Weight : int32_t { kNone, kMean, kEma, kAlgorithm2 };  // `on_device` in average.py
 
 // One row of the policy table as engine/counters.py packs it.
 struct Policy {
-  double weight, decay, start, every, write_back_every, initial_current, steps_per_epoch,
-      start_epoch;
+  double weight, start, every, write_back_every, initial_current;
+  double numbers[2];  // of the weight, in the order of its `numbers` in average.py
 };
 constexpr int64_t kPolicyColumns = sizeof(Policy) / sizeof(double);
 
@@ -24,13 +24,13 @@ RBWA_INLINE double weight_of(const Policy& policy, int64_t n, int64_t step) {
     case Weight::kMean:
       return 1.0 / static_cast<double>(n + 1);
     case Weight::kEma:
-      return 1.0 - policy.decay;
+      return 1.0 - policy.numbers[0];
     default: {
-      const int64_t epoch_steps = static_cast<int64_t>(policy.steps_per_epoch);
-      const int64_t epoch = (step - 1) / epoch_steps + 1;
-      const int64_t batch = (step - 1) % epoch_steps;
-      return 1.0 /
-             static_cast<double>((epoch - static_cast<int64_t>(policy.start_epoch)) * batch + 1);
+      const int64_t steps_per_epoch = static_cast<int64_t>(policy.numbers[0]);
+      const int64_t start_epoch = static_cast<int64_t>(policy.numbers[1]);
+      const int64_t epoch = (step - 1) / steps_per_epoch + 1;
+      const int64_t batch = (step - 1) % steps_per_epoch;
+      return 1.0 / static_cast<double>((epoch - start_epoch) * batch + 1);
     }
   }
 }
@@ -63,7 +63,7 @@ struct Deferred {
   int64_t samplers;
   double* samplings;       // rows of struct Sampling, two a sampler
   float* samplings_float;  // the same, rounded
-  int32_t* marks;          // for each segment: whether it has momentum; whether this step gave it
+  int32_t* marks;          // for each segment: its age (tables.h), and by how much this step adds
   int64_t segments;
   const float* found_inf;  // not zero: the step was skipped; null: never
 };
@@ -72,7 +72,8 @@ struct Deferred {
 // statement of thread 0 alone, so the caller must let all others read it first: `step` is given.
 RBWA_INLINE void advance(const Deferred& d, int64_t step, int64_t thread, int64_t threads) {
   for (int64_t i = thread; i < d.segments; i += threads) {
-    if (d.marks[2 * i + 1] != 0) d.marks[2 * i] = 1;
+    d.marks[2 * i] += d.marks[2 * i + 1];
+    d.marks[2 * i + 1] = 0;
   }
   for (int64_t i = thread; i < d.samplers; i += threads) {
     Sampling rows[2];

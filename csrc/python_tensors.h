@@ -25,21 +25,19 @@ inline std::vector<View> views_of(const pybind11::list& tensors) {
   return views;
 }
 
-// Views of tensors that stay what they are: they are taken once, and the tensors kept.
-class Views {
+// The tables of a launch, whose tensors stay what they are: they are viewed once, and kept.
+class PythonTables {
  public:
-  explicit Views(pybind11::list tensors) : views(views_of(tensors)), tensors_(std::move(tensors)) {}
-  const std::vector<View> views;
+  PythonTables(pybind11::list state, pybind11::object segments, pybind11::object shapes,
+               pybind11::object ages, pybind11::object rows, pybind11::object samplings)
+      : tables{views_of(state), view_of(segments), view_of(shapes),
+               view_of(ages),   view_of(rows),     view_of(samplings)},
+        kept_(pybind11::make_tuple(state, segments, shapes, ages, rows, samplings)) {}
+  const Tables tables;
 
  private:
-  pybind11::list tensors_;
+  pybind11::tuple kept_;
 };
-
-// The state of a step: views that were taken once, or a list of tensors.
-inline std::vector<View> views_of_state(pybind11::handle state) {
-  if (!PyList_Check(state.ptr())) return state.cast<const Views&>().views;
-  return views_of(pybind11::reinterpret_borrow<pybind11::list>(state));
-}
 
 inline bool find_exchange_table() {
   const pybind11::object tensor = pybind11::module_::import("torch").attr("Tensor");

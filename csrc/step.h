@@ -1,9 +1,12 @@
 // The tables that describe one step, and the launchers that take them. No torch, no CUDA header.
 #pragma once
 
+#include <array>
+#include <bit>
 #include <cstdint>
 
-enum class Dtype : int32_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
+#include "convert.h"
+#include "update.h"
 
 // One parameter tensor. A null pointer is a stream that this segment lacks. A 16-bit parameter may
 // have a float32 master: `theta` is the master then, and `param` what it is rounded to.
@@ -11,23 +14,26 @@ struct Segment {
   void* theta;
   void* param;
   const void* g;
-  void* m;
   void* a;
-  void* z;
-  void* previous;
+#define RBWA_FIELD(name, when) void* name;
+  RBWA_KEPT(RBWA_FIELD)
+#undef RBWA_FIELD
   int64_t length;  // elements
   int64_t row;     // of the coefficient tables
   int64_t sampling;
+  Kind kind;          // kSample without a gradient
   Dtype dtype;        // of the parameter and g
-  Dtype theta_dtype;  // of theta, m, z, previous: the same, or float32 for a master
+  Dtype theta_dtype;  // of theta and what is kept: the same, or float32 for a master
   Dtype a_dtype;
 };
 
-// The coefficient tables as engine/rows.py packs them; names as in update.h. A param group has
-// rows:
+// The coefficient tables as engine/rows.py packs them. A param group has two rows, the usual one
+// and behind it that of a parameter's first step with this kind (age 0):
 struct Row {
-  double s, lambda, mu, c, kappa, alpha, gamma, delta, eta;
+  double kind;  // what its parameters with a gradient are stepped by
+  Numbers<double> numbers;
 };
+constexpr int64_t kRowsPerGroup = 2;
 // and an average has samplings. `sample` says whether it is touched at all, `current` whether it
 // starts at the weights before this step, `write_back` whether theta becomes it; `scale` multiplies
 // eta: w where the average is theta.
@@ -36,6 +42,18 @@ struct Sampling {
 };
 constexpr int64_t kRowColumns = sizeof(Row) / sizeof(double);
 constexpr int64_t kSamplingColumns = sizeof(Sampling) / sizeof(double);
+
+inline Kind kind_of(const Row& row) { return static_cast<Kind>(static_cast<int32_t>(row.kind)); }
+
+// A struct of doubles, rounded to the kernel's arithmetic one by one.
+template <typename To, typename T, typename From>
+inline __attribute__((always_inline)) To rounded(const From& from) {
+  constexpr size_t count = sizeof(From) / sizeof(double);
+  const auto wide = std::bit_cast<std::array<double, count>>(from);
+  std::array<T, count> narrow;
+  for (size_t i = 0; i < count; ++i) narrow[i] = static_cast<T>(wide[i]);
+  return std::bit_cast<To>(narrow);
+}
 
 // Takes the step for every segment; the tables must have been checked.
 void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sampling* samplings);

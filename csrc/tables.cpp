@@ -33,11 +33,11 @@ const T* table_of(const View& view, DLDataType type, const char* name) {
 }
 
 Dtype dtype_of(DLDataType type) {
-  if (same(type, kFloat)) return Dtype::kFloat32;
-  if (same(type, kDouble)) return Dtype::kFloat64;
-  STD_TORCH_CHECK(type.bits == 16 && (type.code == kDLBfloat || type.code == kDLFloat),
-                  "parameters must be float32, float64, bfloat16 or float16");
-  return type.code == kDLBfloat ? Dtype::kBfloat16 : Dtype::kFloat16;
+#define RBWA_CASE(name, storage, code, bits, torchs) \
+  if (same(type, {code, bits, 1})) return Dtype::name;
+  RBWA_DTYPES(RBWA_CASE)
+#undef RBWA_CASE
+  STD_TORCH_CHECK(false, "parameters must be float32, float64, bfloat16 or float16");
 }
 
 bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* sizes, int64_t dims,
@@ -69,111 +69,112 @@ template const int64_t* table_of(const View&, DLDataType, const char*);
 template const Row* table_of(const View&, DLDataType, const char*);
 template const Sampling* table_of(const View&, DLDataType, const char*);
 
-std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_average) {
+std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<View>& grads,
+                             const Tables& tables, DLDevice device, bool every_average) {
   const int64_t* column = table_of<int64_t>(tables.segments, kInt64, "segments");
   const int64_t* all_shapes = table_of<int64_t>(tables.shapes, kInt64, "shapes");
+  const int64_t* ages = table_of<int64_t>(tables.ages, kInt64, "ages");
   const Row* rows = table_of<Row>(tables.rows, kDouble, "rows");
   const Sampling* samplings = table_of<Sampling>(tables.samplings, kDouble, "samplings");
-  const int64_t count = static_cast<int64_t>(tables.params.size());
+  const int64_t count = static_cast<int64_t>(params.size());
   const int64_t shape_count = numel_of(tables.shapes);
   const int64_t row_count = numel_of(tables.rows) / kRowColumns;
   const int64_t sampling_count = numel_of(tables.samplings) / kSamplingColumns;
   const int64_t state_count = static_cast<int64_t>(tables.state.size());
-  STD_TORCH_CHECK(static_cast<int64_t>(tables.grads.size()) == count &&
+  STD_TORCH_CHECK(static_cast<int64_t>(grads.size()) == count && numel_of(tables.ages) == count &&
                       numel_of(tables.segments) == count * kSegmentColumns,
-                  "step_: ", count, " parameters, ", tables.grads.size(), " gradients and ",
-                  numel_of(tables.segments) / kSegmentColumns, " segments");
-  std::vector<int64_t> numel;
-  numel.reserve(tables.state.size());
-  for (const View& buffer : tables.state) {
-    STD_TORCH_CHECK(is_contiguous(buffer), "step_: a buffer of the state is not contiguous");
-    numel.push_back(numel_of(buffer));
-  }
+                  "step_: ", count, " parameters, ", grads.size(), " gradients, ",
+                  numel_of(tables.ages), " ages and ", numel_of(tables.segments) / kSegmentColumns,
+                  " segments");
 
   std::vector<Segment> result(count);
   for (int64_t i = 0; i < count; ++i, column += kSegmentColumns) {
     Segment& segment = result[i];
     segment.length = column[kLength];
-    segment.row = column[kRow];
+    const int64_t row = column[kRow], dims = column[kDims];
     segment.sampling = column[kSampling];
-    const int64_t dims = column[kDims];
-    STD_TORCH_CHECK(segment.row >= 0 && segment.row < row_count && segment.sampling >= 0 &&
-                        segment.sampling < sampling_count && segment.length >= 0 && dims >= 0 &&
-                        column[kShape] >= 0 && dims <= shape_count / 2 &&
-                        column[kShape] <= shape_count - 2 * dims,
+    STD_TORCH_CHECK(row >= 0 && row % kRowsPerGroup == 0 && row < row_count - 1 &&
+                        segment.sampling >= 0 && segment.sampling < sampling_count &&
+                        segment.length >= 0 && dims >= 0 && column[kShape] >= 0 &&
+                        dims <= shape_count / 2 && column[kShape] <= shape_count - 2 * dims,
                     "step_: segment ", i, " points outside its tables");
-    auto stream = [&](SegmentColumn which, DLDataType* type) -> void* {
-      const int64_t index = column[which];
-      const int64_t offset = column[which + 1];
-      if (index == -1) return nullptr;
-      STD_TORCH_CHECK(index >= 0 && index < state_count && offset >= 0 &&
-                          offset <= numel[index] - segment.length,
-                      "step_: segment ", i, " points outside its buffer");
-      const View& buffer = tables.state[index];
-      STD_TORCH_CHECK(same(buffer.device, device), "step_: the buffers of segment ", i,
-                      " are not on its device");
-      STD_TORCH_CHECK(type->bits == 0 || same(buffer.dtype, *type),
-                      "step_: the streams of segment ", i, " differ in dtype");
-      *type = buffer.dtype;
-      return static_cast<char*>(buffer.data) + offset * (buffer.dtype.bits / 8);
-    };
-    const bool momentum = rows[segment.row].mu != 0;
-    const View& param = tables.params[i];
-    const DLDataType type = param.dtype;
-    DLDataType theta_type{}, a_type{};
-    segment.dtype = dtype_of(type);
-    const bool master = column[kMaster] != -1;
-    if (!master) theta_type = type;
-    segment.theta = master ? stream(kMaster, &theta_type) : param.data;
-    segment.param = master ? param.data : nullptr;
-    segment.theta_dtype = dtype_of(theta_type);
-    STD_TORCH_CHECK(!master || (same(theta_type, kFloat) && type.bits == 16),
-                    "step_: the master of segment ", i, " must be float32, of a 16-bit parameter");
-    segment.m = momentum ? stream(kMomentum, &theta_type) : nullptr;
-    segment.z = momentum ? stream(kDifference, &theta_type) : nullptr;
-    segment.previous = momentum ? stream(kPrevious, &theta_type) : nullptr;
-    const bool sampled = every_average || samplings[segment.sampling].sample != 0;
-    segment.a = sampled ? stream(kAverage, &a_type) : nullptr;
-    segment.a_dtype = segment.a ? dtype_of(a_type) : segment.theta_dtype;
-    STD_TORCH_CHECK(segment.a_dtype == segment.theta_dtype ||
-                        (segment.a_dtype == Dtype::kFloat32 && type.bits == 16),
-                    "step_: the average of segment ", i,
-                    " must have the parameter's dtype, or float32 for a 16-bit parameter");
-
     const int64_t* sizes = all_shapes + column[kShape];
-    const bool same_dtype = static_cast<int64_t>(segment.dtype) == column[kDtype];
+    const View& param = params[i];
+    const DLDataType type = param.dtype;
+    segment.dtype = dtype_of(type);
     STD_TORCH_CHECK(
-        same_dtype && numel_of(param) == segment.length &&
-            (param.data != nullptr || segment.length == 0) &&
+        static_cast<int64_t>(segment.dtype) == column[kDtype] &&
+            numel_of(param) == segment.length && (param.data != nullptr || segment.length == 0) &&
             fits(param, device, type, sizes, dims, segment.length),
         "step_: parameter ", i,
         " differs from what its segment was made for in dtype, device, shape or layout");
-    const View& grad = tables.grads[i];
-    segment.g = nullptr;
-    if (grad.dtype.bits == 0) continue;
-    STD_TORCH_CHECK(fits(grad, device, type, sizes, dims, segment.length), "step_: gradient ", i,
+    const View& grad = grads[i];
+    const bool moves = grad.dtype.bits != 0;
+    STD_TORCH_CHECK(!moves || fits(grad, device, type, sizes, dims, segment.length),
+                    "step_: gradient ", i,
                     " differs from its parameter in dtype, device, shape or layout");
-    STD_TORCH_CHECK(!momentum || segment.m != nullptr || segment.length == 0, "step_: segment ", i,
-                    " has momentum and no momentum buffer");
-    STD_TORCH_CHECK((segment.z == nullptr) == (segment.previous == nullptr), "step_: segment ", i,
-                    " needs both buffers of the difference or neither");
-    STD_TORCH_CHECK(grad.data != nullptr || segment.length == 0, "step_: gradient ", i,
+    STD_TORCH_CHECK(!moves || grad.data != nullptr || segment.length == 0, "step_: gradient ", i,
                     " has no memory");
     segment.g = grad.data;
+
+    // A stream's memory; null where the segment has none. `type` is what it must have, or gets.
+    auto stream = [&](int64_t which, DLDataType* type) -> void* {
+      if (which == -1) return nullptr;
+      STD_TORCH_CHECK(which >= 0 && which < state_count && is_contiguous(tables.state[which]) &&
+                          numel_of(tables.state[which]) == segment.length,
+                      "step_: segment ", i, " points outside its state");
+      const View& view = tables.state[which];
+      STD_TORCH_CHECK(same(view.device, device), "step_: the state of segment ", i,
+                      " is not on its device");
+      STD_TORCH_CHECK(type->bits == 0 || same(view.dtype, *type), "step_: the streams of segment ",
+                      i, " differ in dtype");
+      *type = view.dtype;
+      return view.data;
+    };
+    DLDataType theta_type = type, a_type{};
+    const bool master = column[kMaster] != -1;
+    if (master) theta_type = {};
+    segment.theta = master ? stream(column[kMaster], &theta_type) : param.data;
+    segment.param = master ? param.data : nullptr;
+    segment.theta_dtype = dtype_of(theta_type);
+    STD_TORCH_CHECK(!master || (same(theta_type, kFloat) && is_narrow(segment.dtype)),
+                    "step_: the master of segment ", i, " must be float32, of a 16-bit parameter");
+    const Kind kind = kind_of(rows[row]);
+    segment.kind = moves ? kind : Kind::kSample;
+    segment.row = row;
+#define RBWA_RESOLVE(name, when)                                                                 \
+  segment.name = nullptr;                                                                        \
+  if (keeps_##name(kind)) {                                                                      \
+    segment.name = stream(column[kColumn_##name], &theta_type);                                  \
+    STD_TORCH_CHECK(!moves || segment.name != nullptr || segment.length == 0, "step_: segment ", \
+                    i, " lacks the stream " #name " of its row's kind");                         \
+    segment.row = row + (ages[i] == 0);                                                          \
+  }
+    RBWA_KEPT(RBWA_RESOLVE)
+#undef RBWA_RESOLVE
+    const bool sampled = every_average || samplings[segment.sampling].sample != 0;
+    segment.a = sampled ? stream(column[kAverage], &a_type) : nullptr;
+    segment.a_dtype = segment.a ? dtype_of(a_type) : segment.theta_dtype;
+    STD_TORCH_CHECK(segment.a_dtype == segment.theta_dtype ||
+                        (segment.a_dtype == Dtype::kFloat32 && is_narrow(segment.dtype)),
+                    "step_: the average of segment ", i,
+                    " must have the parameter's dtype, or float32 for a 16-bit parameter");
   }
   return result;
 }
 
+void grow(const std::vector<Segment>& segments, const Tables& tables) {
+  int64_t* ages = static_cast<int64_t*>(tables.ages.data);
+  for (size_t i = 0; i < segments.size(); ++i) ages[i] += keeps_any(segments[i].kind);
+}
+
 static DLDataType type_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float:
-      return kFloat;
-    case ScalarType::Double:
-      return kDouble;
-    case ScalarType::BFloat16:
-      return {kDLBfloat, 16, 1};
-    case ScalarType::Half:
-      return {kDLFloat, 16, 1};
+#define RBWA_CASE(name, storage, code, bits, torchs) \
+  case ScalarType::torchs:                           \
+    return {code, bits, 1};
+    RBWA_DTYPES(RBWA_CASE)
+#undef RBWA_CASE
     case ScalarType::Int:
       return kInt32;
     case ScalarType::Long:

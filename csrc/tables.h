@@ -18,26 +18,29 @@ constexpr DLDataType kInt64{kDLInt, 64, 1};
 constexpr DLDataType kFloat{kDLFloat, 32, 1};
 constexpr DLDataType kDouble{kDLFloat, 64, 1};
 
-// Columns of the segment table, which engine/segments.py writes. A stream is a pair: which of the
-// `state` buffers holds it (-1: none does) and the element at which it starts.
+// Columns of the segment table, which engine/segments.py writes. A stream's column says which of
+// the `state` tensors it is, -1 where the segment has none.
 enum SegmentColumn {
   kLength,  // elements
-  kRow,     // of the coefficient tables
+  kRow,     // of the coefficient tables: its group's usual one
   kSampling,
   kShape,  // where this segment's sizes, then its strides, start in `shapes`
   kDims,
-  kDtype,  // of the parameter, as in step.h
-  kMomentum,
-  kAverage = kMomentum + 2,
-  kDifference = kAverage + 2,
-  kPrevious = kDifference + 2,
-  kMaster = kPrevious + 2,
-  kSegmentColumns = kMaster + 2,
+  kDtype,  // of the parameter, as in convert.h
+  kAverage,
+  kMaster,
+#define RBWA_COLUMN(stream, when) kColumn_##stream,
+  RBWA_KEPT(RBWA_COLUMN)
+#undef RBWA_COLUMN
+      kSegmentColumns,
 };
 
+// What stays the same from one step to the next, as far as memory goes.
 struct Tables {
-  std::vector<View> params, grads, state;
-  View segments, shapes, rows, samplings;
+  std::vector<View> state;  // vectors: each stream in the order of its memory
+  View segments, shapes;
+  View ages;  // int64 (segments): steps taken with the kept streams; `grow` counts
+  View rows, samplings;
 };
 
 bool same(DLDataType a, DLDataType b);
@@ -65,7 +68,11 @@ const T* table_of(const View& view, DLDataType type, const char* name);
 // Segments with the addresses of this very step, on one device, or an error; nothing has been
 // changed then. With `every_average` the average's address is given also where the host's samplings
 // say that it is not touched.
-std::vector<Segment> resolve(const Tables& tables, DLDevice device, bool every_average = false);
+std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<View>& grads,
+                             const Tables& tables, DLDevice device, bool every_average = false);
+
+// Counts the step for the segments that took it with their kept streams.
+void grow(const std::vector<Segment>& segments, const Tables& tables);
 
 View view_of(const torch::stable::Tensor& tensor);
 View view_of(const std::optional<torch::stable::Tensor>& tensor);

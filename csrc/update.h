@@ -2,32 +2,58 @@
 // torch, no CUDA header. Every kernel is a loop around this function, and nothing else computes.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__CUDACC__)
 #define RBWA_INLINE __host__ __device__ __forceinline__
 #else
 #define RBWA_INLINE inline __attribute__((always_inline))
 #endif
 
-// What line (2) keeps between steps: the part of a rule that decides which streams are touched.
-enum class Rule {
-  kSample,      // nothing: the element has no gradient, and its average samples it where it is
-  kPlain,       // nothing: SGD without momentum
-  kMomentum,    // m: SGD with momentum, Nesterov, SGDM, implicit RSGDM
-  kDifference,  // m, z and the previous gradient: explicit RSGDM
+// The part of a rule that decides which streams are touched. rbwa_fused/rules.py has the same list.
+enum class Kind : int32_t {
+  kSample,      // the element has no gradient, and its average samples it where it is
+  kPlain,       // SGD without momentum
+  kMomentum,    // SGD with momentum, Nesterov, SGDM, implicit RSGDM
+  kDifference,  // explicit RSGDM
 };
 
-// One row of the coefficient table in the kernel's arithmetic: float, or double for float64.
+// The streams that line (2) keeps of each element between steps, a line each: its name, and the
+// kinds that have it. All loops, checks and tables go by this list; rbwa_fused/streams.py has the
+// same one in the same order.
+#define RBWA_KEPT(stream)                                         \
+  stream(m, kind == Kind::kMomentum || kind == Kind::kDifference) \
+      stream(z, kind == Kind::kDifference) stream(previous, kind == Kind::kDifference)
+
+#define RBWA_KEEPS(name, when) \
+  RBWA_INLINE constexpr bool keeps_##name(Kind kind) { return when; }
+RBWA_KEPT(RBWA_KEEPS)
+#undef RBWA_KEEPS
+
+// Whether a step of this kind makes a parameter older: it has streams that begin with its first
+// one.
+#define RBWA_OR(name, when) || keeps_##name(kind)
+RBWA_INLINE constexpr bool keeps_any(Kind kind) { return false RBWA_KEPT(RBWA_OR); }
+#undef RBWA_OR
+
+// A rule's numbers, which Row (step.h) holds in this order: rules.py's Coefficients, behind its
+// kind. T is the kernel's arithmetic: float, or double for float64.
 template <typename T>
-struct Coefficients {
-  T s;           // +1, or -1 to maximize
-  T lambda;      // weight decay
-  T mu;          // decay of m (and of z)
-  T c;           // what the gradient adds to m
-  T kappa;       // what the gradient's difference adds to z
-  T alpha;       // the gradient's share of the direction
-  T gamma;       // m's share
-  T delta;       // z's share
-  T eta;         // learning rate
+struct Numbers {
+  T s;       // +1, or -1 to maximize
+  T lambda;  // weight decay
+  T mu;      // decay of m (and of z)
+  T c;       // what the gradient adds to m
+  T kappa;   // what the gradient's difference adds to z
+  T alpha;   // the gradient's share of the direction
+  T gamma;   // m's share
+  T delta;   // z's share
+  T eta;     // learning rate
+};
+
+// One element's coefficients: its rule's, and what becomes of its sample.
+template <typename T>
+struct Coefficients : Numbers<T> {
   T w;           // weight of this sample in the average
   bool current;  // the average starts at theta as it was before this step
   bool write_back;
@@ -40,29 +66,32 @@ RBWA_INLINE T followed(T master, T rounded, T param) {
   return rounded == param ? master : param;
 }
 
-// One element of every stream. A rule reads and writes the members it has.
+// One element of every stream. A kind reads and writes the members it has.
 template <typename T>
 struct Element {
-  T theta, g, m, z, previous, a;
+  T theta, g, a;
+#define RBWA_FIELD(name, when) T name;
+  RBWA_KEPT(RBWA_FIELD)
+#undef RBWA_FIELD
 };
 
 // A zero coefficient drops its term instead of multiplying by it, so that an infinite gradient or
 // weight spreads exactly as far as in torch.optim.SGD (0 * inf is NaN). Coefficients are uniform:
 // each choice is a select outside the memory streams, not a branch per element.
-template <Rule rule, bool averaged, typename T>
+template <Kind kind, bool averaged, typename T>
 RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
   T x = e.theta;
   [[maybe_unused]] const T a = k.current ? e.theta : e.a;
-  if constexpr (rule != Rule::kSample) {
+  if constexpr (kind != Kind::kSample) {
     T g = k.s * e.g;
     g = k.lambda != T(0) ? g + k.lambda * e.theta : g;  // (1)
     T direction = g;
-    if constexpr (rule == Rule::kMomentum || rule == Rule::kDifference) {
+    if constexpr (keeps_m(kind)) {
       e.m = k.mu * e.m + k.c * g;  // (2)
       const T m = k.gamma * e.m;
       direction = k.alpha != T(0) ? k.alpha * g + m : m;
     }
-    if constexpr (rule == Rule::kDifference) {
+    if constexpr (keeps_z(kind)) {
       e.z = k.mu * e.z + k.kappa * (g - e.previous);  // (2) for the gradient's difference
       e.previous = g;
       direction = direction + k.delta * e.z;
@@ -77,9 +106,9 @@ RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
 }
 
 // Not where a step only samples the weight, which another process may write at that time.
-template <Rule rule, typename T>
+template <Kind kind, typename T>
 RBWA_INLINE bool writes_weight(const Coefficients<T>& k) {
-  return rule != Rule::kSample || k.write_back;
+  return kind != Kind::kSample || k.write_back;
 }
 
 // Elastic replicas: one weight of K models. The mean is the first model's weight and the mean

@@ -30,15 +30,35 @@ from rbwa_fused.streams import DTYPES
 class Mean:
     """Weight 1/(n+1): the average of all samples so far."""
 
+    on_device: ClassVar[int] = 1  # enum class Weight of csrc/policy.h
+
+    def of(self, n: int, step: int) -> float:
+        """Weight of the sample taken after ``step`` when n >= 1 samples are averaged already."""
+        return 1.0 / (n + 1)
+
+    def numbers(self) -> tuple[float, ...]:
+        """What a device needs to know of it (struct Policy of csrc/policy.h)."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Ema:
     """Weight 1 - decay: an exponential moving average."""
 
+    on_device: ClassVar[int] = 2
+
     decay: float
 
     def __post_init__(self) -> None:
         fraction("decay", self.decay)
+
+    def of(self, n: int, step: int) -> float:
+        """See Mean.of."""
+        return 1.0 - self.decay
+
+    def numbers(self) -> tuple[float, ...]:
+        """See Mean.numbers."""
+        return (self.decay,)
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,8 @@ class Algorithm2:
     k is 0 at each epoch's first batch, so the average restarts there.
     """
 
+    on_device: ClassVar[int] = 3
+
     steps_per_epoch: int
     start_epoch: int
 
@@ -56,8 +78,18 @@ class Algorithm2:
         integer("steps_per_epoch", self.steps_per_epoch, least=1)
         integer("start_epoch", self.start_epoch, least=0)
 
+    def of(self, n: int, step: int) -> float:
+        """See Mean.of."""
+        epochs, batch = divmod(step - 1, self.steps_per_epoch)
+        return 1.0 / ((epochs + 1 - self.start_epoch) * batch + 1)
 
-Weight = Mean | Ema | Algorithm2 | Callable[[int, int], float]
+    def numbers(self) -> tuple[float, ...]:
+        """See Mean.numbers."""
+        return float(self.steps_per_epoch), float(self.start_epoch)
+
+
+Named = Mean | Ema | Algorithm2
+Weight = Named | Callable[[int, int], float]
 
 
 def weight_of(weight: Weight, n: int, step: int) -> float:
@@ -67,13 +99,8 @@ def weight_of(weight: Weight, n: int, step: int) -> float:
     """
     if n == 0:
         return 1.0
-    if isinstance(weight, Mean):
-        return 1.0 / (n + 1)
-    if isinstance(weight, Ema):
-        return 1.0 - weight.decay
-    if isinstance(weight, Algorithm2):
-        epochs, batch = divmod(step - 1, weight.steps_per_epoch)
-        return 1.0 / ((epochs + 1 - weight.start_epoch) * batch + 1)
+    if isinstance(weight, Named):
+        return weight.of(n, step)
     value = number(f"weight(n={n}, step={step})", weight(n, step))
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"Invalid weight(n={n}, step={step}): {value} (expected 0 <= weight <= 1)")
@@ -132,7 +159,7 @@ class Average:
         dtype: torch.dtype | None = None,
         name: str | None = None,
     ) -> None:
-        named = isinstance(weight, Mean | Ema | Algorithm2)
+        named = isinstance(weight, Named)
         if isinstance(weight, type) or not (named or callable(weight)):
             raise TypeError(
                 f"Invalid weight: {weight!r} (expected a policy's weight or a function)"
@@ -174,7 +201,7 @@ class Average:
     @property
     def custom(self) -> bool:
         """Whether the weight is a function of the user's."""
-        return not isinstance(self.weight, Mean | Ema | Algorithm2)
+        return not isinstance(self.weight, Named)
 
     @property
     def by_step(self) -> bool:

@@ -56,7 +56,7 @@ class Loaded(NamedTuple):
 def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Group) -> None:
     """Adds counters, rule and the policy's repr to the groups of a state dict, without torch's own
     keys."""
-    waiting = set(engine.read_back())
+    waiting = engine.waiting()
     groups = saved["param_groups"]
     counts = engine.counts(live_groups, state)
     for live, group, (n_averaged, beta) in zip(live_groups, groups, counts, strict=True):
@@ -75,7 +75,7 @@ def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Grou
     ):
         if p in waiting and key in saved["state"]:
             held = saved["state"][key].items()
-            saved["state"][key] = {k: v for k, v in held if k not in engine.rule.streams}
+            saved["state"][key] = {k: v for k, v in held if k not in waiting[p]}
 
 
 def read(engine: Engine, groups: Sequence[Group], state_dict: Any, step: int | None) -> Loaded:

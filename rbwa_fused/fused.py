@@ -318,7 +318,7 @@ class FusedOptimizer(Optimizer):
             group.update(new)
         checkpoint.keep_tensors(loaded.state, opt.state)
         opt.state = loaded.state
-        engine.restart(opt.param_groups, loaded.state, loaded.steps, loaded.counts)
+        engine.build(opt.param_groups, loaded.state, loaded.steps, loaded.counts)
         opt._laid_out()
         for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
             post_hook(opt)
@@ -329,8 +329,8 @@ class FusedOptimizer(Optimizer):
         engine.refuse_inside_averaged("pickle or deepcopy")
         self._refuse_midway("pickle or deepcopy")
         held = self.state.copy()
-        for p in set(engine.read_back()) & held.keys():
-            held[p] = {k: v for k, v in held[p].items() if k not in engine.rule.streams}
+        for p, streams in engine.waiting().items():
+            held[p] = {k: v for k, v in held[p].items() if k not in streams}
         return {
             **super().__getstate__(),
             "state": held,
@@ -355,8 +355,7 @@ class FusedOptimizer(Optimizer):
         engine = state.pop("engine", None)
         if not isinstance(engine, Engine):
             rule, options, steps = engine or (self._rule.name, {}, 0)
-            engine = Engine(rules.RULES[rule], Options(**options))
-            engine.steps = steps
+            engine = Engine(rules.RULES[rule], Options(**options), steps)
         steps = engine.steps
         if counts is None:
             loaded = state["state"] is not self.__dict__.get("state")
@@ -371,9 +370,8 @@ class FusedOptimizer(Optimizer):
         self._begin(engine)
         if export not in self._optimizer_state_dict_post_hooks.values():
             self.register_state_dict_post_hook(export)
-        engine.steps = steps
         move = engine.options.flatten and not live
-        engine.build(self.param_groups, self.state, counts, move=move)
+        engine.build(self.param_groups, self.state, steps, counts, move=move)
         self._laid_out()
 
     def _refuse_inside_averaged(self, what: str) -> None:

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rbwa_fused.engine import checks
+from rbwa_fused.engine.backends import Call
 from rbwa_fused.engine.engine import Engine
-from rbwa_fused.engine.tables import Launch
+from rbwa_fused.engine.tables import Grads, Launch
 
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 CONVERTED = f"a parameter was converted or moved {MIDWAY}"
@@ -103,9 +104,10 @@ class InBackward:
                     "in_backward=True every backward pass is a step, so gradients cannot be "
                     "accumulated"
                 )
-            self._run(launch, self._ready(launch))
-            param.grad = None
-            self._stepped.add(param)
+            grads = [param.grad]
+            calls = self._ready(launch, grads)
+            calls += (setattr, param, "grad", None), (self._stepped.add, param)
+            self._run([(launch, grads)], calls)
 
     def _begin(self) -> None:
         """What a step looks at before its launches."""
@@ -142,8 +144,8 @@ class InBackward:
         engine, stepped = self._engine, self._stepped
         if stepped is None:
             return False
-        self._stepped = None
-        rest = []
+        rest: list[tuple[Launch, Grads]] = []
+        calls: list[Call] = []
         for launch in engine.tables.launches:
             table = launch[0]
             p, group = table.params[0], engine.tables.plan.groups[table.groups[0]]
@@ -151,28 +153,27 @@ class InBackward:
                 continue
             moves = p.grad is not None or group.policy is not None
             if moves or engine.tables.plan.state_is_due:
-                grads = self._ready(launch)
+                grads = [p.grad]
+                own = self._ready(launch, grads)
             if moves:
                 rest.append((launch, grads))
-        for launch, grads in rest:
-            self._run(launch, grads)
-        engine.tables.plan.state_is_due = False
-        engine.end()
+                calls += own
+        self._run(rest, [*calls, engine.end(), (setattr, self, "_stepped", None)])
+        engine.tables.plan.state_is_due = engine.tables.lost
         return True
 
-    def _ready(self, launch: Launch) -> list[Tensor | None]:
-        """The gradient of a launch's parameter, which is given the state that it comes to need."""
-        table = launch[0]
-        grads = [table.params[0].grad]
-        if not self._engine.tables.fit(table, grads):
+    def _ready(self, launch: Launch, grads: Grads) -> list[Call]:
+        """Gives a launch's parameter the state that it comes to need. Returns what steps it."""
+        engine, table = self._engine, launch[0]
+        if not engine.tables.fit(table, grads):
             raise RuntimeError(CONVERTED)
-        self._engine.tables.give_state(table, grads, marked=False)
-        return grads
+        behind = engine.tables.give_state(table, grads)
+        calls = engine.launch(launch, grads)
+        return calls + engine.finish(table, grads, grads[0] is None) + behind
 
-    def _run(self, launch: Launch, grads: list[Tensor | None]) -> None:
-        if not self._engine.run(launch, grads):
+    def _run(self, gathered: list[tuple[Launch, Grads]], calls: list[Call]) -> None:
+        if not self._engine.run(gathered, calls):
             raise RuntimeError(CONVERTED)
-        self._engine.finish(launch[0], grads, grads[0] is None)
 
     def _name(self, launch: Launch) -> str:
         table = launch[0]

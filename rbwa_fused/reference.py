@@ -7,109 +7,90 @@ kernels and runs wherever torch runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from rbwa_fused.engine.segments import COLUMN_OF, LENGTH, ROW, SAMPLING
-from rbwa_fused.streams import STREAMS
+from rbwa_fused.engine.segments import COLUMN_OF, LENGTH, ROW, SAMPLING, Table
+from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind
+from rbwa_fused.streams import AVERAGE, KEPT, MASTER
 
-MU = 2  # column of the table of rows
-
-
-class Coefficients(NamedTuple):
-    """What the tables say of one segment; the names of csrc/update.h."""
-
-    s: float
-    lambda_: float
-    mu: float
-    c: float
-    kappa: float
-    alpha: float
-    gamma: float
-    delta: float
-    eta: float
-    w: float
-    current: float
-    write_back: float
+Element = dict[str, Tensor]  # by the names of csrc/update.h: theta, and of g, m, z … what there is
 
 
-def update(
-    k: Coefficients,
-    theta: Tensor,
-    g: Tensor | None,
-    m: Tensor | None,
-    z: Tensor | None,
-    previous: Tensor | None,
-    a: Tensor | None,
-) -> None:
-    """Lines (1)-(5) in place, on tensors of one shape; None is a stream that the segment lacks.
+def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
+    """Lines (1)-(5) in place, on tensors of one shape.
 
     Arithmetic is float32, or float64 for float64; each result is rounded once, where it is stored.
     """
-    wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
-    x = theta.to(wide)
-    if g is not None:
-        g = k.s * g.to(wide)
-        g = g + k.lambda_ * x if k.lambda_ != 0 else g  # (1)
+    wide = torch.float64 if e["theta"].dtype == torch.float64 else torch.float32
+    old = {name: value.to(wide) for name, value in e.items()}
+    theta = x = old["theta"]
+    if kind != Kind.SAMPLE:
+        g = k.s * old["g"]
+        g = g + k.lambda_ * theta if k.lambda_ != 0 else g  # (1)
         direction = g
-        if m is not None:
-            new_m = k.mu * m.to(wide) + k.c * g  # (2)
-            m.copy_(new_m)
-            direction = k.alpha * g + k.gamma * new_m if k.alpha != 0 else k.gamma * new_m
-        if z is not None and previous is not None:
-            new_z = k.mu * z.to(wide) + k.kappa * (g - previous.to(wide))  # (2), the difference
-            z.copy_(new_z)
-            previous.copy_(g)
-            direction = direction + k.delta * new_z
-        x = x - k.eta * direction  # (3)
-    if a is not None:
-        average = theta.to(wide) if k.current else a.to(wide)
+        if "m" in e:
+            m = k.mu * old["m"] + k.c * g  # (2)
+            e["m"].copy_(m)
+            direction = k.alpha * g + k.gamma * m if k.alpha != 0 else k.gamma * m
+        if "z" in e:
+            z = k.mu * old["z"] + k.kappa * (g - old["previous"])  # (2) for the difference
+            e["z"].copy_(z)
+            e["previous"].copy_(g)
+            direction = direction + k.delta * z
+        x = theta - k.eta * direction  # (3)
+    if "a" in e:
+        a = theta if k.current else old["a"]
         if k.w != 0:
-            average = x if k.w == 1 else average + k.w * (x - average)  # (4)
-        a.copy_(average)
-        x = average if k.write_back else x  # (5)
-    theta.copy_(x)
+            a = x if k.w == 1 else a + k.w * (x - a)  # (4)
+        e["a"].copy_(a)
+        x = a if k.write_back else x  # (5)
+    e["theta"].copy_(x)
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    state: Sequence[Tensor],
-    segments: Tensor,
-    rows: Tensor,
-    samplings: Tensor,
-) -> None:
+def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table) -> None:
     """The step for every segment of a table; gradients in their parameters' layout.
 
     Coefficients are rounded to the arithmetic of their segment first, as in the kernels. A master
     follows a parameter that somebody has written to since it was rounded from it.
     """
-    for param, grad, columns in zip(params, grads, segments.tolist(), strict=True):
+    for i, columns in enumerate(table.segments.tolist()):
         length = columns[LENGTH]
-        theta = _in_memory_order(param.detach(), length)
-        g = None if grad is None else _in_memory_order(grad.detach(), length)
+        theta = _in_memory_order(params[i].detach(), length)
+        grad = grads[i]
+        kind = Kind(int(table.rows[columns[ROW], 0]))
+        held = {
+            name: table.state[columns[column]]
+            for name, column in COLUMN_OF.items()
+            if columns[column] != -1
+        }
+        first = bool(KEPT_BY[kind]) and int(table.ages[i]) == 0
         wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
-        scale, w, sample, *flags = samplings[columns[SAMPLING]].to(wide)
-        *rule, eta = rows[columns[ROW]].to(wide)
-        k = Coefficients(*torch.stack([*rule, eta * scale, w, *flags]).tolist())
-        momentum = rows[columns[ROW], MU] != 0  # also where the arithmetic rounds it to 0
-        streams: dict[str, Tensor | None] = dict.fromkeys(STREAMS)
-        for name, column in COLUMN_OF.items():
-            buffer, offset = columns[column : column + 2]
-            touched = {"average": sample != 0, "master_param": True}.get(name, momentum)
-            if buffer != -1 and touched:
-                streams[name] = state[buffer][offset : offset + length]
-        m, a, z, previous, master = streams.values()
-        if g is None and a is None:
+        scale, w, sample, *flags = table.samplings[columns[SAMPLING]].to(wide)
+        *rule, eta = table.rows[columns[ROW] + first].to(wide)
+        numbers = torch.stack([*rule, eta * scale, w, *flags]).tolist()
+        k = SimpleNamespace(
+            **dict(zip((*COLUMNS, "w", "current", "write_back"), numbers, strict=True))
+        )
+        if grad is None:
+            kind = Kind.SAMPLE
+        e = {"theta": held.get(MASTER, theta)}
+        if grad is not None:
+            e["g"] = _in_memory_order(grad.detach(), length)
+            e |= {name: held[key] for name, key in KEPT.items() if key in KEPT_BY[kind]}
+        if sample != 0 and AVERAGE in held:
+            e["a"] = held[AVERAGE]
+        if kind == Kind.SAMPLE and "a" not in e:
             continue
-        if master is None:
-            update(k, theta, g, m, z, previous, a)
-        else:
+        if MASTER in held:
+            master = held[MASTER]
             master.copy_(torch.where(master.to(theta.dtype) == theta, master, theta.float()))
-            update(k, master, g, m, z, previous, a)
-            theta.copy_(master)
+        update(k, kind, e)
+        if MASTER in held:
+            theta.copy_(held[MASTER])
+        table.ages[i] += bool(KEPT_BY[kind])
 
 
 def _in_memory_order(tensor: Tensor, length: int) -> Tensor:

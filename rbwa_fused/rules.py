@@ -4,9 +4,9 @@
     (2)  m <- mu m + c g              z <- mu z + kappa (g - previous gradient)
     (3)  x <- theta - eta (alpha g + gamma m + delta z)
 
-A row is these numbers in the order of ``struct Row`` in csrc/step.h, in float64. Lines (4)-(5) have
-a table of their own, whose row says what becomes of this step's sample (``struct Sampling``). A
-kernel rounds both to its arithmetic.
+A row is a kind, which says what line (2) keeps, and these numbers, in the order of ``struct Row``
+in csrc/step.h, in float64. Lines (4)-(5) have a table of their own, whose row says what becomes of
+this step's sample (``struct Sampling``). A kernel rounds both to its arithmetic.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -21,15 +22,31 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.numbers import flag, number
-
-ROW = struct.Struct("9d")  # s, lambda, Coefficients, eta
-SAMPLING = struct.Struct("5d")  # Sampling
+from rbwa_fused.streams import KEPT
 
 Group = dict[str, Any]
 
 
+class Kind(IntEnum):
+    """Which streams a step touches; enum Kind of csrc/update.h."""
+
+    SAMPLE = 0  # the average alone: the parameter has no gradient
+    PLAIN = 1
+    MOMENTUM = 2
+    DIFFERENCE = 3
+
+
+# What a kind keeps between steps. The first tells, by its absence, a parameter's first step.
+KEPT_BY: dict[int, tuple[str, ...]] = {
+    Kind.SAMPLE: (),
+    Kind.PLAIN: (),
+    Kind.MOMENTUM: (KEPT["m"],),
+    Kind.DIFFERENCE: (KEPT["m"], KEPT["z"], KEPT["previous"]),
+}
+
+
 class Coefficients(NamedTuple):
-    """The rule's part of a row. mu = 0 means that no buffer is touched."""
+    """The rule's part of a row."""
 
     mu: float
     c: float
@@ -37,6 +54,10 @@ class Coefficients(NamedTuple):
     alpha: float
     gamma: float
     delta: float
+
+
+COLUMNS = ("kind", "s", "lambda_", *Coefficients._fields, "eta")  # of a row
+ROW = struct.Struct(f"{len(COLUMNS)}d")
 
 
 class Sampling(NamedTuple):
@@ -49,6 +70,7 @@ class Sampling(NamedTuple):
     write_back: bool = False  # whether the weights become it
 
 
+SAMPLING = struct.Struct(f"{len(Sampling._fields)}d")
 PLAIN = Coefficients(mu=0.0, c=0.0, kappa=0.0, alpha=1.0, gamma=0.0, delta=0.0)
 
 
@@ -156,7 +178,7 @@ class Rule:
         name: by which checkpoints know it.
         hyperparameters: of a param group, all that its rows depend on; ``"lr"`` is the first, and
             the last number of a row.
-        streams: what a parameter has in its state once its group has momentum.
+        kind: of its rows, where momentum is not 0; else they are plain.
         coefficients: of a group's row; ``first`` is a parameter's first step with momentum.
         check: raises for a group with a hyperparameter out of range.
         constant_momentum: whether a group must go on with the momentum of its first step.
@@ -165,7 +187,7 @@ class Rule:
 
     name: str
     hyperparameters: tuple[str, ...]
-    streams: tuple[str, ...]
+    kind: Kind
     coefficients: Callable[[Group, bool], Coefficients]
     check: Callable[[Group], None] = check
     constant_momentum: bool = False
@@ -174,26 +196,25 @@ class Rule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", itemgetter(*self.hyperparameters))
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """What a parameter has in its state once its group has momentum."""
+        return KEPT_BY[self.kind]
+
     def row(self, group: Group, first: bool) -> tuple[float, ...]:
-        """The numbers of ``struct Row`` in its order, for a group that was checked."""
+        """The numbers of COLUMNS, for a group that was checked."""
         s = -1.0 if group["maximize"] else 1.0
         rule = self.coefficients(group, first)
-        return s, float(group["weight_decay"]), *rule, float(group["lr"])
+        kind = Kind.PLAIN if rule is PLAIN else self.kind
+        return kind, s, float(group["weight_decay"]), *rule, float(group["lr"])
 
 
 OF_TORCH = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 OF_PAPER = ("lr", "momentum", "weight_decay", "maximize")
-DIFFERENCE = ("momentum_buffer", "difference_buffer", "previous_gradient")
-
-SGD = Rule("sgd", OF_TORCH, ("momentum_buffer",), sgd)
-SGDM = Rule("sgdm", OF_PAPER, ("momentum_buffer",), sgdm, check_decay)
+SGD = Rule("sgd", OF_TORCH, Kind.MOMENTUM, sgd)
+SGDM = Rule("sgdm", OF_PAPER, Kind.MOMENTUM, sgdm, check_decay)
 RSGDM_IMPLICIT = Rule(
-    "rsgdm_implicit",
-    OF_PAPER,
-    ("momentum_buffer",),
-    rsgdm_implicit,
-    check_decay,
-    constant_momentum=True,
+    "rsgdm_implicit", OF_PAPER, Kind.MOMENTUM, rsgdm_implicit, check_decay, constant_momentum=True
 )
-RSGDM_EXPLICIT = Rule("rsgdm_explicit", OF_PAPER, DIFFERENCE, rsgdm_explicit, check_decay)
+RSGDM_EXPLICIT = Rule("rsgdm_explicit", OF_PAPER, Kind.DIFFERENCE, rsgdm_explicit, check_decay)
 RULES = {rule.name: rule for rule in (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT)}

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in csrc/step.h
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in csrc/convert.h
 
-# The keys in opt.state[p], torch.optim's own where it has one, in the order of csrc/tables.h.
-STREAMS = (
-    "momentum_buffer",
-    "average",
-    "difference_buffer",
-    "previous_gradient",
-    "master_param",  # float32, of a 16-bit parameter
-)
+# What rules keep between steps: its name in the kernels, in the order of csrc/update.h, and its key
+# in opt.state[p], torch.optim's own where it has one.
+KEPT = {
+    "m": "momentum_buffer",
+    "z": "difference_buffer",
+    "previous": "previous_gradient",
+}
+AVERAGE = "average"
+MASTER = "master_param"  # float32, of a 16-bit parameter
+STREAMS = (AVERAGE, MASTER, *KEPT.values())  # all keys, in the order of csrc/tables.h
 
 
 def working_dtype(dtype: torch.dtype, master_weights: bool) -> torch.dtype:
-    """The dtype of momentum and of what the step works on: float32 where there is a master."""
+    """The dtype of what is kept and of what the step works on: float32 where there is a master."""
     narrow = dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if master_weights and narrow else dtype

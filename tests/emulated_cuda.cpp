@@ -34,7 +34,7 @@ const char* launched() {
 }
 
 // A kernel gets a copy of as many bytes as it was compiled for.
-template <typename S, typename W, typename A, Rule most, bool averaged, int bytes>
+template <typename S, typename W, typename A, Kind most, bool averaged, int bytes>
 void run_with(const void* launch, int64_t blocks) {
   using T = typename Arithmetic<S>::type;
   const auto given = std::make_unique<Launch<T, bytes>>();
@@ -49,7 +49,7 @@ void run_with(const void* launch, int64_t blocks) {
   }
 }
 
-template <typename S, typename W, typename A, Rule most, bool averaged>
+template <typename S, typename W, typename A, Kind most, bool averaged>
 void run_all(const void* launch, int64_t blocks) {
   using T = typename Arithmetic<S>::type;
   if constexpr (kHasSmall<S, W, A>) {
@@ -58,29 +58,6 @@ void run_all(const void* launch, int64_t blocks) {
     }
   }
   run_with<S, W, A, most, averaged, kTableBytes>(launch, blocks);
-}
-
-template <typename S, typename W, typename A, bool averaged>
-void with_rule(Rule rule, const void* launch, int64_t blocks) {
-  if (rule == Rule::kDifference)
-    return run_all<S, W, A, Rule::kDifference, averaged>(launch, blocks);
-  if (rule == Rule::kMomentum) return run_all<S, W, A, Rule::kMomentum, averaged>(launch, blocks);
-  run_all<S, W, A, Rule::kPlain, averaged>(launch, blocks);
-}
-
-template <typename S>
-void with_average(const Streams& s, const void* launch, int64_t blocks) {
-  if constexpr (sizeof(S) == 2) {
-    if (s.theta_dtype == Dtype::kFloat32) {
-      if (!s.averaged) return with_rule<S, float, float, false>(s.rule, launch, blocks);
-      return with_rule<S, float, float, true>(s.rule, launch, blocks);
-    }
-  }
-  if (!s.averaged) return with_rule<S, S, S, false>(s.rule, launch, blocks);
-  if constexpr (sizeof(S) == 2) {
-    if (s.a_dtype == Dtype::kFloat32) return with_rule<S, S, float, true>(s.rule, launch, blocks);
-  }
-  with_rule<S, S, S, true>(s.rule, launch, blocks);
 }
 
 template <typename S>
@@ -95,21 +72,17 @@ void pull_all(const void* launch, int64_t blocks) {
 
 }  // namespace
 
-const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void*) {
+const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void*) {
   if (const char* error = launched()) return error;
-  if (streams.dtype == Dtype::kFloat32) with_average<float>(streams, launch, blocks);
-  if (streams.dtype == Dtype::kFloat64) with_average<double>(streams, launch, blocks);
-  if (streams.dtype == Dtype::kBfloat16) with_average<Bfloat16>(streams, launch, blocks);
-  if (streams.dtype == Dtype::kFloat16) with_average<Float16>(streams, launch, blocks);
+  with_kernel(key, [&]<typename S, typename W, typename A, Kind most, bool averaged>() {
+    run_all<S, W, A, most, averaged>(launch, blocks);
+  });
   return nullptr;
 }
 
 const char* pull_cuda(Dtype dtype, const void* launch, int64_t blocks, void*) {
   if (const char* error = launched()) return error;
-  if (dtype == Dtype::kFloat32) pull_all<float>(launch, blocks);
-  if (dtype == Dtype::kFloat64) pull_all<double>(launch, blocks);
-  if (dtype == Dtype::kBfloat16) pull_all<Bfloat16>(launch, blocks);
-  if (dtype == Dtype::kFloat16) pull_all<Float16>(launch, blocks);
+  with_storage(dtype, [&]<typename S>() { pull_all<S>(launch, blocks); });
   return nullptr;
 }
 
@@ -123,28 +96,16 @@ const char* advance_cuda(const Deferred& deferred, void*) {
 
 PYBIND11_MODULE(emulated_cuda, module) {
   if (!find_exchange_table()) throw py::import_error("this torch has no DLPack exchange table");
-  module.def(
-      "step", [](const py::list& params, const py::list& grads, py::handle state,
-                 py::handle segments, py::handle shapes, py::handle rows, py::handle samplings) {
-        CudaTables tables{};
-        tables.step = {views_of(params), views_of(grads), views_of_state(state), view_of(segments),
-                       view_of(shapes),  view_of(rows),   view_of(samplings)};
-        step_on(tables, kCpu, nullptr);
-      });
+  module.def("step", [](const PythonTables& fixed, const py::list& params, const py::list& grads) {
+    step_on(views_of(params), views_of(grads), fixed.tables, {}, kCpu, nullptr);
+  });
   module.def("step_deferred",
-             [](const py::list& params, const py::list& grads, py::handle state,
-                py::handle segments, py::handle shapes, py::handle rows, py::handle samplings,
+             [](const PythonTables& fixed, const py::list& params, const py::list& grads,
                 const py::list& lrs, py::handle samplings64, py::handle samplings32,
                 py::handle marks, py::handle grad_scale, py::handle found_inf) {
-               step_on({{views_of(params), views_of(grads), views_of_state(state),
-                         view_of(segments), view_of(shapes), view_of(rows), view_of(samplings)},
-                        views_of(lrs),
-                        view_of(samplings64),
-                        view_of(samplings32),
-                        view_of(marks),
-                        view_of(grad_scale),
-                        view_of(found_inf)},
-                       kCpu, nullptr);
+               const DeviceTables own{views_of(lrs),  view_of(samplings64), view_of(samplings32),
+                                      view_of(marks), view_of(grad_scale),  view_of(found_inf)};
+               step_on(views_of(params), views_of(grads), fixed.tables, own, kCpu, nullptr);
              });
   module.def("advance", [](py::handle counts, py::handle policies, py::handle samplings64,
                            py::handle samplings32, py::handle marks, py::handle found_inf) {

@@ -9,10 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SAMPLING_COLUMNS = tl.constexpr(5)  # of the coefficient table, see csrc/step.h
-POLICY_COLUMNS = tl.constexpr(8)  # see csrc/policy.h
-MEAN = tl.constexpr(1)  # kinds of policy; 0 is none, 3 Algorithm2
-EMA = tl.constexpr(2)
+from rbwa_fused.average import Ema, Mean
+from rbwa_fused.rules import Sampling
+
+SAMPLING_COLUMNS = tl.constexpr(len(Sampling._fields))
+POLICY_COLUMNS = tl.constexpr(7)  # see csrc/policy.h
+MEAN = tl.constexpr(Mean.on_device)  # kinds of weight; 0 is none, 3 Algorithm2
+EMA = tl.constexpr(Ema.on_device)
 
 
 @triton.jit
@@ -23,21 +26,21 @@ def number(policy, column, mask):
 
 @triton.jit
 def sample(policy, n, step, mask):
-    """`Sampler.update` in engine/rows.py and `weight_of` in average.py, for a vector of samplers.
+    """`Sampler.update` in engine/rows.py and each weight's `of` in average.py, for all samplers.
 
     Returns the samples averaged after the step, and of the step w, whether a sample is due, the
     average starts at theta, and is written back.
     """
     kind = number(policy, 0, mask)
-    decay = tl.load(policy + 1, mask=mask, other=0)
-    past = step - number(policy, 2, mask)  # start
-    every = tl.maximum(number(policy, 3, mask), 1)
-    write_back_every = number(policy, 4, mask)
-    steps_per_epoch = tl.maximum(number(policy, 6, mask), 1)
-    start_epoch = number(policy, 7, mask)
+    past = step - number(policy, 1, mask)  # start
+    every = tl.maximum(number(policy, 2, mask), 1)
+    write_back_every = number(policy, 3, mask)
+    decay = tl.load(policy + 5, mask=mask, other=0)  # Ema's
+    steps_per_epoch = tl.maximum(number(policy, 5, mask), 1)  # Algorithm2's
+    start_epoch = number(policy, 6, mask)
 
     active = (kind != 0) & (past > 0)
-    current = active & (n == 0) & (number(policy, 5, mask) != 0)  # initial
+    current = active & (n == 0) & (number(policy, 4, mask) != 0)  # initial
     n = tl.where(current, 1, n)
     due = active & (past % every == 0)
     written = (write_back_every > 0) & (past % tl.maximum(write_back_every, 1) == 0)
@@ -88,12 +91,13 @@ def count(counts, policies, samplings32, samplings64, samplers, SAMPLERS: tl.con
 
 
 @triton.jit
-def note(marks, segment, segments):
-    """A segment that took its first step with momentum has taken it."""
+def grow(marks, segment, segments):
+    """Makes segments older by what the step just taken has marked."""
     mask = segment < segments
-    mark = tl.load(marks + 2 * segment, mask=mask, other=0)
-    mark = mark | tl.load(marks + 2 * segment + 1, mask=mask, other=0)
-    tl.store(marks + 2 * segment, mark, mask=mask)
+    age = tl.load(marks + 2 * segment, mask=mask, other=0)
+    age += tl.load(marks + 2 * segment + 1, mask=mask, other=0)
+    tl.store(marks + 2 * segment, age, mask=mask)
+    tl.store(marks + 2 * segment + 1, tl.zeros(segment.shape, tl.int32), mask=mask)
 
 
 @triton.jit(do_not_specialize=["samplers", "segments"])
@@ -123,4 +127,4 @@ def advance_kernel(
         if program == 0:
             count(counts, policies, samplings32, samplings64, samplers, SAMPLERS)
         else:
-            note(marks, (program - 1) * BLOCK + tl.arange(0, BLOCK), segments)
+            grow(marks, (program - 1) * BLOCK + tl.arange(0, BLOCK), segments)

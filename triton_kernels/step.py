@@ -1,8 +1,8 @@
 """The launch: what a step's tables say, brought to the device, and one kernel for all segments.
 
 A launch serves all segments of one dtype, with masters or without, and one dtype of their averages.
-Its table has a row of ENTRY_COLUMNS numbers for each segment: the addresses of theta, g, m, z,
-previous and a (0: not touched), the length, the rows of both coefficient tables, the rule, the
+Its table has a row of ENTRY_COLUMNS numbers for each segment: the addresses of theta, g and a, and
+of what rules keep (0: not touched), the length, the rows of both coefficient tables, the kind, the
 address of a tensor learning rate (0: none), the segment's number, and the address of the parameter
 that theta is the master of (0: theta is the parameter). The coefficient tables, rounded to the
 arithmetic's dtype, follow in the same memory, so that a step costs at most one copy to the device:
@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from rbwa_fused.engine.segments import COLUMN_OF, DTYPE, LENGTH, ROW, SAMPLING
-from rbwa_fused.streams import DTYPES
+from rbwa_fused.engine.segments import COLUMN_OF, DTYPE, LENGTH, ROW, SAMPLING, Table
+from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind
+from rbwa_fused.rules import Sampling as SamplingRow
+from rbwa_fused.streams import AVERAGE, DTYPES, KEPT, MASTER
 
 if TYPE_CHECKING:
     from rbwa_fused.engine.counters import DeviceCounters
@@ -33,12 +35,13 @@ PARTS = 4
 # The fewest registers without local memory on sm_90: a thread holds 8 elements, or 16.
 WARPS = {1: 16, PARTS: 8}
 MARKS_BLOCK = 1024  # segments whose marks one program advances
-MU, SAMPLE = 2, 2  # columns of the coefficient tables
+KIND, SAMPLE = COLUMNS.index("kind"), SamplingRow._fields.index("sample")
 
 Grads = Sequence[Tensor | None]
-# Of theta, gradients, state and tensor learning rates (None where the host knows those).
-Addresses = tuple[list[int], list[int | None], list[int], list[int] | None]
-Used = tuple[tuple[bool, ...], tuple[bool, ...]]  # rows and samplings
+# Of theta, gradients, state and tensor learning rates (None where the host knows those); and which
+# segments are of age 0.
+Addresses = tuple[list[int], list[int | None], list[int], list[int] | None, list[bool]]
+Used = tuple[tuple[int, ...], tuple[bool, ...]]  # kinds of rows, and which samplings sample
 
 
 def available(device: torch.device) -> str | None:
@@ -60,25 +63,29 @@ def available(device: torch.device) -> str | None:
     return None
 
 
+def prepare(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    table: Table,
+    counters: DeviceCounters | None = None,
+) -> tuple[Any, ...]:
+    """See backends.Prepare."""
+    return step_triton, params, grads, table, counters
+
+
 def step_triton(
     params: Sequence[Tensor],
     grads: Grads,
-    state: Sequence[Tensor],
-    segments: Tensor,
-    shapes: Tensor,
-    rows: Tensor,
-    samplings: Tensor,
+    table: Table,
     deferred: DeviceCounters | None = None,
 ) -> None:
     """`reference.step_` in one launch for each set of dtypes: of parameters, theta and averages.
 
     Args:
-        params, grads, state, segments, shapes, rows, samplings: as `ops.step_cpu`'s, already
-            checked; the tables lie on the CPU.
-        deferred: None, or what the device decides by itself (engine/counters.py): samplings of its
-            own stand for `samplings`; segment i takes its row, or before its first step with
-            momentum, which marks[i] tell and note, the odd row after it; a step may be skipped.
-            Both rows of every group must be up to date then, and `advance_triton` follows.
+        params, grads, table: as `reference.step_`'s, already checked; the tables lie on the CPU.
+        deferred: None, or what the device decides by itself (engine/counters.py): samplings and
+            ages of its own stand for the table's; a step may be skipped. Both rows of every group
+            must be up to date then, and `advance_triton` follows.
 
     Raises:
         RuntimeError: where the backend does not serve the device, or the first step with a table
@@ -88,18 +95,25 @@ def step_triton(
         return
     device = params[0].device
     with _on(device):
-        known = _launches.get(segments)
+        known = _launches.get(table)
         if known is None:
             reason = available(device)
             if reason is None and _capturing(device):
                 reason = "take a step before you capture one"
             if reason is not None:
                 raise RuntimeError(f"backend 'triton': {reason}")
-            addresses = [t.data_ptr() for t in state]  # other tensors come with another table
-            known = _launches[segments] = _plan(segments, state, device), addresses
+            addresses = [t.data_ptr() for t in table.state]  # others come with another table
+            known = _launches[table] = _plan(table, device), addresses
         launches, addresses = known
+        first = [] if deferred is not None else [age == 0 for age in table.ages.tolist()]
         for launch in launches:
-            launch.run(params, grads, addresses, rows, samplings, deferred)
+            launch.run(params, grads, addresses, table, first, deferred)
+    if deferred is None:
+        kinds = table.rows[table.segments[:, ROW], KIND]
+        older = [
+            g is not None and bool(KEPT_BY[k]) for g, k in zip(grads, kinds.tolist(), strict=True)
+        ]
+        table.ages += torch.tensor(older, device="cpu")
 
 
 def advance_triton(deferred: DeviceCounters) -> None:
@@ -134,14 +148,14 @@ class Upload:
 
     Attributes:
         staging: the memory that the latest of them were copied from.
-        rule: the most demanding one, None where no segment has anything to do.
+        kind: the one with most streams, None where no segment has anything to do.
     """
 
     staging: Tensor
     table: Tensor
     rows: Tensor
     samplings: Tensor
-    rule: int | None
+    kind: int | None
     averaged: bool
 
 
@@ -154,7 +168,7 @@ class Launch:
         chunks: (n, 2) int32 on the device: each program's segment, and which part of it.
         parts, block, warps: how often a program takes how many elements, by how many warps.
         key: what the tables on the device were made of: addresses, and coefficients.
-        used: which rows move momentum, and which samplings sample: all that the segments' table
+        used: the kinds of the rows, and which samplings sample: all that the segments' table
             depends on of the coefficients.
         captured: what captured graphs read at each replay.
     """
@@ -180,24 +194,25 @@ class Launch:
         params: Sequence[Tensor],
         grads: Grads,
         addresses: list[int],
-        rows: Tensor,
-        samplings: Tensor,
+        tables: Table,
+        first: list[bool],
         deferred: DeviceCounters | None,
     ) -> None:
-        """Brings the tables up to date where something changed, and launches."""
+        """Brings the tables up to date where something changed, and launches. `first` says which
+        segments are of age 0, where the host counts."""
         theta = [params[i].data_ptr() for i, _ in self.members]
         g = [None if (grad := grads[i]) is None else grad.data_ptr() for i, _ in self.members]
-        lrs = None
+        rows, samplings, lrs = tables.rows, tables.samplings, None
         if deferred is not None:
             samplings = samplings[:0]
             lrs = [0 if lr is None else lr.data_ptr() for lr in deferred.lrs]
-        at = theta, g, addresses, lrs
+        at = theta, g, addresses, lrs, first
         values = rows.tolist(), samplings.tolist()
         capturing = _capturing(self.chunks.device)
         upload = self.upload
         if upload is None or (at, values) != self.key:
-            moving = tuple(row[MU] != 0 for row in values[0])
-            used = moving, tuple(sampling[SAMPLE] != 0 for sampling in values[1])
+            kinds = tuple(int(row[KIND]) for row in values[0])
+            used = kinds, tuple(sampling[SAMPLE] != 0 for sampling in values[1])
             if upload is None or not self.key or (at, used) != (self.key[0], self.used):
                 upload = self._upload(rows, samplings, at, used)
             else:
@@ -206,49 +221,40 @@ class Launch:
             self.key = () if capturing else (at, values)  # a captured copy happens at replays only
         if capturing:
             self.captured.append(upload)
-        if upload.rule is not None:
+        if upload.kind is not None:
             self._launch(upload, deferred)
 
     def _upload(self, rows: Tensor, samplings: Tensor, at: Addresses, used: Used) -> Upload:
         """Packs the table and the coefficients, and copies them to the device."""
-        from .update import DIFFERENCE, MOMENTUM, PLAIN
-        from .update import SAMPLE as NO_GRADIENT
-
-        theta, g, addresses, lrs = at
-        entries, rules = [], []
+        theta, g, addresses, lrs, first = at
+        entries, kinds = [], []
         averaged = False
         for (number, columns), theta_at, g_at in zip(self.members, theta, g, strict=True):
             row, sampling = columns[ROW], columns[SAMPLING]
-            moving = g_at is not None and used[0][row]
+            kind = Kind.SAMPLE if g_at is None else used[0][row]
             # Where the device counts, it decides itself whether a sample is due.
-            sampled = lrs is not None or used[1][sampling]
-            streams_at = {}
-            for name, column in COLUMN_OF.items():
-                buffer, offset = columns[column : column + 2]
-                dtype = self.average_dtype if name == "average" else self.theta_dtype
-                touched = {"average": sampled, "master_param": True}.get(name, moving)
-                if buffer != -1 and touched:
-                    streams_at[name] = addresses[buffer] + offset * dtype.itemsize
-            if g_at is None:
-                rule = NO_GRADIENT.value
-            elif "difference_buffer" in streams_at and "previous_gradient" in streams_at:
-                rule = DIFFERENCE.value
-            else:
-                rule = (MOMENTUM if "momentum_buffer" in streams_at else PLAIN).value
-            averaged = averaged or "average" in streams_at
-            if g_at is not None or "average" in streams_at:
-                rules.append(rule)
-            streams = ("momentum_buffer", "difference_buffer", "previous_gradient", "average")
-            master = streams_at.get("master_param", 0)
+            touched = {MASTER, *KEPT_BY[kind]}
+            if lrs is not None or used[1][sampling]:
+                touched.add(AVERAGE)
+            streams_at = {
+                name: addresses[columns[column]]
+                for name, column in COLUMN_OF.items()
+                if columns[column] != -1 and name in touched
+            }
+            averaged = averaged or AVERAGE in streams_at
+            if g_at is not None or AVERAGE in streams_at:
+                kinds.append(kind)
+            master = streams_at.get(MASTER, 0)
             entries += [master or theta_at, g_at or 0]
-            entries += [streams_at.get(name, 0) for name in streams]
+            entries += [streams_at.get(name, 0) for name in (AVERAGE, *KEPT.values())]
             lr = lrs[row // 2] if lrs else 0
-            entries += [columns[LENGTH], row, sampling, rule, lr, number]
+            row += bool(KEPT_BY[kind]) and bool(first) and first[number]
+            entries += [columns[LENGTH], row, sampling, kind, lr, number]
             entries += [theta_at if master else 0]
 
         pieces = [torch.tensor(entries, device="cpu"), *self._coefficients(rows, samplings)]
         staging, (table, *coefficients) = _copied(pieces, self.chunks.device)
-        return Upload(staging, table, *coefficients, max(rules, default=None), averaged)
+        return Upload(staging, table, *coefficients, max(kinds, default=None), averaged)
 
     def _with_coefficients(self, upload: Upload, rows: Tensor, samplings: Tensor) -> Upload:
         """The same table of segments with other coefficients, which alone are copied."""
@@ -280,7 +286,7 @@ class Launch:
             DTYPE=_triton_dtype(self.dtype),
             THETA_DTYPE=_triton_dtype(self.theta_dtype),
             AVERAGE_DTYPE=_triton_dtype(self.average_dtype),
-            RULE=max(upload.rule or 0, update.PLAIN.value),
+            KIND=max(upload.kind or 0, Kind.PLAIN),
             AVERAGED=upload.averaged,
             BLOCK=self.block,
             PARTS=self.parts,
@@ -290,23 +296,23 @@ class Launch:
         )
 
 
-# One table of segments is one layout; it is forgotten with the tensor.
-_launches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# One table is one layout; its launches are forgotten with it.
+_launches: WeakKeyDictionary[Table, tuple[list[Launch], list[int]]] = WeakKeyDictionary()
 
 
-def _plan(segments: Tensor, state: Sequence[Tensor], device: torch.device) -> list[Launch]:
+def _plan(tables: Table, device: torch.device) -> list[Launch]:
     """Sorts segments into launches. Those without an average join others of their dtype."""
     kinds: dict[tuple[torch.dtype, ...], list[tuple[int, list[int]]]] = {}
     without: dict[tuple[torch.dtype, ...], list[tuple[int, list[int]]]] = {}
-    table = segments.tolist()
+    table = tables.segments.tolist()
     for number, columns in enumerate(table):
-        dtype, buffer = DTYPES[columns[DTYPE]], columns[COLUMN_OF["average"]]
-        mastered = columns[COLUMN_OF["master_param"]] != -1
+        dtype, buffer = DTYPES[columns[DTYPE]], columns[COLUMN_OF[AVERAGE]]
+        mastered = columns[COLUMN_OF[MASTER]] != -1
         dtypes = (dtype, torch.float32 if mastered else dtype)
         if buffer == -1:
             without.setdefault(dtypes, []).append((number, columns))
         else:
-            kinds.setdefault((*dtypes, state[buffer].dtype), []).append((number, columns))
+            kinds.setdefault((*dtypes, tables.state[buffer].dtype), []).append((number, columns))
     for dtypes, members in without.items():
         kind = next((kind for kind in kinds if kind[:2] == dtypes), (*dtypes, dtypes[1]))
         kinds.setdefault(kind, []).extend(members)

@@ -13,14 +13,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SAMPLE = tl.constexpr(0)  # enum class Rule
-PLAIN = tl.constexpr(1)
-MOMENTUM = tl.constexpr(2)
-DIFFERENCE = tl.constexpr(3)
+from rbwa_fused.rules import COLUMNS, Kind, Sampling
+from rbwa_fused.streams import KEPT
 
-ENTRY_COLUMNS = tl.constexpr(13)  # of the launch table, see step.py
-ROW_COLUMNS = tl.constexpr(9)  # of the coefficient tables, see csrc/step.h
-SAMPLING_COLUMNS = tl.constexpr(5)
+SAMPLE = tl.constexpr(int(Kind.SAMPLE))
+PLAIN = tl.constexpr(int(Kind.PLAIN))
+MOMENTUM = tl.constexpr(int(Kind.MOMENTUM))
+DIFFERENCE = tl.constexpr(int(Kind.DIFFERENCE))
+
+ENTRY_COLUMNS = tl.constexpr(10 + len(KEPT))  # of the launch table, see step.py
+BEHIND_KEPT = tl.constexpr(3 + len(KEPT))  # theta, g and a stand before
+ROW_COLUMNS = tl.constexpr(len(COLUMNS))  # of the coefficient tables
+SAMPLING_COLUMNS = tl.constexpr(len(Sampling._fields))
 
 
 @triton.jit
@@ -30,21 +34,21 @@ def followed(master, rounded, param):
 
 
 @triton.jit
-def update(k, theta, g, m, z, previous, a, RULE: tl.constexpr, AVERAGED: tl.constexpr):
+def update(k, theta, g, m, z, previous, a, KIND: tl.constexpr, AVERAGED: tl.constexpr):
     """Lines (1)-(5): the new theta, m, z, previous, a.
 
     A zero coefficient drops its term, so that an infinity spreads as far as in torch.optim.SGD.
     """
     s, lambda_, mu, c, kappa, alpha, gamma, delta, eta, w, current, write_back = k
     x = theta
-    if RULE != SAMPLE:
+    if KIND != SAMPLE:
         g = s * g
         g = tl.where(lambda_ != 0, g + lambda_ * theta, g)  # (1)
         direction = g
-        if RULE == MOMENTUM or RULE == DIFFERENCE:
+        if KIND == MOMENTUM or KIND == DIFFERENCE:
             m = mu * m + c * g  # (2)
             direction = tl.where(alpha != 0, alpha * g + gamma * m, gamma * m)
-        if RULE == DIFFERENCE:
+        if KIND == DIFFERENCE:
             z = mu * z + kappa * (g - previous)  # (2) for the gradient's difference
             previous = g
             direction = direction + delta * z
@@ -102,7 +106,7 @@ def step_block(
     begin,
     length,
     sampled,
-    RULE: tl.constexpr,
+    KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
     MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -120,20 +124,20 @@ def step_block(
         param = load(param_at, mask, wide, FULL)
         rounded = theta.to(param_at.dtype.element_ty).to(wide)
         theta = followed(theta, rounded, param)
-    g = theta  # stands for every stream that the rule lacks
+    g = theta  # stands for every stream that the kind lacks
     m = theta
     z = theta
     previous = theta
     a = theta
-    if RULE != SAMPLE:
+    if KIND != SAMPLE:
         g_at = elements(streams[1], begin, lane, FULL)
         g = load(g_at, mask, wide, FULL)
         if unscale is not None:
             store(g_at, g * unscale, mask, FULL)
-    if RULE == MOMENTUM or RULE == DIFFERENCE:
+    if KIND == MOMENTUM or KIND == DIFFERENCE:
         m_at = elements(streams[2], begin, lane, FULL)
         m = load(m_at, mask, wide, FULL)
-    if RULE == DIFFERENCE:
+    if KIND == DIFFERENCE:
         z_at = elements(streams[3], begin, lane, FULL)
         z = load(z_at, mask, wide, FULL)
         previous_at = elements(streams[4], begin, lane, FULL)
@@ -145,11 +149,11 @@ def step_block(
         a_at = elements(streams[5], begin, lane, FULL)
         a = load(a_at, a_mask, wide, False)
 
-    theta, m, z, previous, a = update(k, theta, g, m, z, previous, a, RULE, AVERAGED)
+    theta, m, z, previous, a = update(k, theta, g, m, z, previous, a, KIND, AVERAGED)
 
-    if RULE == MOMENTUM or RULE == DIFFERENCE:
+    if KIND == MOMENTUM or KIND == DIFFERENCE:
         store(m_at, m, mask, FULL)
-    if RULE == DIFFERENCE:
+    if KIND == DIFFERENCE:
         store(z_at, z, mask, FULL)
         store(previous_at, previous, mask, FULL)
     if AVERAGED:
@@ -158,7 +162,7 @@ def step_block(
     if MASTER:
         store(theta_at, theta, mask, FULL)
         weights_at = param_at
-    if RULE == SAMPLE:
+    if KIND == SAMPLE:
         if k[11]:  # write_back, or another process may write them at this time
             store(weights_at, theta, mask, FULL)
     else:
@@ -166,37 +170,37 @@ def step_block(
 
 
 @triton.jit
-def step_by_rule(
+def step_by_kind(
     k,
     streams,
     unscale,
     begin,
     length,
     sampled,
-    rule,
-    RULE: tl.constexpr,
+    kind,
+    KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
     MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """One branch per program on the segment's rule, among those that the launch has."""
+    """One branch per program on the segment's kind, among those that the launch has."""
     if AVERAGED:
-        if (rule == SAMPLE) & (sampled != 0):
+        if (kind == SAMPLE) & (sampled != 0):
             step_block(
                 k, streams, unscale, begin, length, sampled, SAMPLE, True, MASTER, BLOCK, FULL
             )
-    if rule == PLAIN:
+    if kind == PLAIN:
         step_block(
             k, streams, unscale, begin, length, sampled, PLAIN, AVERAGED, MASTER, BLOCK, FULL
         )
-    if RULE == MOMENTUM or RULE == DIFFERENCE:
-        if rule == MOMENTUM:
+    if KIND == MOMENTUM or KIND == DIFFERENCE:
+        if kind == MOMENTUM:
             step_block(
                 k, streams, unscale, begin, length, sampled, MOMENTUM, AVERAGED, MASTER, BLOCK, FULL
             )
-    if RULE == DIFFERENCE:
-        if rule == DIFFERENCE:
+    if KIND == DIFFERENCE:
+        if kind == DIFFERENCE:
             step_block(
                 k,
                 streams,
@@ -227,7 +231,7 @@ def step_kernel(
     DTYPE: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     AVERAGE_DTYPE: tl.constexpr,
-    RULE: tl.constexpr,
+    KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -241,28 +245,30 @@ def step_kernel(
     entry = table + tl.load(chunk).to(tl.int64) * ENTRY_COLUMNS
     theta = tl.load(entry)
     g = tl.load(entry + 1)
-    m = tl.load(entry + 2)
-    z = tl.load(entry + 3)
-    previous = tl.load(entry + 4)
-    a = tl.load(entry + 5)
-    length = tl.load(entry + 6)
-    row = tl.load(entry + 7)
-    sampling = samplings + tl.load(entry + 8) * SAMPLING_COLUMNS
-    rule = tl.load(entry + 9)
-    lr_at = tl.load(entry + 10)
-    param = tl.load(entry + 12)
+    a = tl.load(entry + 2)
+    m = tl.load(entry + 3)
+    z = tl.load(entry + 4)
+    previous = tl.load(entry + 5)
+    behind = entry + BEHIND_KEPT
+    length = tl.load(behind)
+    row = tl.load(behind + 1)
+    sampling = samplings + tl.load(behind + 2) * SAMPLING_COLUMNS
+    kind = tl.load(behind + 3)
+    lr_at = tl.load(behind + 4)
+    number = tl.load(behind + 5)
+    param = tl.load(behind + 6)
 
     if marks is not None:
         if found_inf is not None:
-            rule = tl.where(tl.load(found_inf) == 0, rule, -1)
-        mark = marks + 2 * tl.load(entry + 11)
-        momentum = rule >= MOMENTUM
-        row = tl.where(momentum & (tl.load(mark) == 0), row | 1, row)
-        tl.store(mark + 1, 1, mask=momentum & (index == 0))
+            kind = tl.where(tl.load(found_inf) == 0, kind, -1)
+        mark = marks + 2 * number
+        keeps = kind >= MOMENTUM
+        row = tl.where(keeps & (tl.load(mark) == 0), row + 1, row)
+        tl.store(mark + 1, 1, mask=keeps & (index == 0))
 
     row_at = rows + row * ROW_COLUMNS
-    s = tl.load(row_at)
-    eta = tl.load(row_at + 8)
+    s = tl.load(row_at + 1)  # behind its kind, which the table of segments has
+    eta = tl.load(row_at + 9)
     unscale = None
     if marks is not None:
         given = lr_at != 0
@@ -278,13 +284,13 @@ def step_kernel(
     sampled = ((a != 0) & (tl.load(sampling + 2) != 0)).to(tl.int32)
     k = (
         s,
-        tl.load(row_at + 1),  # lambda
-        tl.load(row_at + 2),  # mu
-        tl.load(row_at + 3),  # c
-        tl.load(row_at + 4),  # kappa
-        tl.load(row_at + 5),  # alpha
-        tl.load(row_at + 6),  # gamma
-        tl.load(row_at + 7),  # delta
+        tl.load(row_at + 2),  # lambda
+        tl.load(row_at + 3),  # mu
+        tl.load(row_at + 4),  # c
+        tl.load(row_at + 5),  # kappa
+        tl.load(row_at + 6),  # alpha
+        tl.load(row_at + 7),  # gamma
+        tl.load(row_at + 8),  # delta
         eta * tl.load(sampling),
         tl.where(sampled != 0, tl.load(sampling + 1), 0),  # w
         tl.load(sampling + 3) != 0,  # current
@@ -303,30 +309,30 @@ def step_kernel(
     for part in range(PARTS):
         begin = (index.to(tl.int64) * PARTS + part) * BLOCK
         if aligned & (begin + BLOCK <= length):
-            step_by_rule(
+            step_by_kind(
                 k,
                 streams,
                 unscale,
                 begin,
                 length,
                 sampled,
-                rule,
-                RULE,
+                kind,
+                KIND,
                 AVERAGED,
                 DTYPE != THETA_DTYPE,  # a master
                 BLOCK,
                 True,
             )
         else:
-            step_by_rule(
+            step_by_kind(
                 k,
                 streams,
                 unscale,
                 begin,
                 length,
                 sampled,
-                rule,
-                RULE,
+                kind,
+                KIND,
                 AVERAGED,
                 DTYPE != THETA_DTYPE,
                 BLOCK,

@@ -4,7 +4,7 @@
 // `step_` has two doors to the same function. The operator is the one that the dispatcher, the
 // profiler and torch.compile know. The Python module's `step` reads the tensors through DLPack's
 // exchange table instead, 0.02 us a tensor against 0.12 (62 gradients, torch 2.15, 2 cores of an
-// AMD EPYC 9005, 2026-11).
+// AMD EPYC 9005, 2026-11), and those of its tables once.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
@@ -27,20 +27,22 @@ using torch::stable::Tensor;
 
 constexpr DLDevice kCpu{kDLCPU, 0};
 
-void step(const Tables& tables) {
-  const std::vector<Segment> segments = resolve(tables, kCpu);
+void step(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables) {
+  const std::vector<Segment> segments = resolve(params, grads, tables, kCpu);
   step_cpu(segments.data(), static_cast<int64_t>(segments.size()),
            static_cast<const Row*>(tables.rows.data),
            static_cast<const Sampling*>(tables.samplings.data));
+  grow(segments, tables);
 }
 
 // ---- the operators -----------------------------------------------------------------------------
 
 void step_op(std::vector<Tensor> params, std::vector<std::optional<Tensor>> grads,
-             std::vector<Tensor> state, Tensor segments, Tensor shapes, Tensor rows,
+             std::vector<Tensor> state, Tensor segments, Tensor shapes, Tensor ages, Tensor rows,
              Tensor samplings) {
-  step({views_of(params), views_of(grads), views_of(state), view_of(segments), view_of(shapes),
-        view_of(rows), view_of(samplings)});
+  step(views_of(params), views_of(grads),
+       {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
+        view_of(samplings)});
 }
 
 void pull_op(std::vector<Tensor> params, int64_t replicas, double alpha) {
@@ -49,12 +51,23 @@ void pull_op(std::vector<Tensor> params, int64_t replicas, double alpha) {
 
 // ---- the Python module -------------------------------------------------------------------------
 
-void step_python(const py::list& params, const py::list& grads, py::handle state,
-                 py::handle segments, py::handle shapes, py::handle rows, py::handle samplings) {
-  const Tables tables{views_of(params), views_of(grads), views_of_state(state), view_of(segments),
-                      view_of(shapes),  view_of(rows),   view_of(samplings)};
+void step_python(const PythonTables& fixed, const py::list& params, const py::list& grads) {
+  const std::vector<View> of_params = views_of(params), of_grads = views_of(grads);
   const py::gil_scoped_release release;
-  step(tables);
+  step(of_params, of_grads, fixed.tables);
+}
+
+// Calls one function after the other, each given as a tuple with its arguments. Python runs signal
+// handlers between its own instructions only, so an interrupt comes before the first call or behind
+// the last, if all of them are functions in C.
+void in_turn(const py::list& calls) {
+  for (py::handle call : calls) {
+    PyObject* const* items = &PyTuple_GET_ITEM(call.ptr(), 0);
+    const auto count = static_cast<size_t>(PyTuple_GET_SIZE(call.ptr()));
+    PyObject* result = PyObject_Vectorcall(items[0], items + 1, count - 1, nullptr);
+    if (result == nullptr) throw py::error_already_set();
+    Py_DECREF(result);
+  }
 }
 
 }  // namespace
@@ -62,7 +75,7 @@ void step_python(const py::list& params, const py::list& grads, py::handle state
 STABLE_TORCH_LIBRARY(rbwa_fused, library) {
   library.def(
       "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
-      "Tensor shapes, Tensor rows, Tensor samplings) -> ()");
+      "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings) -> ()");
   library.def("pull_(Tensor(a!)[] params, int replicas, float alpha) -> ()");
   library.def("hand_over(Tensor[] tensors) -> int");
 }
@@ -91,13 +104,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),
              "Use another instruction set; False if this processor or build lacks it.");
   gradients::find();
+  module.def("in_turn", &in_turn, "See backends.in_turn.");
   module.def("gradients", &gradients::gather, "See ops.gradients.");
   py::class_<held::State>(module, "HeldState", "See engine/held.py.")
       .def(py::init<py::dict, const py::list&, int64_t>())
       .def("stands", &held::State::stands);
   if (find_exchange_table()) {
-    py::class_<Views>(module, "Views", "Tensors as the kernels see them.")
-        .def(py::init<py::list>());
+    py::class_<PythonTables>(module, "Tables", "The tables of a launch as the kernels see them.")
+        .def(py::init<py::list, py::object, py::object, py::object, py::object, py::object>());
     module.def("step", &step_python, "torch.ops.rbwa_fused.step_ without the dispatcher.");
   }
 }

@@ -43,15 +43,8 @@ void pull_tiles(const Replicated& param, T share, T alpha, int64_t begin, int64_
 }
 
 void pull_range(const Replicated& param, const Pull& pull, int64_t begin, int64_t n) {
-  const float share = static_cast<float>(pull.share), alpha = static_cast<float>(pull.alpha);
-  switch (param.dtype) {
-    case Dtype::kFloat32:
-      return pull_tiles<float>(param, share, alpha, begin, n);
-    case Dtype::kFloat64:
-      return pull_tiles<double>(param, pull.share, pull.alpha, begin, n);
-    case Dtype::kBfloat16:
-      return pull_tiles<Bfloat16>(param, share, alpha, begin, n);
-    case Dtype::kFloat16:
-      return pull_tiles<Float16>(param, share, alpha, begin, n);
-  }
+  with_storage(param.dtype, [&]<typename S>() {
+    using T = typename Arithmetic<S>::type;
+    pull_tiles<S, T>(param, static_cast<T>(pull.share), static_cast<T>(pull.alpha), begin, n);
+  });
 }

@@ -4,7 +4,6 @@
 // set and shared with the baseline build would crash older processors.
 
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
@@ -12,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "convert.h"
+#include "dispatch.h"
 #include "replicas.h"
 #include "step.h"
 #if defined(__x86_64__)
@@ -21,20 +22,6 @@
 #include "update.h"
 
 namespace {
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-inline float widen_float16(Float16 x) {
-  return torch::headeronly::detail::fp16_ieee_to_fp32_value(x.bits);
-}
-inline Float16 narrow_float16(float x) {
-  return {torch::headeronly::detail::fp16_ieee_from_fp32_value(x)};
-}
 
 namespace baseline {
 #include "cpu/loop.h"

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "convert.h"
 #include "cuda/kernel.h"
@@ -96,15 +97,15 @@ struct Chunk {
   W* theta;
   S* param;  // only beside a master
   S* g;
-  W* m;
-  W* z;
-  W* previous;
   A* a;
+#define RBWA_FIELD(stream, when) W* stream;
+  RBWA_KEPT(RBWA_FIELD)
+#undef RBWA_FIELD
   int64_t n;
 };
 
 template <typename S, typename W>
-constexpr bool kHasMaster = sizeof(S) != sizeof(W);
+constexpr bool kHasMaster = !std::is_same_v<S, W>;
 
 template <typename S, typename W, typename A>
 RBWA_INLINE S* weights(const Chunk<S, W, A>& chunk) {
@@ -122,10 +123,9 @@ struct Unscale {
   T unscale;
 };
 
-template <Rule rule, bool averaged, typename S, typename W, typename A, typename T>
+template <Kind kind, bool averaged, typename S, typename W, typename A, typename T>
 RBWA_INLINE void one(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                      int64_t i) {
-  constexpr bool momentum = rule == Rule::kMomentum || rule == Rule::kDifference;
   Element<T> e{};
   e.theta = widen(chunk.theta[i]);
   if constexpr (kHasMaster<S, W>) {
@@ -133,27 +133,25 @@ RBWA_INLINE void one(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, cons
     narrow(e.theta, rounded);
     e.theta = followed(e.theta, widen(rounded), widen(chunk.param[i]));
   }
-  if constexpr (rule != Rule::kSample) {
+  if constexpr (kind != Kind::kSample) {
     e.g = widen(chunk.g[i]);
     if (u.scaled) {
       e.g = u.unscale * e.g;
       narrow(e.g, chunk.g[i]);
     }
   }
-  if constexpr (momentum) e.m = widen(chunk.m[i]);
-  if constexpr (rule == Rule::kDifference) {
-    e.z = widen(chunk.z[i]);
-    e.previous = widen(chunk.previous[i]);
-  }
+#define RBWA_LOAD(stream, when) \
+  if constexpr (keeps_##stream(kind)) e.stream = widen(chunk.stream[i]);
+  RBWA_KEPT(RBWA_LOAD)
+#undef RBWA_LOAD
   if constexpr (averaged) e.a = widen(chunk.a[i]);
-  update<rule, averaged>(k, e);
+  update<kind, averaged>(k, e);
   if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.theta[i]);
-  if (writes_weight<rule>(k)) narrow(e.theta, weights(chunk)[i]);
-  if constexpr (momentum) narrow(e.m, chunk.m[i]);
-  if constexpr (rule == Rule::kDifference) {
-    narrow(e.z, chunk.z[i]);
-    narrow(e.previous, chunk.previous[i]);
-  }
+  if (writes_weight<kind>(k)) narrow(e.theta, weights(chunk)[i]);
+#define RBWA_STORE(stream, when) \
+  if constexpr (keeps_##stream(kind)) narrow(e.stream, chunk.stream[i]);
+  RBWA_KEPT(RBWA_STORE)
+#undef RBWA_STORE
   if constexpr (averaged) narrow(e.a, chunk.a[i]);
 }
 
@@ -180,17 +178,19 @@ struct Vectors {
 
 // Whole vectors. Two a thread are in flight for 32 and 64 bits; 16-bit types have twice the
 // elements in one, and more would spill.
-template <Rule rule, bool averaged, typename S, typename W, typename A, typename T>
+template <Kind kind, bool averaged, typename S, typename W, typename A, typename T>
 RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                          int thread) {
-  constexpr bool momentum = rule == Rule::kMomentum || rule == Rule::kDifference;
   constexpr int count = kVectorBytes / sizeof(S);
   constexpr int flight = sizeof(S) == 2 ? 1 : 2;
   using Kept = Vectors<W, sizeof(W) / sizeof(S)>;
   const int64_t whole = chunk.n / count;
-  const int g_bytes = rule == Rule::kSample ? 0 : widest(chunk.g);
+  const int g_bytes = kind == Kind::kSample ? 0 : widest(chunk.g);
   for (int64_t first = thread; first < whole; first += flight * kThreads) {
-    Kept theta[flight], m[flight], z[flight], previous[flight];
+    Kept theta[flight];
+#define RBWA_VECTORS(stream, when) Kept stream[flight];
+    RBWA_KEPT(RBWA_VECTORS)
+#undef RBWA_VECTORS
     Vectors<S, 1> param[flight];
     Vector<S, count> g[flight];
     Vectors<A, sizeof(A) / sizeof(S)> a[flight];
@@ -200,10 +200,11 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
       if (v >= whole) continue;
       theta[f].load(chunk.theta, v);
       if constexpr (kHasMaster<S, W>) param[f].load(chunk.param, v);
-      if constexpr (rule != Rule::kSample) load_gradient(chunk.g + v * count, g_bytes, g[f]);
-      if constexpr (momentum) m[f].load(chunk.m, v);
-      if constexpr (rule == Rule::kDifference) z[f].load(chunk.z, v);
-      if constexpr (rule == Rule::kDifference) previous[f].load(chunk.previous, v);
+      if constexpr (kind != Kind::kSample) load_gradient(chunk.g + v * count, g_bytes, g[f]);
+#define RBWA_LOAD(stream, when) \
+  if constexpr (keeps_##stream(kind)) stream[f].load(chunk.stream, v);
+      RBWA_KEPT(RBWA_LOAD)
+#undef RBWA_LOAD
       if constexpr (averaged) a[f].load(chunk.a, v);
     }
 #pragma unroll
@@ -212,22 +213,27 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
       if (v >= whole) continue;
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        const Chunk<S, W, A> element{theta[f].at(i), param[f].at(i),    &g[f].at[i], m[f].at(i),
-                                     z[f].at(i),     previous[f].at(i), a[f].at(i),  1};
-        one<rule, averaged>(element, k, u, 0);
+        Chunk<S, W, A> element;
+        element.theta = theta[f].at(i), element.param = param[f].at(i), element.g = &g[f].at[i];
+        element.a = a[f].at(i);
+#define RBWA_AT(stream, when) element.stream = stream[f].at(i);
+        RBWA_KEPT(RBWA_AT)
+#undef RBWA_AT
+        one<kind, averaged>(element, k, u, 0);
       }
       if constexpr (kHasMaster<S, W>) {
         theta[f].store(chunk.theta, v);
-        if (writes_weight<rule>(k)) param[f].store(chunk.param, v);
+        if (writes_weight<kind>(k)) param[f].store(chunk.param, v);
       } else {
-        if (writes_weight<rule>(k)) theta[f].store(chunk.theta, v);
+        if (writes_weight<kind>(k)) theta[f].store(chunk.theta, v);
       }
-      if constexpr (rule != Rule::kSample) {
+      if constexpr (kind != Kind::kSample) {
         if (u.scaled) store_gradient(chunk.g + v * count, g_bytes, g[f]);
       }
-      if constexpr (momentum) m[f].store(chunk.m, v);
-      if constexpr (rule == Rule::kDifference) z[f].store(chunk.z, v);
-      if constexpr (rule == Rule::kDifference) previous[f].store(chunk.previous, v);
+#define RBWA_STORE(stream, when) \
+  if constexpr (keeps_##stream(kind)) stream[f].store(chunk.stream, v);
+      RBWA_KEPT(RBWA_STORE)
+#undef RBWA_STORE
       if constexpr (averaged) a[f].store(chunk.a, v);
     }
   }
@@ -235,28 +241,40 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
 
 // A chunk goes by vectors if all that is written lies on their boundaries, and its tail, or all of
 // it, element by element.
-template <Rule rule, bool averaged, typename S, typename W, typename A, typename T>
+template <Kind kind, bool averaged, typename S, typename W, typename A, typename T>
 RBWA_INLINE void run(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                      int thread) {
   auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   uintptr_t all = address(chunk.theta);
   if constexpr (kHasMaster<S, W>) all |= address(chunk.param);
-  if constexpr (rule == Rule::kMomentum || rule == Rule::kDifference) all |= address(chunk.m);
-  if constexpr (rule == Rule::kDifference) all |= address(chunk.z) | address(chunk.previous);
+#define RBWA_ADDRESS(stream, when) \
+  if constexpr (keeps_##stream(kind)) all |= address(chunk.stream);
+  RBWA_KEPT(RBWA_ADDRESS)
+#undef RBWA_ADDRESS
   if constexpr (averaged) all |= address(chunk.a);
   constexpr int count = kVectorBytes / sizeof(S);
   int64_t done = 0;
   if (all % kVectorBytes == 0) {
-    vectors<rule, averaged>(chunk, k, u, thread);
+    vectors<kind, averaged>(chunk, k, u, thread);
     done = chunk.n - chunk.n % count;
   }
-  for (int64_t i = done + thread; i < chunk.n; i += kThreads) one<rule, averaged>(chunk, k, u, i);
+  for (int64_t i = done + thread; i < chunk.n; i += kThreads) one<kind, averaged>(chunk, k, u, i);
 }
 
-template <typename T>
-RBWA_INLINE Coefficients<T> coefficients(const CudaRow<T>& r, T eta, const CudaSampling<T>& a) {
-  return {r.s,     r.lambda, r.mu,          r.c, r.kappa,        r.alpha,
-          r.gamma, r.delta,  eta * a.scale, a.w, a.current != 0, a.write_back != 0};
+// The branch of a segment's kind, which is the same for a whole block, among those up to `most`.
+template <Kind most, bool averaged, typename S, typename W, typename A, typename T>
+RBWA_INLINE void run_kind(Kind kind, const Chunk<S, W, A>& chunk, const Coefficients<T>& k,
+                          const Unscale<T>& u, int thread) {
+  if constexpr (averaged) {
+    if (kind == Kind::kSample) return run<Kind::kSample, true>(chunk, k, u, thread);
+  }
+  if constexpr (most >= Kind::kDifference) {
+    if (kind == Kind::kDifference) return run<Kind::kDifference, averaged>(chunk, k, u, thread);
+  }
+  if constexpr (most >= Kind::kMomentum) {
+    if (kind == Kind::kMomentum) return run<Kind::kMomentum, averaged>(chunk, k, u, thread);
+  }
+  if (kind == Kind::kPlain) run<Kind::kPlain, averaged>(chunk, k, u, thread);
 }
 
 template <typename X>
@@ -264,9 +282,8 @@ RBWA_INLINE X* place(void* stream, int64_t element) {
   return stream != nullptr ? static_cast<X*>(stream) + element : nullptr;
 }
 
-// The work of one thread. `most` is the rule with most buffers among the launch's segments; a
-// segment that lacks a stream takes the branch that does without, which is the same for a block.
-template <typename S, typename W, typename A, Rule most, bool averaged, typename T, int bytes>
+// The work of one thread. `most` is the kind with most streams among the launch's segments.
+template <typename S, typename W, typename A, Kind most, bool averaged, typename T, int bytes>
 RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int thread) {
   if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
   const auto* segments = reinterpret_cast<const CudaSegment*>(launch.tables);
@@ -291,38 +308,28 @@ RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int 
   const auto* groups = reinterpret_cast<const CudaGroup<T>*>(launch.tables + launch.groups_at);
   const CudaGroup<T>& group = groups[s.group];
   const bool first = launch.marks != nullptr ? launch.marks[2 * s.index] == 0 : s.first != 0;
-  const CudaRow<T>& row = first ? group.first : group.usual;
-  const T eta = group.lr != nullptr ? static_cast<T>(*group.lr) : row.eta;
-  const Coefficients<T> k = coefficients(row, eta, sampling);
+  Coefficients<T> k{first ? group.first : group.usual, sampling.w, sampling.current != 0,
+                    sampling.write_back != 0};
+  if (group.lr != nullptr) k.eta = static_cast<T>(*group.lr);
+  k.eta *= sampling.scale;
   Unscale<T> u{launch.grad_scale != nullptr, T(1)};
   if (u.scaled) u.unscale = T(1) / static_cast<T>(*launch.grad_scale);
 
-  const Chunk<S, W, A> chunk{place<W>(s.theta, begin), place<S>(s.param, begin),
-                             place<S>(s.g, begin),     place<W>(s.m, begin),
-                             place<W>(s.z, begin),     place<W>(s.previous, begin),
-                             place<A>(s.a, begin),     n};
-  const bool momentum = s.g != nullptr && s.m != nullptr;
-  if (momentum && launch.marks != nullptr && begin == 0 && thread == 0) {
+  Chunk<S, W, A> chunk;
+  chunk.theta = place<W>(s.theta, begin), chunk.param = place<S>(s.param, begin);
+  chunk.g = place<S>(s.g, begin), chunk.a = place<A>(s.a, begin);
+#define RBWA_PLACE(stream, when) chunk.stream = place<W>(s.stream, begin);
+  RBWA_KEPT(RBWA_PLACE)
+#undef RBWA_PLACE
+  chunk.n = n;
+  const Kind kind = static_cast<Kind>(s.kind);
+  if (keeps_any(kind) && launch.marks != nullptr && begin == 0 && thread == 0) {
     launch.marks[2 * s.index + 1] = 1;
   }
   if constexpr (averaged) {
     if (s.a != nullptr && sampling.sample != 0) {
-      if (s.g == nullptr) return run<Rule::kSample, true>(chunk, k, u, thread);
-      if constexpr (most == Rule::kDifference) {
-        if (s.z != nullptr) return run<Rule::kDifference, true>(chunk, k, u, thread);
-      }
-      if constexpr (most != Rule::kPlain) {
-        if (momentum && s.z == nullptr) return run<Rule::kMomentum, true>(chunk, k, u, thread);
-      }
-      return run<Rule::kPlain, true>(chunk, k, u, thread);
+      return run_kind<most, true>(kind, chunk, k, u, thread);
     }
   }
-  if (s.g == nullptr) return;
-  if constexpr (most == Rule::kDifference) {
-    if (s.z != nullptr) return run<Rule::kDifference, false>(chunk, k, u, thread);
-  }
-  if constexpr (most != Rule::kPlain) {
-    if (momentum && s.z == nullptr) return run<Rule::kMomentum, false>(chunk, k, u, thread);
-  }
-  run<Rule::kPlain, false>(chunk, k, u, thread);
+  run_kind<most, false>(kind, chunk, k, u, thread);
 }

@@ -20,37 +20,39 @@ T* on_device(const View& view, DLDevice device, DLDataType type, int64_t element
 
 }  // namespace
 
-void step_on(const CudaTables& tables, DLDevice device, void* stream) {
-  const bool deferred = tables.marks.dtype.bits != 0;
-  const std::vector<Segment> segments = resolve(tables.step, device, deferred);
-  const int64_t group_count = numel_of(tables.step.rows) / kRowColumns / 2;
+void step_on(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables,
+             const DeviceTables& own, DLDevice device, void* stream) {
+  const bool deferred = own.marks.dtype.bits != 0;
+  const std::vector<Segment> segments = resolve(params, grads, tables, device, deferred);
+  const int64_t group_count = numel_of(tables.rows) / kRowColumns / kRowsPerGroup;
   CudaStep step{};
-  step.rows = static_cast<const Row*>(tables.step.rows.data);
-  step.samplings = static_cast<const Sampling*>(tables.step.samplings.data);
-  const int64_t samplings = numel_of(tables.step.samplings);
-  STD_TORCH_CHECK(2 * group_count * kRowColumns == numel_of(tables.step.rows) &&
+  step.rows = static_cast<const Row*>(tables.rows.data);
+  step.samplings = static_cast<const Sampling*>(tables.samplings.data);
+  const int64_t samplings = numel_of(tables.samplings);
+  STD_TORCH_CHECK(kRowsPerGroup * group_count * kRowColumns == numel_of(tables.rows) &&
                       samplings / kSamplingColumns < (1 << 16),
                   "step_: two rows a param group, and at most 65,535 samplings");
   step.lrs.assign(group_count, nullptr);
-  STD_TORCH_CHECK(tables.lrs.empty() || static_cast<int64_t>(tables.lrs.size()) == group_count,
-                  "step_: ", tables.lrs.size(), " learning rates for ", group_count, " groups");
-  for (size_t i = 0; i < tables.lrs.size(); ++i) {
-    step.lrs[i] = on_device<const float>(tables.lrs[i], device, kFloat, 1, "lrs");
+  STD_TORCH_CHECK(own.lrs.empty() || static_cast<int64_t>(own.lrs.size()) == group_count,
+                  "step_: ", own.lrs.size(), " learning rates for ", group_count, " groups");
+  for (size_t i = 0; i < own.lrs.size(); ++i) {
+    step.lrs[i] = on_device<const float>(own.lrs[i], device, kFloat, 1, "lrs");
   }
   const int64_t marks = 2 * static_cast<int64_t>(segments.size());
   step.device_samplings =
-      on_device<const double>(tables.samplings, device, kDouble, samplings, "samplings64");
+      on_device<const double>(own.samplings, device, kDouble, samplings, "samplings64");
   step.device_samplings_float =
-      on_device<const float>(tables.samplings_float, device, kFloat, samplings, "samplings32");
-  step.marks = on_device<int32_t>(tables.marks, device, kInt32, marks, "marks");
-  step.grad_scale = on_device<const float>(tables.grad_scale, device, kFloat, 1, "grad_scale");
-  step.found_inf = on_device<const float>(tables.found_inf, device, kFloat, 1, "found_inf");
+      on_device<const float>(own.samplings_float, device, kFloat, samplings, "samplings32");
+  step.marks = on_device<int32_t>(own.marks, device, kInt32, marks, "marks");
+  step.grad_scale = on_device<const float>(own.grad_scale, device, kFloat, 1, "grad_scale");
+  step.found_inf = on_device<const float>(own.found_inf, device, kFloat, 1, "found_inf");
   STD_TORCH_CHECK(deferred == (step.device_samplings != nullptr) &&
                       deferred == (step.device_samplings_float != nullptr),
                   "step_: `samplings64`, `samplings32` and `marks` go together");
   step.stream = stream;
   const char* error = step_in_launches(segments, step);
   STD_TORCH_CHECK(error == nullptr, "step_: ", error);
+  if (!deferred) grow(segments, tables);
 }
 
 void advance_on(const CountTables& tables, DLDevice device, void* stream) {

@@ -5,10 +5,9 @@
 
 #include "tables.h"
 
-// Tables beside those of every step. The device's counters are absent (dtype.bits is 0) where the
-// host counts.
-struct CudaTables {
-  Tables step;
+// What a device reads beside the tables of every step. Its counters are absent (dtype.bits is 0)
+// where the host counts.
+struct DeviceTables {
   std::vector<View> lrs;  // one a param group, in place of its row's eta, or absent
   View samplings;         // float64 (2 samplers, 5): struct Sampling of this step
   View samplings_float;   // the same, in float32
@@ -23,7 +22,8 @@ struct CountTables {
 };
 
 // Takes the step on a device and stream; nothing has been changed where it throws.
-void step_on(const CudaTables& tables, DLDevice device, void* stream);
+void step_on(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables,
+             const DeviceTables& own, DLDevice device, void* stream);
 
 // Counts the step just taken, unless it was skipped, and prepares the next one's samplings.
 void advance_on(const CountTables& tables, DLDevice device, void* stream);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "dispatch.h"
 #include "policy.h"
 #include "step.h"
 #include "update.h"
@@ -27,27 +28,23 @@ struct CudaSegment {
   void* theta;
   void* param;
   void* g;
-  void* m;
   void* a;
-  void* z;
-  void* previous;
+#define RBWA_FIELD(stream, when) void* stream;
+  RBWA_KEPT(RBWA_FIELD)
+#undef RBWA_FIELD
   int64_t length;  // elements
   int32_t first_chunk;
   int32_t index;      // in the segment table, for its mark
   uint16_t group;     // of the launch's tables
   uint16_t sampling;  // of the launch's table, or of the device's
-  uint8_t first;      // whether it takes its first step with momentum (without marks)
+  uint8_t kind;       // as in Segment
+  uint8_t first;      // whether it takes its first step with this kind (without marks)
 };
 
-template <typename T>
-struct CudaRow {
-  T s, lambda, mu, c, kappa, alpha, gamma, delta, eta;
-};
-
-// A param group: its usual row, and that of a parameter's first step with momentum.
+// A param group: its usual row, and that of a parameter's first step with its kind.
 template <typename T>
 struct CudaGroup {
-  CudaRow<T> usual, first;
+  Numbers<T> usual, first;
   const float* lr;  // in place of eta, if not null
 };
 
@@ -79,15 +76,8 @@ static_assert(sizeof(Launch<float>) - kTableBytes ==
 template <typename S, typename W, typename A>
 constexpr bool kHasSmall = sizeof(S) == 4 && sizeof(W) == 4 && sizeof(A) == 4;
 
-// What distinguishes one compiled kernel from another: the streams of memory.
-struct Streams {
-  Dtype dtype, theta_dtype, a_dtype;  // as in Segment
-  Rule rule;                          // the one with most buffers among the segments
-  bool averaged;
-};
-
 // Each returns null, or CUDA's words for what went wrong. `launch` is a Launch<float>, or a
 // Launch<double> for float64.
-const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void* stream);
+const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void* stream);
 const char* advance_cuda(const Deferred& deferred, void* stream);
 int cuda_toolkit();  // the version it was compiled with, 13000 for 13.0

@@ -31,12 +31,14 @@ void* current_stream(DLDevice device) {
   return stream;
 }
 
-void step(const CudaTables& tables) {
-  if (tables.step.params.empty()) return;
-  const DLDevice device = tables.step.params[0].device;
+using Views = std::vector<View>;
+
+void step(const Views& params, const Views& grads, const Tables& tables, const DeviceTables& own) {
+  if (params.empty()) return;
+  const DLDevice device = params[0].device;
   STD_TORCH_CHECK(device.device_type == kDLCUDA, "step_: the parameters are not on a CUDA device");
   const torch::stable::accelerator::DeviceGuard guard(device.device_id);
-  step_on(tables, device, current_stream(device));
+  step_on(params, grads, tables, own, device, current_stream(device));
 }
 
 void advance(const CountTables& tables) {
@@ -49,25 +51,22 @@ void advance(const CountTables& tables) {
 // ---- the operators -----------------------------------------------------------------------------
 
 void step_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
-             Tensor shapes, Tensor rows, Tensor samplings) {
-  CudaTables tables{};
-  tables.step = {views_of(params), views_of(grads), views_of(state),   view_of(segments),
-                 view_of(shapes),  view_of(rows),   view_of(samplings)};
-  step(tables);
+             Tensor shapes, Tensor ages, Tensor rows, Tensor samplings) {
+  step(views_of(params), views_of(grads),
+       {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
+        view_of(samplings)},
+       {});
 }
 
 void step_deferred_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
-                      Tensor shapes, Tensor rows, Tensor samplings, std::vector<Optional> lrs,
-                      Tensor samplings64, Tensor samplings32, Tensor marks, Optional grad_scale,
-                      Optional found_inf) {
-  step({{views_of(params), views_of(grads), views_of(state), view_of(segments), view_of(shapes),
-         view_of(rows), view_of(samplings)},
-        views_of(lrs),
-        view_of(samplings64),
-        view_of(samplings32),
-        view_of(marks),
-        view_of(grad_scale),
-        view_of(found_inf)});
+                      Tensor shapes, Tensor ages, Tensor rows, Tensor samplings,
+                      std::vector<Optional> lrs, Tensor samplings64, Tensor samplings32,
+                      Tensor marks, Optional grad_scale, Optional found_inf) {
+  step(views_of(params), views_of(grads),
+       {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
+        view_of(samplings)},
+       {views_of(lrs), view_of(samplings64), view_of(samplings32), view_of(marks),
+        view_of(grad_scale), view_of(found_inf)});
 }
 
 void advance_op(Tensor counts, Tensor policies, Tensor samplings64, Tensor samplings32,
@@ -90,30 +89,20 @@ void pull_op(Tensors params, int64_t replicas, double alpha) {
 
 // ---- the Python module -------------------------------------------------------------------------
 
-void step_python(const py::list& params, const py::list& grads, py::handle state,
-                 py::handle segments, py::handle shapes, py::handle rows, py::handle samplings) {
-  CudaTables tables{};
-  tables.step = {views_of(params), views_of(grads), views_of_state(state), view_of(segments),
-                 view_of(shapes),  view_of(rows),   view_of(samplings)};
+void step_python(const PythonTables& fixed, const py::list& params, const py::list& grads) {
+  const Views of_params = views_of(params), of_grads = views_of(grads);
   const py::gil_scoped_release release;
-  step(tables);
+  step(of_params, of_grads, fixed.tables, {});
 }
 
-void step_deferred_python(const py::list& params, const py::list& grads, py::handle state,
-                          py::handle segments, py::handle shapes, py::handle rows,
-                          py::handle samplings, const py::list& lrs, py::handle samplings64,
-                          py::handle samplings32, py::handle marks, py::handle grad_scale,
-                          py::handle found_inf) {
-  const CudaTables tables{{views_of(params), views_of(grads), views_of_state(state),
-                           view_of(segments), view_of(shapes), view_of(rows), view_of(samplings)},
-                          views_of(lrs),
-                          view_of(samplings64),
-                          view_of(samplings32),
-                          view_of(marks),
-                          view_of(grad_scale),
-                          view_of(found_inf)};
+void step_deferred_python(const PythonTables& fixed, const py::list& params, const py::list& grads,
+                          const py::list& lrs, py::handle samplings64, py::handle samplings32,
+                          py::handle marks, py::handle grad_scale, py::handle found_inf) {
+  const Views of_params = views_of(params), of_grads = views_of(grads);
+  const DeviceTables own{views_of(lrs),  view_of(samplings64), view_of(samplings32),
+                         view_of(marks), view_of(grad_scale),  view_of(found_inf)};
   const py::gil_scoped_release release;
-  step(tables);
+  step(of_params, of_grads, fixed.tables, own);
 }
 
 }  // namespace
@@ -121,8 +110,9 @@ void step_deferred_python(const py::list& params, const py::list& grads, py::han
 STABLE_TORCH_LIBRARY_FRAGMENT(rbwa_fused, library) {
   library.def(
       "step_deferred_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
-      "Tensor shapes, Tensor rows, Tensor samplings, Tensor?[] lrs, Tensor samplings64, "
-      "Tensor samplings32, Tensor(c!) marks, Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings, Tensor?[] lrs, "
+      "Tensor samplings64, Tensor samplings32, Tensor(d!) marks, Tensor? grad_scale, Tensor? "
+      "found_inf) -> ()");
   library.def(
       "advance_(Tensor(a!) counts, Tensor policies, Tensor(b!) samplings64, "
       "Tensor(c!) samplings32, Tensor(d!) marks, Tensor? found_inf) -> ()");

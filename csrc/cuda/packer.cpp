@@ -11,7 +11,7 @@ namespace {
 template <typename T>
 class Packer {
  public:
-  Packer(Streams streams, const CudaStep& step, int64_t chunk) : streams_(streams), step_(step) {
+  Packer(KernelKey key, const CudaStep& step, int64_t chunk) : key_(key), step_(step) {
     launch_.samplings = static_cast<const T*>(device_samplings());
     launch_.marks = step.marks;
     launch_.grad_scale = step.grad_scale;
@@ -24,13 +24,22 @@ class Packer {
     if (chunks == 0) return nullptr;
     const char* error = nullptr;
     if (bytes_with(s) > kTableBytes || chunks_ + chunks > kMostChunks) error = flush();
-    const int64_t group = s.row / 2;
+    const int64_t group = s.row / kRowsPerGroup;
     const auto [place, is_new] = group_of_.try_emplace(group, groups_.size());
     if (is_new) groups_.push_back(group_at(group));
-    segments_.push_back({s.theta, s.param, const_cast<void*>(s.g), s.m, s.a, s.z, s.previous,
-                         s.length, static_cast<int32_t>(chunks_), index,
-                         static_cast<uint16_t>(place->second), sampling_at(s.sampling),
-                         static_cast<uint8_t>(s.row % 2)});
+    CudaSegment own{};
+    own.theta = s.theta, own.param = s.param, own.g = const_cast<void*>(s.g), own.a = s.a;
+#define RBWA_PLACE(stream, when) own.stream = s.stream;
+    RBWA_KEPT(RBWA_PLACE)
+#undef RBWA_PLACE
+    own.length = s.length;
+    own.first_chunk = static_cast<int32_t>(chunks_);
+    own.index = index;
+    own.group = static_cast<uint16_t>(place->second);
+    own.sampling = sampling_at(s.sampling);
+    own.kind = static_cast<uint8_t>(s.kind);
+    own.first = static_cast<uint8_t>(s.row % kRowsPerGroup);
+    segments_.push_back(own);
     chunks_ += chunks;
     return error;
   }
@@ -48,7 +57,7 @@ class Packer {
     launch_.blocks_at = 0;
     if (launch_form.block_table) at = put_blocks(at);
     launch_.end = launch_form.small ? static_cast<int32_t>(at - launch_.tables) : kTableBytes;
-    const char* error = step_cuda(streams_, &launch_, chunks_, step_.stream);
+    const char* error = step_cuda(key_, &launch_, chunks_, step_.stream);
     segments_.clear(), groups_.clear(), samplings_.clear();
     group_of_.clear(), sampling_of_.clear();
     chunks_ = 0;
@@ -64,7 +73,7 @@ class Packer {
   }
 
   size_t bytes_with(const Segment& s) const {
-    const bool new_group = !group_of_.count(s.row / 2);
+    const bool new_group = !group_of_.count(s.row / kRowsPerGroup);
     const bool new_sampling = !sampling_of_.count(s.sampling) && launch_.samplings == nullptr;
     return (segments_.size() + 1) * sizeof(CudaSegment) +
            (groups_.size() + new_group) * sizeof(CudaGroup<T>) +
@@ -72,11 +81,9 @@ class Packer {
   }
 
   CudaGroup<T> group_at(int64_t group) const {
-    auto row = [](const Row& r) {
-      return CudaRow<T>{T(r.s),     T(r.lambda), T(r.mu),    T(r.c),  T(r.kappa),
-                        T(r.alpha), T(r.gamma),  T(r.delta), T(r.eta)};
-    };
-    return {row(step_.rows[2 * group]), row(step_.rows[2 * group + 1]), step_.lrs[group]};
+    const Row* rows = step_.rows + kRowsPerGroup * group;
+    return {rounded<Numbers<T>, T>(rows[0].numbers), rounded<Numbers<T>, T>(rows[1].numbers),
+            step_.lrs[group]};
   }
 
   // The place in the launch's samplings, or in the device's.
@@ -84,9 +91,7 @@ class Packer {
     if (launch_.samplings != nullptr) return static_cast<uint16_t>(sampling);
     const auto [place, is_new] = sampling_of_.try_emplace(sampling, samplings_.size());
     const Sampling& a = step_.samplings[sampling];
-    if (is_new) {
-      samplings_.push_back({T(a.scale), T(a.w), T(a.sample), T(a.current), T(a.write_back)});
-    }
+    if (is_new) samplings_.push_back(rounded<CudaSampling<T>, T>(a));
     return static_cast<uint16_t>(place->second);
   }
 
@@ -110,7 +115,7 @@ class Packer {
     return reinterpret_cast<unsigned char*>(blocks);
   }
 
-  Streams streams_;
+  KernelKey key_;
   const CudaStep& step_;
   Launch<T> launch_;
   std::vector<CudaSegment> segments_;
@@ -121,9 +126,9 @@ class Packer {
 };
 
 template <typename T>
-const char* pack(const Streams& streams, const std::vector<Segment>& segments,
+const char* pack(const KernelKey& key, const std::vector<Segment>& segments,
                  const std::vector<int32_t>& members, const CudaStep& step, int64_t chunk) {
-  Packer<T> packer(streams, step, chunk);
+  Packer<T> packer(key, step, chunk);
   const char* error = nullptr;
   for (const int32_t i : members) {
     if (error == nullptr) error = packer.add(segments[i], i);
@@ -131,45 +136,50 @@ const char* pack(const Streams& streams, const std::vector<Segment>& segments,
   return error != nullptr ? error : packer.flush();
 }
 
+using Dtypes = std::tuple<Dtype, Dtype, Dtype>;  // of the parameter, theta and the average
+using Members = std::map<Dtypes, std::vector<int32_t>>;
+
+// A narrow parameter without an average goes with those that have a float32 one, which saves a
+// launch: to the kernel a missing average is a null pointer.
+void join_those_without_average(Members& members, const std::vector<Segment>& segments) {
+  for (auto own = members.begin(); own != members.end();) {
+    const Dtype dtype = std::get<0>(own->first);
+    const auto wide = members.find({dtype, dtype, Dtype::kFloat32});
+    const bool movable = is_narrow(dtype) && own->first == Dtypes{dtype, dtype, dtype} &&
+                         wide != members.end() &&
+                         std::all_of(own->second.begin(), own->second.end(),
+                                     [&](int32_t i) { return segments[i].a == nullptr; });
+    if (movable) wide->second.insert(wide->second.end(), own->second.begin(), own->second.end());
+    own = movable ? members.erase(own) : std::next(own);
+  }
+}
+
 }  // namespace
 
 LaunchForm launch_form;
 
 const char* step_in_launches(const std::vector<Segment>& segments, const CudaStep& step) {
-  std::map<std::tuple<Dtype, Dtype, Dtype>, std::vector<int32_t>> kinds;
+  Members members;
   int64_t elements = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
     const Segment& s = segments[i];
     elements += s.length;
     if (s.g != nullptr || s.a != nullptr) {
       const Dtype average = s.a != nullptr ? s.a_dtype : s.theta_dtype;
-      kinds[{s.dtype, s.theta_dtype, average}].push_back(static_cast<int32_t>(i));
+      members[{s.dtype, s.theta_dtype, average}].push_back(static_cast<int32_t>(i));
     }
   }
-  // A 16-bit parameter without an average goes with those that have a float32 one.
-  for (const Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
-    const auto own = kinds.find({dtype, dtype, dtype});
-    const auto wide = kinds.find({dtype, dtype, Dtype::kFloat32});
-    if (own == kinds.end() || wide == kinds.end()) continue;
-    const bool movable = std::all_of(own->second.begin(), own->second.end(),
-                                     [&](int32_t i) { return segments[i].a == nullptr; });
-    if (!movable) continue;
-    wide->second.insert(wide->second.end(), own->second.begin(), own->second.end());
-    kinds.erase(own);
-  }
+  join_those_without_average(members, segments);
   const int64_t chunk = elements < kLargeModel ? kSmallChunk : kLargeChunk;
-  for (const auto& [kind, members] : kinds) {
-    Streams streams{std::get<0>(kind), std::get<1>(kind), std::get<2>(kind), Rule::kPlain, false};
-    for (const int32_t i : members) {
-      const Segment& s = segments[i];
-      streams.averaged |= s.a != nullptr;
-      if (s.g == nullptr) continue;
-      if (s.z != nullptr) streams.rule = Rule::kDifference;
-      if (s.m != nullptr && streams.rule == Rule::kPlain) streams.rule = Rule::kMomentum;
+  for (const auto& [dtypes, own] : members) {
+    const auto [dtype, theta_dtype, a_dtype] = dtypes;
+    KernelKey key{dtype, theta_dtype, a_dtype, Kind::kPlain, false};
+    for (const int32_t i : own) {
+      key.averaged |= segments[i].a != nullptr;
+      key.most = std::max(key.most, segments[i].kind);
     }
-    const char* error = streams.dtype == Dtype::kFloat64
-                            ? pack<double>(streams, segments, members, step, chunk)
-                            : pack<float>(streams, segments, members, step, chunk);
+    const char* error = dtype == Dtype::kFloat64 ? pack<double>(key, segments, own, step, chunk)
+                                                 : pack<float>(key, segments, own, step, chunk);
     if (error != nullptr) return error;
   }
   return nullptr;

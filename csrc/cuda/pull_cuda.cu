@@ -23,14 +23,5 @@ const char* run(const void* launch, int64_t blocks, void* stream) {
 }  // namespace
 
 const char* pull_cuda(Dtype dtype, const void* launch, int64_t blocks, void* stream) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return run<float>(launch, blocks, stream);
-    case Dtype::kFloat64:
-      return run<double>(launch, blocks, stream);
-    case Dtype::kBfloat16:
-      return run<Bfloat16>(launch, blocks, stream);
-    default:
-      return run<Float16>(launch, blocks, stream);
-  }
+  return with_storage(dtype, [&]<typename S>() { return run<S>(launch, blocks, stream); });
 }

@@ -56,8 +56,11 @@ const char* launches_of(Dtype dtype, const std::vector<Replicated>& params, cons
 
 const char* pull_in_launches(const std::vector<Replicated>& params, const Pull& pull,
                              void* stream) {
-  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBfloat16, Dtype::kFloat16}) {
-    if (const char* error = launches_of<float>(dtype, params, pull, stream)) return error;
-  }
-  return launches_of<double>(Dtype::kFloat64, params, pull, stream);
+  const char* error = nullptr;
+#define RBWA_LAUNCH(dtype, storage, ...) \
+  if (error == nullptr)                  \
+    error = launches_of<typename Arithmetic<storage>::type>(Dtype::dtype, params, pull, stream);
+  RBWA_DTYPES(RBWA_LAUNCH)
+#undef RBWA_LAUNCH
+  return error;
 }

@@ -7,7 +7,7 @@
 
 namespace {
 
-template <typename S, typename W, typename A, Rule most, bool averaged, typename T, int bytes>
+template <typename S, typename W, typename A, Kind most, bool averaged, typename T, int bytes>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(const __grid_constant__ Launch<T, bytes> launch) {
   step_thread<S, W, A, most, averaged>(launch, blockIdx.x, threadIdx.x);
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) deferred.counts[0] = step;
 }
 
-template <typename S, typename W, typename A, Rule most, bool averaged>
+template <typename S, typename W, typename A, Kind most, bool averaged>
 const char* launch_step(const void* launch, int64_t blocks, void* stream) {
   using T = typename Arithmetic<S>::type;
   if constexpr (kHasSmall<S, W, A>) {
@@ -35,48 +35,12 @@ const char* launch_step(const void* launch, int64_t blocks, void* stream) {
                        *static_cast<const Launch<T>*>(launch));
 }
 
-template <typename S, typename W, typename A, bool averaged>
-const char* with_rule(Rule rule, const void* launch, int64_t blocks, void* stream) {
-  switch (rule) {
-    case Rule::kDifference:
-      return launch_step<S, W, A, Rule::kDifference, averaged>(launch, blocks, stream);
-    case Rule::kMomentum:
-      return launch_step<S, W, A, Rule::kMomentum, averaged>(launch, blocks, stream);
-    default:
-      return launch_step<S, W, A, Rule::kPlain, averaged>(launch, blocks, stream);
-  }
-}
-
-template <typename S>
-const char* with_average(const Streams& s, const void* launch, int64_t blocks, void* stream) {
-  if constexpr (sizeof(S) == 2) {
-    if (s.theta_dtype == Dtype::kFloat32) {
-      if (!s.averaged) return with_rule<S, float, float, false>(s.rule, launch, blocks, stream);
-      return with_rule<S, float, float, true>(s.rule, launch, blocks, stream);
-    }
-  }
-  if (!s.averaged) return with_rule<S, S, S, false>(s.rule, launch, blocks, stream);
-  if constexpr (sizeof(S) == 2) {
-    if (s.a_dtype == Dtype::kFloat32) {
-      return with_rule<S, S, float, true>(s.rule, launch, blocks, stream);
-    }
-  }
-  return with_rule<S, S, S, true>(s.rule, launch, blocks, stream);
-}
-
 }  // namespace
 
-const char* step_cuda(const Streams& streams, const void* launch, int64_t blocks, void* stream) {
-  switch (streams.dtype) {
-    case Dtype::kFloat32:
-      return with_average<float>(streams, launch, blocks, stream);
-    case Dtype::kFloat64:
-      return with_average<double>(streams, launch, blocks, stream);
-    case Dtype::kBfloat16:
-      return with_average<Bfloat16>(streams, launch, blocks, stream);
-    default:
-      return with_average<Float16>(streams, launch, blocks, stream);
-  }
+const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void* stream) {
+  return with_kernel(key, [&]<typename S, typename W, typename A, Kind most, bool averaged>() {
+    return launch_step<S, W, A, most, averaged>(launch, blocks, stream);
+  });
 }
 
 const char* advance_cuda(const Deferred& deferred, void* stream) {

@@ -13,7 +13,7 @@ from torch import Tensor
 from rbwa_fused import compiled, reference
 from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.engine.memory import is_dense, is_plain, same_layout
-from rbwa_fused.engine.segments import Streams
+from rbwa_fused.engine.segments import Table
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MOST_REPLICAS = 4000  # whose addresses are kernel arguments of one launch
@@ -25,91 +25,89 @@ _C_cuda, CUDA_MISSING = compiled.load("_C_cuda") if _C is not None else (None, C
 Grads = list[Tensor | None]
 
 
-class Step(Protocol):
-    """Takes the step in place, in one pass.
+# A function and its arguments.
+Call = tuple[Any, ...]
+
+
+class Prepare(Protocol):
+    """Returns the call that takes the step in place, in one pass, and makes the segments older.
 
     Args:
         params: n dense tensors in the layout that the tables were made for.
         grads: n gradients in their parameters' dtype, shape and layout, or None.
-        state: what the streams lie in, vectors.
-        segments: (n, COLUMNS) int64, see segments.py.
-        shapes: 1-d int64, sizes and strides.
-        rows: (n_rows, 9) float64, see rules.py.
-        samplings: (n_samplings, 5) float64, see rules.py.
-        deferred: counters on the device, where the host does not count (cuda and triton only).
+        table: see segments.py.
+        counters: on the device, where the host does not count (cuda and triton only); the ages are
+            its marks then.
 
-    Raises:
-        RuntimeError: for a parameter or gradient that does not fit the tables; nothing has been
-            changed then.
+    The call raises RuntimeError for a parameter or gradient that does not fit the tables; nothing
+    has been changed then.
     """
 
     def __call__(
         self,
         params: list[Tensor],
         grads: Grads,
-        state: list[Tensor],
-        segments: Tensor,
-        shapes: Tensor,
-        rows: Tensor,
-        samplings: Tensor,
-        deferred: DeviceCounters | None = None,
-    ) -> None: ...
+        table: Table,
+        counters: DeviceCounters | None = None,
+    ) -> Call: ...
 
 
 class Backend(NamedTuple):
     """A backend's name and its operators.
 
     Attributes:
-        checks: whether `step` itself refuses gradients that do not fit, before it changes anything.
+        name: as users give it.
+        call: prepares a step.
+        checks: whether the step itself refuses gradients that do not fit, before it changes
+            anything.
         advance: counts a step on the device; without it the backend cannot defer.
     """
 
     name: str
-    step: Step
+    call: Prepare
     checks: bool
     advance: Callable[[DeviceCounters], None] | None = None
 
 
-def _door(module: Any) -> Step:
+def _in_turn(calls: Sequence[Call]) -> None:
+    for function, *arguments in calls:
+        function(*arguments)
+
+
+# Makes one call after the other. Where all of them are functions in C no interrupt comes between
+# (csrc/cpu/ops_cpu.cpp).
+in_turn: Callable[[list[Call]], None] = getattr(_C, "in_turn", _in_turn)
+
+
+def _door(module: Any) -> Prepare:
     """The compiled step: through the extension module, or through the dispatcher where that has no
     such door or a profiler wants to see it."""
     direct: Any = getattr(module, "step", None)
     direct_deferred: Any = getattr(module, "step_deferred", None)
 
-    def step(
+    def call(
         params: list[Tensor],
         grads: Grads,
-        state: list[Tensor],
-        segments: Tensor,
-        shapes: Tensor,
-        rows: Tensor,
-        samplings: Tensor,
-        deferred: DeviceCounters | None = None,
-    ) -> None:
-        observed = direct is None or torch.autograd._profiler_enabled()
-        if not observed:
-            views: Any = state
-            if type(state) is Streams:
-                views = state.views
-                if views is None:  # the list's copy: it would keep them, and they the list
-                    views = state.views = _C.Views(list(state))
-            if deferred is None:
-                direct(params, grads, views, segments, shapes, rows, samplings)
-                return
-            d = deferred
-            tables = (params, grads, views, segments, shapes, rows, samplings)
+        table: Table,
+        counters: DeviceCounters | None = None,
+    ) -> Call:
+        t, d = table, counters
+        own: tuple[Any, ...] = ()
+        if d is not None:
             own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
-            direct_deferred(*tables, list(d.lrs), *own)
-            return
-        operands = (params, grads, list(state), segments, shapes, rows, samplings)
-        if deferred is None:
-            torch.ops.rbwa_fused.step_.default(*operands)
-            return
-        d = deferred
-        own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
-        torch.ops.rbwa_fused.step_deferred_.default(*operands, d.lrs, *own)
+        if direct is None or torch.autograd._profiler_enabled():
+            op = torch.ops.rbwa_fused
+            operands = (params, grads, t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings)
+            if d is None:
+                return op.step_.default, *operands
+            return op.step_deferred_.default, *operands, d.lrs, *own
+        if t.views is None:
+            t.views = _C.Tables(t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings)
+        if d is None:
+            return direct, t.views, params, grads
+        return direct_deferred, t.views, params, grads, list(d.lrs), *own
 
-    return step
+    return call
 
 
 def described(grads: Grads) -> tuple[Grads, bool, bool, bool]:
@@ -128,18 +126,11 @@ gradients: Callable[[list[Tensor]], tuple[Grads, bool, bool, bool]]
 gradients = getattr(_C, "gradients", _gradients)
 
 
-def _step_reference(
-    params: list[Tensor],
-    grads: Grads,
-    state: list[Tensor],
-    segments: Tensor,
-    shapes: Tensor,
-    rows: Tensor,
-    samplings: Tensor,
-    deferred: DeviceCounters | None = None,
-) -> None:
+def _reference(
+    params: list[Tensor], grads: Grads, table: Table, counters: DeviceCounters | None = None
+) -> Call:
     """The step in plain PyTorch, on any device. The caller has checked that everything fits."""
-    reference.step_(params, grads, state, segments, rows, samplings)
+    return reference.step_, params, grads, table
 
 
 def _advance_cuda(d: DeviceCounters) -> None:
@@ -150,7 +141,7 @@ def _advance_cuda(d: DeviceCounters) -> None:
 
 CPU = Backend("cpu", _door(_C), checks=True)
 CUDA = Backend("cuda", _door(_C_cuda), True, _advance_cuda)
-REFERENCE = Backend("reference", _step_reference, checks=False)
+REFERENCE = Backend("reference", _reference, checks=False)
 
 
 def pull_(replicas: Sequence[Sequence[Tensor]], alpha: float) -> None:
@@ -204,7 +195,7 @@ def choose(backend: str, device: torch.device) -> Backend:
     if backend == "triton":
         from rbwa_fused.triton_kernels import step
 
-        return Backend("triton", step.step_triton, False, step.advance_triton)
+        return Backend("triton", step.prepare, False, step.advance_triton)
     return CPU if backend == "cpu" else CUDA
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rbwa_fused.average import Algorithm2, Average, Ema, Mean
+from rbwa_fused.average import Average, Named
 from rbwa_fused.engine.rows import Sampler
 
-POLICY_COLUMNS = 8
+WEIGHT_NUMBERS = 2  # of a policy row, at most
+POLICY_COLUMNS = 5 + WEIGHT_NUMBERS
 
 
 @dataclass
@@ -26,11 +27,11 @@ class DeviceCounters:
 
     Attributes:
         counts: (1 + samplers,) int64, steps taken and the samples of each sampler.
-        policies: (samplers, 8) float64, see `policy_row`.
+        policies: (samplers, 7) float64, see `policy_row`.
         samplings64: (2 samplers, 5) float64, rules.Sampling of the step to come.
         samplings32: the same in float32.
-        marks: (segments, 2) int32: whether a segment has taken its first step with momentum, and
-            whether the step under way did that.
+        marks: (segments, 2) int32: a segment's age (segments.Table), and what the step under way
+            adds to it.
         lrs: a float32 learning rate for each param group, in place of its row's; or none at all.
         grad_scale, found_inf: one float32 each, as torch.amp.GradScaler gives them.
     """
@@ -49,14 +50,13 @@ class DeviceCounters:
         cls,
         samplers: Sequence[Sampler],
         samplings: Tensor,
-        steps: int,
-        started: Sequence[bool],
+        counts: Sequence[int],
+        ages: Sequence[int],
         device: torch.device,
     ) -> DeviceCounters:
-        """Moves the host's counters to a device. `samplings` are those of step `steps` + 1."""
-        counts = [steps, *(sampler.n_averaged for sampler in samplers)]
+        """Moves the host's counters to a device. `samplings` are those of the step to come."""
         policies = [policy_row(sampler.policy) for sampler in samplers]
-        marks = torch.tensor(started, dtype=torch.int32, device=device).reshape(-1, 1)
+        marks = torch.tensor(ages, dtype=torch.int32, device=device).reshape(-1, 1)
         return cls(
             counts=torch.tensor(counts, device=device),
             policies=torch.tensor(policies, dtype=torch.float64, device=device),
@@ -90,14 +90,14 @@ def policy_row(policy: Average | None) -> list[float]:
     if policy is None:
         return [0.0] * POLICY_COLUMNS
     weight = policy.weight
-    kinds: dict[type, float] = {Mean: 1.0, Ema: 2.0, Algorithm2: 3.0}
+    assert isinstance(weight, Named)
+    numbers = weight.numbers()
     return [
-        kinds[type(weight)],
-        weight.decay if isinstance(weight, Ema) else 0.0,
+        weight.on_device,
         policy.start,
         policy.every,
         policy.write_back_every,
         policy.initial == "current",
-        weight.steps_per_epoch if isinstance(weight, Algorithm2) else 0.0,
-        weight.start_epoch if isinstance(weight, Algorithm2) else 0.0,
+        *numbers,
+        *[0.0] * (WEIGHT_NUMBERS - len(numbers)),
     ]

@@ -9,20 +9,22 @@ owner's, who hands them over at each step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
+from operator import is_, setitem
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from rbwa_fused import rules
 from rbwa_fused.engine import backends, checks
+from rbwa_fused.engine.backends import Call
 from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import local
 from rbwa_fused.engine.tables import Counts, Grads, Group, Launch, Options, State, Tables
+
+ALL = slice(None)
 
 
 class Swapped(Protocol):
@@ -41,21 +43,24 @@ class Engine:
     """Steps and averages the parameters of some groups.
 
     Attributes:
-        tables: of the groups as they were built, or rebuilt.
-        steps: taken so far; where the device counts, as of the last `read_back`.
+        tables: of the groups as they were built, or rebuilt, with what is counted.
         device_counters: of each device, where the host does not count; else None.
         swapped: inside averaged(), or after one that could not be undone; else None.
     """
 
-    steps = 0
     device_counters: dict[torch.device, DeviceCounters] | None = None
     swapped: Swapped | None = None
     _warned = False  # that the reference runs
 
-    def __init__(self, rule: rules.Rule, options: Options) -> None:
+    def __init__(self, rule: rules.Rule, options: Options, steps: int = 0) -> None:
         self.rule = rule
         self.options = options
-        self.tables = Tables(rule, options, {})
+        self.tables = Tables(rule, options, {}, steps)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far; where the device counts, as of the last `read_back`."""
+        return self.tables.plan.counts[0]
 
     # ---- tables --------------------------------------------------------------------------------
 
@@ -63,14 +68,16 @@ class Engine:
         self,
         groups: Sequence[Group],
         state: State,
+        steps: int = 0,
         counts: Sequence[Counts] | None = None,
         *,
         move: bool = False,
     ) -> None:
-        """Makes the tables anew; where that fails, they are what they were. See Tables.add."""
-        tables = Tables(self.rule, self.options, state)
+        """Makes the tables anew, for a run that has got so far; where that fails, they are what
+        they were. See Tables.add."""
+        tables = Tables(self.rule, self.options, state, steps)
         tables.add(groups, counts, move=move)
-        self.tables, self.device_counters = tables, None
+        self.__dict__.update(tables=tables, device_counters=None)  # both, or neither
         self._warn_of_reference()
 
     def add(self, groups: Sequence[Group], *, move: bool = False) -> None:
@@ -87,37 +94,18 @@ class Engine:
                 backends.warn_of_reference(table.params[0].device)
                 return
 
-    def rebuild(
-        self, groups: Sequence[Group], state: State, counts: Sequence[Counts] | None = None
-    ) -> None:
+    def rebuild(self, groups: Sequence[Group], state: State) -> None:
         """Follows parameters that were converted, groups and state that were replaced.
-
-        Args:
-            counts: of each group (default: what this engine has counted).
 
         Raises:
             ValueError: for averages that were assigned before the first step.
         """
-        waiting = self.read_back()
-        if counts is None and self.steps == 0:
-            if self.device_counters is None:
-                checks.refuse_uncounted(state)
-            for held in filter(None, state.values()):  # all steps so far were skipped
-                held.pop("average", None)
-        if counts is None:
-            counts = self.counts(groups, state)
-        for p in waiting:
-            for stream in self.rule.streams:
-                (state.get(p) or {}).pop(stream, None)
-        self.build(groups, state, counts)
-
-    def restart(
-        self, groups: Sequence[Group], state: State, steps: int, counts: Sequence[Counts]
-    ) -> None:
-        """Goes on with another run's state and counts, whoever has counted here so far."""
-        self.device_counters = None
-        self.steps = steps
-        self.build(groups, state, counts)
+        self.read_back()
+        for p, stream in self.tables.untouched(self.steps):
+            state[p].pop(stream, None)
+        if self.steps == 0:
+            checks.refuse_uncounted(state)
+        self.build(groups, state, self.steps, self.counts(groups, state))
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -160,8 +148,9 @@ class Engine:
             gathered.append((launch, grads))
         if not present:
             return True
-        deferring = self.device_counters is not None or (
-            tables.device_may_count and (self.options.capturable or found_inf is not None)
+        deferring = not tables.lost and (
+            self.device_counters is not None
+            or (tables.device_may_count and (self.options.capturable or found_inf is not None))
         )
         scale = 1.0
         if deferring:
@@ -173,63 +162,72 @@ class Engine:
         else:
             scale = 1.0 if grad_scale is None else float(grad_scale.item())
             self.begin(scale)
+        behind: list[Call] = []
         if plan.state_is_due or negated or not tables.kernels_check:
             if not all(tables.fit(table, grads) for (table, _), grads in gathered):
                 return False
+            tables.lost = False
             for (table, _), grads in gathered:
-                tables.give_state(table, grads, marked=deferring)
-            plan.state_is_due = False
+                behind += tables.give_state(table, grads)
+            plan.state_is_due = tables.lost
+        calls: list[Call] = []
         if deferring:
-            if not self._run_on_device(gathered, grad_scale, found_inf):
-                return False
+            calls += self._calls_on_device(gathered, grad_scale, found_inf)
         else:
             for launch, grads in gathered:
-                if not self.run(launch, grads):
-                    return False
-            self.end()
+                calls += self.launch(launch, grads)
+            calls.append(self.end())
         for (table, _), grads in gathered:
-            self.finish(table, grads, absent, scale)
-        return True
+            calls += self.finish(table, grads, absent, scale)
+        return self.run(gathered, calls + behind)
 
     def begin(self, scale: float = 1.0) -> None:
         """Brings the rows up to date for the step to come; gradients are ``scale`` times theirs."""
         plan = self.tables.plan
-        plan.sample(self.steps + 1)
+        plan.sample()
         plan.update(scale)
 
-    def end(self) -> None:
-        """Counts the step that was taken."""
-        self.steps += 1
-        self.tables.plan.commit()
-
-    def run(self, launch: Launch, grads: Grads, counters: DeviceCounters | None = None) -> bool:
-        """Steps one table. False, with nothing changed, where a parameter was converted."""
+    def launch(
+        self, launch: Launch, grads: Grads, counters: DeviceCounters | None = None
+    ) -> list[Call]:
+        """What steps one table."""
         table, backend = launch
-        if table.copies and not all(map(table.fits, range(len(table.params)))):
-            return False  # the kernel would see the copy alone, in its old dtype
-        for param, copy in table.copies:
-            copy.copy_(param)
-        tables = (table.memory, grads, table.state, *table.tensors(), *self.tables.plan.tensors)
+        tables = table.table(*self.tables.plan.tensors)
+        call = backend.call(table.memory, grads, tables, counters)
+        if not table.copies:
+            return [call]
+        before = [(copy.copy_, param) for param, copy in table.copies]
+        return [*before, call, *((param.copy_, copy) for param, copy in table.copies)]
+
+    def end(self) -> Call:
+        """What counts the step."""
+        plan = self.tables.plan
+        return setitem, plan.counts, ALL, plan.next_counts
+
+    def run(self, gathered: Sequence[tuple[Launch, Grads]], calls: list[Call]) -> bool:
+        """Makes the calls, the launches first. False, with nothing changed, where a parameter was
+        converted."""
+        for (table, _), _ in gathered:
+            if table.copies and not all(map(table.fits, range(len(table.params)))):
+                return False  # the kernel would see the copy alone, in its old dtype
         try:
-            backend.step(*tables, deferred=counters)
+            backends.in_turn(calls)
         except RuntimeError:
-            refused = grads.copy()
-            if not self.tables.fit(table, grads):  # or it says what is wrong
-                return False
-            if all(map(is_, grads, refused)):
+            refused = [grads.copy() for _, grads in gathered]
+            if not all(self.tables.fit(table, grads) for (table, _), grads in gathered):
+                return False  # or it says what is wrong
+            if all(all(map(is_, g, r)) for (_, g), r in zip(gathered, refused, strict=True)):
                 raise  # what fitted was launched, perhaps in part: a second step would be one more
-            backend.step(*tables, deferred=counters)
-        for param, copy in table.copies:
-            param.copy_(copy)
+            backends.in_turn(calls)
         return True
 
-    def _run_on_device(
+    def _calls_on_device(
         self,
         gathered: list[tuple[Launch, Grads]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-    ) -> bool:
-        """Steps all tables and lets each device count, or not: nothing waits for it here."""
+    ) -> list[Call]:
+        """What steps all tables and lets each device count, or not: nothing waits for it here."""
         assert self.device_counters is not None
         groups = self.tables.plan.groups
         lrs: list[Tensor | None] = [None] * len(groups)
@@ -237,6 +235,7 @@ class Engine:
             lrs = [rules.lr_on_device(group.group) for group in groups]
         first = dict.fromkeys(self.device_counters, 0)  # segment of a device's next table
         counting = {}
+        calls: list[Call] = []
         for device, counters in self.device_counters.items():
             counting[device] = counters.for_step(lrs, grad_scale, found_inf)
         for launch, grads in gathered:
@@ -244,29 +243,24 @@ class Engine:
             device, count = table.params[0].device, len(table.params)
             own = counting[device].of_segments(first[device], count)
             first[device] += count
-            if not self.run(launch, grads, own):
-                return False
-            for p, g in zip(table.params, grads, strict=True):
-                if grad_scale is not None and g is not None and p.grad is not None:
-                    unscaled = local(p.grad)
-                    if g is not unscaled:  # but a copy of the parameter's layout
-                        unscaled.copy_(g)
+            calls += self.launch(launch, grads, own)
+            if grad_scale is not None:
+                calls.append((_bring_back, grads, table.params))
         for device, counters in counting.items():
             advance = next(
                 b.advance for t, b in self.tables.launches if t.params[0].device == device
             )
             assert advance is not None
-            advance(counters)
-        return True
+            calls.append((advance, counters))
+        return calls
 
-    def finish(self, table: Segments, grads: Grads, absent: bool, scale: float = 1.0) -> None:
-        """Behind a launch: first-step rows, versions, unscaled gradients.
+    def finish(self, table: Segments, grads: Grads, absent: bool, scale: float = 1.0) -> list[Call]:
+        """What comes behind a launch: versions, unscaled gradients.
 
         Args:
             absent: whether some gradient is None.
             scale: what gradients are divided by, as GradScaler wants to find them.
         """
-        self.tables.first_steps_taken(table)
         groups = self.tables.plan.groups
         written = table.params
         if absent:
@@ -275,13 +269,15 @@ class Engine:
                 for p, g, group in zip(written, grads, table.groups, strict=True)
                 if g is not None or self._writes_back(groups[group], p)
             ]
-        increment_version(written)
+        calls: list[Call] = [(torch._C._increment_version, written)]
         if scale != 1.0:
             # A tensor: a number would be rounded to 16 bits before it multiplies 16-bit gradients.
             inverse = torch.tensor(1.0 / scale, dtype=torch.float64, device="cpu")
             for p in written:
                 if p.grad is not None:
-                    (p.grad if p.grad.dim() > 0 else p.grad.view(1)).mul_(inverse)
+                    grad = p.grad if p.grad.dim() > 0 else p.grad.view(1)
+                    calls.append((grad.mul_, inverse))
+        return calls
 
     def _writes_back(self, group: GroupPlan, param: Tensor) -> bool:
         """Whether this step may write the average to a parameter that has no gradient."""
@@ -311,35 +307,50 @@ class Engine:
             counts.append(Counts(n_averaged, None if cleared else plan.beta))
         return counts
 
-    def read_back(self) -> list[Tensor]:
-        """Reads the device's counters, if it counts. Returns parameters whose momentum buffers have
-        not had their first step, since all steps so far were skipped."""
+    def read_back(self) -> None:
+        """Reads the device's counters, if it counts."""
         if self.device_counters is None:
-            return []
-        counters = next(iter(self.device_counters.values()))
-        self.steps, *samples = counters.counts.tolist()
-        for sampler, n_averaged in zip(self.tables.plan.samplers, samples, strict=True):
-            sampler.n_averaged = n_averaged
-        waiting = []
-        marks = {device: d.marks[:, 0].tolist() for device, d in self.device_counters.items()}
+            return
+        plan = self.tables.plan
+        plan.counts[:] = next(iter(self.device_counters.values())).counts.tolist()
+        ages = {device: d.marks[:, 0].tolist() for device, d in self.device_counters.items()}
         for table, _ in self.tables.launches:
-            for p in table.params:
-                # No kernel marks what is empty; but before the first step nothing can have started.
-                if not marks[p.device].pop(0) and (local(p).numel() > 0 or self.steps == 0):
-                    waiting.append(p)
-        return waiting
+            own, n = ages[table.params[0].device], len(table.params)
+            # No kernel marks what is empty; but before the first step nothing can have started.
+            started = int(plan.counts[0] > 0)
+            table.set_ages(
+                started if local(p).numel() == 0 else age
+                for p, age in zip(table.params, own[:n], strict=True)
+            )
+            del own[:n]
+
+    def waiting(self) -> dict[Tensor, set[str]]:
+        """The streams of parameters that were made for a step that was not taken, so far. A state
+        dict leaves them out."""
+        self.read_back()
+        found: dict[Tensor, set[str]] = {}
+        for p, stream in self.tables.untouched(self.steps):
+            found.setdefault(p, set()).add(stream)
+        return found
 
     def _count_on_device(self) -> dict[torch.device, DeviceCounters]:
         """Hands the counters over to the devices, for as long as the tables stay as they are."""
         plan = self.tables.plan
-        plan.sample(self.steps + 1)
-        started: dict[torch.device, list[bool]] = {}
+        plan.sample()
+        ages: dict[torch.device, list[int]] = {}
         for table, _ in self.tables.launches:
-            started.setdefault(table.params[0].device, []).extend(
-                self.tables.holds("momentum_buffer", p) for p in table.params
-            )
+            ages.setdefault(table.params[0].device, []).extend(table.ages)
         samplings = plan.tensors[1]
         return {
-            device: DeviceCounters.of(plan.samplers, samplings, self.steps, marks, device)
-            for device, marks in started.items()
+            device: DeviceCounters.of(plan.samplers, samplings, plan.counts, own, device)
+            for device, own in ages.items()
         }
+
+
+def _bring_back(grads: Grads, params: list[Tensor]) -> None:
+    """Unscaled gradients, from copies in the parameters' layouts to the gradients that users see."""
+    for g, p in zip(grads, params, strict=True):
+        if g is not None and p.grad is not None:
+            seen = local(p.grad)
+            if g is not seen:
+                seen.copy_(g)

@@ -20,7 +20,7 @@ from rbwa_fused.average import Average, weight_of
 
 Group = dict[str, Any]
 
-ROWS_PER_GROUP = 2  # the usual row, and that of a parameter's first step with momentum
+ROWS_PER_GROUP = 2  # the usual row, and that of a parameter of age 0, at its first step
 NUMBER = struct.Struct("d")
 ROWS_PER_SAMPLER = 2  # averages in a buffer, and averages that are the parameter itself
 
@@ -55,21 +55,27 @@ class RowTable:
 
 
 class Sampler:
-    """One policy at one count of samples, for the groups that share both."""
+    """One policy at one count of samples, for the groups that share both.
 
-    def __init__(self, policy: Average | None, n_averaged: int, first_row: int) -> None:
+    Attributes:
+        index: of its count in `Plan.counts`, behind the steps.
+        first_row: of its two in the table of samplings.
+        due, written_back: whether this step takes a sample, and writes the average to the weights.
+    """
+
+    def __init__(self, policy: Average | None, index: int, first_row: int) -> None:
         self.policy = policy
-        self.n_averaged = n_averaged
+        self.index = index
         self.first_row = first_row
-        self.written_back = False  # this step writes the average into the weights
-        self._next_n_averaged = n_averaged
+        self.due = self.written_back = False
         self._packed: tuple[float, bool, bool, bool] | None = None
 
-    def update(self, step: int, table: RowTable) -> None:
-        """Brings its rows up to date for a step."""
-        policy, n = self.policy, self.n_averaged
+    def update(self, step: int, n: int, table: RowTable) -> int:
+        """Brings its rows up to date for a step, before which there are n samples. Returns how many
+        there are behind it."""
+        policy = self.policy
         if policy is None and self._packed is not None:
-            return
+            return n
         w = 0.0
         current = due = self.written_back = False
         if policy is not None and step > policy.start:
@@ -81,7 +87,7 @@ class Sampler:
                 w = weight_of(policy.weight, n, step)
                 self.written_back = policy.written_back(step)
                 n += 1
-        self._next_n_averaged = n
+        self.due = due
         sampling = (w, due or current, current, self.written_back)
         if sampling != self._packed:
             self._packed = None  # until both rows hold it
@@ -90,17 +96,20 @@ class Sampler:
             # rate and that is all (docs/equivalences.md).
             table.pack(self.first_row + 1, *rules.Sampling(scale=w if due else 1.0))
             self._packed = sampling
-
-    def commit(self) -> None:
-        """Counts the sample that `update` prepared."""
-        self.n_averaged = self._next_n_averaged
+        return n
 
 
 class GroupPlan:
     """What belongs to a param group beside its hyperparameters."""
 
     def __init__(
-        self, group: Group, index: int, sampler: Sampler, beta: float | None, master_weights: bool
+        self,
+        group: Group,
+        index: int,
+        sampler: Sampler,
+        counts: list[int],
+        beta: float | None,
+        master_weights: bool,
     ) -> None:
         self.group = group
         self.params = list(group["params"])
@@ -108,16 +117,16 @@ class GroupPlan:
         self.sampler = sampler
         self.policy = sampler.policy
         self.beta = beta  # of implicit RSGDM, fixed at the group's first step
-        self.has_momentum = False
+        self.kind = rules.Kind.PLAIN  # of its rows
         self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
-
         self.master_weights = master_weights
+        self._counts = counts
         self._one_element = any(p.numel() == 1 for p in self.params)
 
     @property
     def n_averaged(self) -> int:
         """Samples in the group's average."""
-        return self.sampler.n_averaged
+        return self._counts[self.sampler.index]
 
     def describes(self, group: Group) -> bool:
         """Whether that is its group still, with the same parameters in it."""
@@ -152,9 +161,10 @@ class GroupPlan:
             return self.policy.dtype_for(kept)
         return kept
 
-    def row(self, first: bool) -> int:
-        """The row of a parameter's first step with momentum, or of its later ones."""
-        return ROWS_PER_GROUP * self.index + first
+    @property
+    def row(self) -> int:
+        """Its usual row; that of a parameter's first step follows."""
+        return ROWS_PER_GROUP * self.index
 
     def sampling(self, param: Tensor) -> int:
         """The row of a parameter in the table of samplings."""
@@ -169,6 +179,8 @@ class Plan:
         master_weights: whether 16-bit parameters have float32 masters.
 
     Attributes:
+        counts: steps taken, then the samples of each sampler, as a device's DeviceCounters.counts.
+        next_counts: what they will be behind the step to come.
         state_is_due: some parameter may still need a state tensor: the next step looks at all of
             them. It stays so until whoever gives state has done it, whatever fails before.
     """
@@ -176,6 +188,8 @@ class Plan:
     def __init__(self, rule: rules.Rule, master_weights: bool) -> None:
         self.groups: list[GroupPlan] = []
         self.samplers: list[Sampler] = []
+        self.counts = [0]
+        self.next_counts = [1]
         self.state_is_due = True
         self._rows = RowTable(rules.ROW)
         self._samplings = RowTable(rules.SAMPLING)
@@ -186,26 +200,31 @@ class Plan:
         """Appends a group's rows, and those of its policy where no other group has them."""
         policy = group["average"]
         for sampler in self.samplers:
-            if sampler.policy is policy and sampler.n_averaged == n_averaged:
+            if sampler.policy is policy and self.counts[sampler.index] == n_averaged:
                 break
         else:
-            sampler = Sampler(policy, n_averaged, len(self._samplings))
+            sampler = Sampler(policy, len(self.counts), len(self._samplings))
             self._samplings.grow(ROWS_PER_SAMPLER)
             self.samplers.append(sampler)
-        plan = GroupPlan(group, len(self.groups), sampler, beta, self._master_weights)
+            self.counts.append(n_averaged)
+        plan = GroupPlan(group, len(self.groups), sampler, self.counts, beta, self._master_weights)
         self._rows.grow(ROWS_PER_GROUP)
         self.groups.append(plan)
         return plan
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The tables `rows` (2 a group, 9) and `samplings` (2 a sampler, 5) of csrc/step.h."""
+        """The tables `rows` (2 a group, 10) and `samplings` (2 a sampler, 5) of csrc/step.h."""
         return self._rows.tensor, self._samplings.tensor
 
-    def sample(self, step: int) -> None:
-        """Brings the samplings up to date for a step."""
+    def sample(self) -> None:
+        """Brings the samplings up to date for the step to come."""
+        counts = self.counts
+        step = counts[0] + 1
+        next_counts = [step]
         for sampler in self.samplers:
-            sampler.update(step, self._samplings)
+            next_counts.append(sampler.update(step, counts[sampler.index], self._samplings))
+        self.next_counts = next_counts
 
     def update(self, scale: float, lr_on_device: bool = False) -> None:
         """Brings the rows up to date; `scale` is the loss scale under AMP, else 1. A learning rate
@@ -231,16 +250,11 @@ class Plan:
             else:
                 self._pack(plan, inputs, lr_on_device)
 
-    def commit(self) -> None:
-        """Counts the samples that `sample` prepared."""
-        for sampler in self.samplers:
-            sampler.commit()
-
     def _pack_lr(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
         """Another learning rate alone, without a check of all the rest."""
         plan.rule_inputs = None  # until both rows hold it
         for first in (False, True):
-            self._rows.pack_last(plan.row(first), inputs[0])
+            self._rows.pack_last(plan.row + first, inputs[0])
         plan.rule_inputs = inputs
 
     def _pack(self, plan: GroupPlan, inputs: tuple[Any, ...], lr_on_device: bool) -> None:
@@ -256,13 +270,13 @@ class Plan:
                 f"Invalid momentum value: {momentum} (implicit RSGDM holds for a constant momentum "
                 f'only, and this group started with {plan.beta}; use difference="explicit")'
             )
-        if plan.has_momentum != (momentum != 0.0):
-            self.state_is_due = True
-            plan.has_momentum = momentum != 0.0
         plan.rule_inputs = None  # until both rows hold them
         for first in (False, True):
-            s, *rest = self._rule.row(group, first)
-            self._rows.pack(plan.row(first), s / scale, *rest)
+            kind, s, *rest = self._rule.row(group, first)
+            if kind != plan.kind:
+                self.state_is_due = True
+                plan.kind = rules.Kind(int(kind))
+            self._rows.pack(plan.row + first, kind, s / scale, *rest)
         # A tensor may change its value in place: such rows are packed at every step.
         changes = any(isinstance(value, Tensor) for value in hyperparameters)
         plan.rule_inputs = None if changes else inputs

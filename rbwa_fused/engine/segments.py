@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,20 +13,34 @@ from rbwa_fused.engine.memory import is_dense, is_plain, laid_out, same_layout
 from rbwa_fused.engine.sharded import is_sharded, laid_out_as, local
 from rbwa_fused.streams import DTYPES, STREAMS
 
-# Columns of the segment table (csrc/tables.h has the same list). A stream is a pair: which state
-# buffer holds it (-1: none) and the element at which it starts.
+# Columns of the segment table (csrc/tables.h has the same list). A stream's column says which of
+# the `state` tensors it is, -1 where the segment has none.
 LENGTH, ROW, SAMPLING, SHAPE, DIMS, DTYPE, FIRST_STREAM = range(7)
-COLUMN_OF = {name: FIRST_STREAM + 2 * i for i, name in enumerate(STREAMS)}
-COLUMNS = FIRST_STREAM + 2 * len(STREAMS)
+COLUMN_OF = {name: FIRST_STREAM + i for i, name in enumerate(STREAMS)}
+COLUMNS = FIRST_STREAM + len(STREAMS)
 
 
-class Streams(list[Tensor]):
-    """The tensors of a launch's streams, which stay what they are.
+@dataclass(eq=False)
+class Table:
+    """What a launch is told beside parameters and gradients: the same tensors at each step, until
+    segments or groups are added.
 
     Attributes:
-        views: the same for the compiled modules, made by the first step with them.
+        state: what the streams lie in, each tensor as a vector in the order of its memory.
+        segments: (n, COLUMNS) int64.
+        shapes: 1-d int64, of each segment its sizes, then its strides.
+        ages: (n,) int64, how many steps each has taken with what its rule keeps. A step of age 0
+            reads its group's first-step row. Whoever takes the step counts.
+        rows, samplings: the coefficient tables (rows.py).
+        views: all these for the compiled modules, made by the first step with them.
     """
 
+    state: list[Tensor]
+    segments: Tensor
+    shapes: Tensor
+    ages: Tensor
+    rows: Tensor
+    samplings: Tensor
     views: Any = None
 
 
@@ -38,9 +54,7 @@ class Segments:
         groups, index: the param group of each, and its number there.
         copies: the parameters (shards) that are not dense or plain, each with its copy.
         shards: the DTensor parameters, each with the shard that the table was made for.
-        lacking: segments whose group has momentum, without a momentum buffer so far.
-        first: segments that take their first step with momentum now.
-        state: what the streams lie in, each tensor as a vector in the order of its memory.
+        lacking: segments that may still come to need state, once they have a gradient.
     """
 
     def __init__(self) -> None:
@@ -51,12 +65,12 @@ class Segments:
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.shards: list[tuple[Tensor, Tensor]] = []
         self.lacking: list[int] = []
-        self.first: list[int] = []
-        self.state = Streams()
         self._columns: list[list[int]] = []
         self._shapes: list[int] = []
         self._made_for: list[Tensor] = []
-        self._tensors: tuple[Tensor, Tensor] | None = None
+        self._state: list[Tensor] = []
+        self._ages: list[int] = []
+        self._table: Table | None = None
 
     def add(self, param: Tensor, group: int, index: int, row: int, sampling: int) -> None:
         """Appends a segment for a parameter, with its rows in the coefficient tables."""
@@ -68,26 +82,37 @@ class Segments:
             self.copies.append((shard, memory))
         dtype = DTYPES.index(memory.dtype)
         columns = [memory.numel(), row, sampling, len(self._shapes), memory.dim(), dtype]
-        self._columns.append(columns + [-1, 0] * len(STREAMS))
+        self._columns.append(columns + [-1] * len(STREAMS))
         self._shapes += [*memory.shape, *memory.stride()]
         self._made_for.append(torch.empty_like(memory, device="meta"))
         self.params.append(param)
         self.memory.append(memory)
         self.groups.append(group)
         self.index.append(index)
-        self._tensors = None
+        self._change()
+        self._ages.append(0)
 
     def attach(self, stream: str, tensors: dict[int, Tensor]) -> None:
         """Gives segments a stream: dense tensors, laid out as what the kernel steps."""
         if not tensors:
             return
-        state = Streams(self.state)  # another list for other tensors: launches know it again
+        self._change()
         for i, tensor in tensors.items():
-            column = COLUMN_OF[stream]
-            self._columns[i][column : column + 2] = len(state), 0
-            state.append(tensor.as_strided((tensor.numel(),), (1,)))
-        self.state = state
-        self._tensors = None
+            self._columns[i][COLUMN_OF[stream]] = len(self._state)
+            self._state.append(tensor.as_strided((tensor.numel(),), (1,)))
+
+    @property
+    def ages(self) -> list[int]:
+        """Of each segment, see Table."""
+        return self._ages if self._table is None else self._table.ages.tolist()
+
+    def set_ages(self, ages: Iterable[int]) -> None:
+        """Of all segments, as somebody else has counted them."""
+        self._ages = list(ages)
+        self._table = None
+
+    def _change(self) -> None:
+        self.set_ages(self.ages)
 
     def holds_shards(self) -> bool:
         """Whether all shards are those that the table was made for; FSDP may make others."""
@@ -106,11 +131,6 @@ class Segments:
                 grads[i] = local(alike)
         return grads
 
-    def set_row(self, segment: int, row: int) -> None:
-        """Points a segment at another of its group's rows."""
-        self._columns[segment][ROW] = row
-        self._tensors = None
-
     def fits(self, segment: int) -> bool:
         """Whether the parameter still is what its segment was made for, wherever it lies."""
         param, made_for = local(self.params[segment]), self._made_for[segment]
@@ -124,11 +144,19 @@ class Segments:
             )
         )
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """The tables `segments` (n, COLUMNS) and `shapes` (1-d) of csrc/tables.h, int64."""
-        if self._tensors is None:
+    def table(self, rows: Tensor, samplings: Tensor) -> Table:
+        """The table of all these, with the coefficient tables."""
+        known = self._table
+        if known is None or known.rows is not rows or known.samplings is not samplings:
+            self._change()
             # On the host, whatever torch.set_default_device says.
             columns = torch.tensor(self._columns, dtype=torch.int64, device="cpu")
-            shapes = torch.tensor(self._shapes, dtype=torch.int64, device="cpu")
-            self._tensors = columns.reshape(-1, COLUMNS), shapes
-        return self._tensors
+            known = self._table = Table(
+                list(self._state),
+                columns.reshape(-1, COLUMNS),
+                torch.tensor(self._shapes, dtype=torch.int64, device="cpu"),
+                torch.tensor(self._ages, dtype=torch.int64, device="cpu"),
+                rows,
+                samplings,
+            )
+        return known

@@ -3,27 +3,28 @@
 They hold for as long as groups, parameters and state stay what they were made for, which
 `describes` says; then the engine makes others.
 
-A parameter's first step with momentum passes through these hands: `give_state` gives it a buffer
-and points its segment at the group's first-step row, the kernel runs, `first_steps_taken` points it
-back. A segment that is to have momentum or a master but has had no gradient yet waits in
-`Segments.lacking`. Where the device counts, its `marks` say all this instead (counters.py).
+A parameter's first step with momentum is one of age 0 (segments.py): `give_state` gives it zeros,
+and the kernel, which reads the first-step row then, makes it older. A segment that is to have
+momentum or a master but has had no gradient yet waits in `Segments.lacking`.
 """
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
+from operator import setitem
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rbwa_fused.engine import backends, checks, memory
+from rbwa_fused.engine.backends import Call
 from rbwa_fused.engine.held import Held
 from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import beside, is_sharded_as, local, shard_of
-from rbwa_fused.rules import Rule
-from rbwa_fused.streams import STREAMS
+from rbwa_fused.rules import Kind, Rule
+from rbwa_fused.streams import AVERAGE, MASTER, STREAMS
 
 Group = dict[str, Any]
 State = MutableMapping[Tensor, Any]
@@ -62,21 +63,25 @@ class Tables:
         plan: the rows of the groups, and what belongs to each beside its hyperparameters.
         launches: the segments and their backends, in the order of their launches.
         alone: the parameters that share memory with no other.
+        lost: whether some average was removed that had samples, and has not started again.
         backend: the name of what runs.
         device_may_count: whether all backends and policies can do without the host's counters.
         kernels_check: whether all backends refuse gradients that do not fit.
     """
 
-    def __init__(self, rule: Rule, options: Options, state: State) -> None:
+    def __init__(self, rule: Rule, options: Options, state: State, steps: int = 0) -> None:
         self.plan = Plan(rule, options.master_weights)
+        self.plan.counts[0] = steps
         self.launches: list[Launch] = []
         self.alone: set[Tensor] = set()
         self.backend = ""
         self.device_may_count = self.kernels_check = True
+        self.lost = False
         self._rule = rule
         self._options = options
         self._segments: dict[tuple[torch.device, int], Segments] = {}
         self._sharded: list[Segments] = []
+        self._made: dict[int, Tensor] = {}  # by their ids, the tensors that `give_state` has made
         self._state = state
         self._held = Held(state)
 
@@ -102,6 +107,7 @@ class Tables:
         if options.in_backward:
             turns = list(range(len(turns)))
         turn_of = dict(zip(known + new, turns, strict=True))
+        new_ones = set(new)
         if move:
             memory.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
         self.alone = {p for p, own in zip(known + new, alone, strict=True) if own}
@@ -109,8 +115,7 @@ class Tables:
             group_plan = plan.add(group, *counted)
             for index, p in enumerate(group["params"]):
                 table = self._segments.setdefault((p.device, turn_of[p]), Segments())
-                row, sampling = group_plan.row(first=False), group_plan.sampling(p)
-                table.add(p, group_plan.index, index, row, sampling)
+                table.add(p, group_plan.index, index, group_plan.row, group_plan.sampling(p))
         if not new:
             self.backend = backends.choose(options.backend, torch.device("cpu")).name
         launches: list[Launch] = []
@@ -118,7 +123,7 @@ class Tables:
         taken = memory.Spans(map(local, known + new))
         for (device, _), table in self._segments.items():  # a turn's comes after those before it
             launches.append((table, backends.choose(options.backend, device)))
-            held += self._take_over_state(table, set(new), taken)
+            held += self._take_over_state(table, new_ones, taken)
         self.launches = launches
         self._sharded = [table for table, _ in launches if table.shards]
         if launches:
@@ -128,6 +133,7 @@ class Tables:
             backend.advance is not None for _, backend in self.launches
         )
         self.kernels_check = all(backend.checks for _, backend in self.launches)
+        self.lost = any(self._is_lost(group, p) for group in plan.groups for p in group.params)
         plan.state_is_due = True
         for state, stream, tensor in held:  # nothing has been changed until here
             if tensor is None:
@@ -179,7 +185,7 @@ class Tables:
                 held = _of(self._state, p) if p in new else {}
                 value = held.get(stream)
                 group = self.plan.groups[table.groups[i]]
-                gone = {"average": not group.has_buffer(p), "master_param": not group.has_master(p)}
+                gone = {AVERAGE: not group.has_buffer(p), MASTER: not group.has_master(p)}
                 if stream in held and (gone.get(stream) or value is None):
                     changes.append((held, stream, None))  # model.float() leaves no need of a master
                 elif value is not None:
@@ -197,34 +203,36 @@ class Tables:
                         changes.append((held, stream, beside(own, p)))
                     tensors[i] = own
             table.attach(stream, tensors)
+            if stream in self._rule.streams[:1]:
+                ages = table.ages
+                for i in tensors:
+                    ages[i] = 1
+                table.set_ages(ages)
         return changes
 
-    def give_state(self, table: Segments, grads: Grads, *, marked: bool) -> None:
-        """Gives parameters the state they come to need; momentum's absence marks its first step.
+    def give_state(self, table: Segments, grads: Grads) -> list[Call]:
+        """Gives parameters the state they come to need. Returns what is to be done behind the step.
 
-        `marked` says that a device's marks tell first steps.
+        Whatever fails, another attempt comes to the same: allocation fails before anything is
+        changed, and `untouched` tells what a later rebuild is to make anew.
         """
-        given: dict[str, dict[int, Tensor]] = {}
-        lacking, started = [], []
+        given: dict[str, dict[int, Tensor]] = {stream: {} for stream in STREAMS}
+        lacking: list[int] = []
+        behind: list[Call] = []
 
         def give(stream: str, i: int, value: Tensor | None) -> None:
-            dtype = group.dtype_of(stream, p)
-            tensor = memory.laid_out(table.memory[i], dtype)
-            given.setdefault(stream, {})[i] = (
-                tensor.zero_() if value is None else tensor.copy_(value)
-            )
+            tensor = memory.laid_out(table.memory[i], group.dtype_of(stream, p))
+            given[stream][i] = tensor.zero_() if value is None else tensor.copy_(value)
 
         for i, p in enumerate(table.params):
             group = self.plan.groups[table.groups[i]]
             if group.policy is not None:  # or torch.distributed.checkpoint takes a step to fill it
                 self._state.setdefault(p, {})
             held = _of(self._state, p)
-            if group.has_buffer(p) and "average" not in held:
-                give("average", i, local(p).detach())
-            moving = group.has_momentum and "momentum_buffer" not in held
-            mastering = group.has_master(p) and "master_param" not in held
-            if mastering and (grads[i] is not None or "momentum_buffer" in held):
-                give("master_param", i, local(p).detach())
+            moving = group.kind != Kind.PLAIN and self._rule.streams[0] not in held
+            mastering = group.has_master(p) and MASTER not in held
+            if mastering and (grads[i] is not None or self._rule.streams[0] in held):
+                give(MASTER, i, local(p).detach())
                 mastering = False
             if grads[i] is None:
                 if moving or mastering:
@@ -232,30 +240,55 @@ class Tables:
             elif moving:
                 for stream in self._rule.streams:
                     give(stream, i, None)
-                started.append(i)
-        table.lacking = lacking  # nothing has been changed until here, where memory may run out
-        for i in started:
-            group = self.plan.groups[table.groups[i]]
-            if not marked:
-                table.set_row(i, group.row(first=True))
-                table.first.append(i)
-            if self._rule.constant_momentum:
-                group.beta = float(group.group["momentum"])
+                if self._rule.constant_momentum:
+                    behind.append((setattr, group, "beta", float(group.group["momentum"])))
+            if self._is_lost(group, p):
+                self.lost = True
+                if group.sampler.due:
+                    tensor = memory.laid_out(table.memory[i], group.dtype_of(AVERAGE, p))
+                    master = given[MASTER].get(i, held.get(MASTER))
+                    weights = local(p if master is None else master).detach()
+                    behind.append((tensor.copy_, weights))
+                    behind.append((setitem, held, AVERAGE, beside(tensor, p)))
+            elif group.has_buffer(p) and AVERAGE not in held:
+                give(AVERAGE, i, local(p).detach())
+        for tensors in given.values():
+            self._made.update((id(tensor), tensor) for tensor in tensors.values())
         for stream, tensors in given.items():
-            table.attach(stream, tensors)
             for i, tensor in tensors.items():
                 p = table.params[i]
                 held = _of(self._state, p)
                 held[stream] = beside(tensor, p)
                 self._state[p] = held
-        if given or not self._held.stands(self._state):
+        for stream, tensors in given.items():
+            table.attach(stream, tensors)
+        table.lacking = lacking
+        if any(given.values()) or not self._held.stands(self._state):
             self._held = Held(self._state)
+        return behind
 
-    def first_steps_taken(self, table: Segments) -> None:
-        """Points the segments that took their first step with momentum at their usual rows."""
-        for i in table.first:
-            table.set_row(i, self.plan.groups[table.groups[i]].row(first=False))
-        table.first = []
+    def _is_lost(self, group: GroupPlan, param: Tensor) -> bool:
+        """Whether an average is missing that its group has taken samples of: it starts again, as a
+        copy, at the next one. One that is written back at each sample is what the weights are."""
+        return (
+            group.n_averaged > 0
+            and group.has_buffer(param)
+            and group.policy is not None
+            and group.policy.write_back_every != 1
+            and AVERAGE not in _of(self._state, param)
+        )
+
+    def untouched(self, steps: int) -> list[tuple[Tensor, str]]:
+        """Parameters and their streams that `give_state` has made and no step has followed."""
+        found = []
+        for table, _ in self.launches:
+            for p, age in zip(table.params, table.ages, strict=True):
+                streams = () if age > 0 else self._rule.streams
+                for stream in (*streams, AVERAGE) if steps == 0 else streams:
+                    tensor = _of(self._state, p).get(stream)
+                    if isinstance(tensor, Tensor) and id(local(tensor)) in self._made:
+                        found.append((p, stream))
+        return found
 
     def fit(self, table: Segments, grads: Grads) -> bool:
         """Checks gradients in full; see checks.fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -380,8 +381,8 @@ def test_captured_steps_count_and_read_their_learning_rate_on_the_device(
                     record(opt, recorded)
                     opt.step()
                 else:
-                    for call, args, kwargs in recorded:
-                        call(*args, **kwargs)
+                    for call, args in recorded:
+                        call(*args)
             else:
                 opt.step()
         ends.append([t for p in ps for t in (p.detach(), *state_of(opt, p).values())])
@@ -395,16 +396,22 @@ def record(opt: Any, calls: list[Any]) -> None:
     """Keeps what the next step launches. Tables of the host are copied, as a capture does."""
 
     def recording(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> None:
-            frozen = [
-                a.clone() if isinstance(a, Tensor) and a.dtype == torch.float64 else a for a in args
-            ]
-            calls.append((function, frozen, kwargs))
-            function(*args, **kwargs)
+        def call(*args: Any) -> None:
+            calls.append((function, args))
+            function(*args)
 
         return call
 
+    def prepare(backend: Any) -> Any:
+        def recorded(params: Any, grads: Any, table: Any, counters: Any = None) -> Any:
+            rows, samplings = table.rows.clone(), table.samplings.clone()
+            copied = replace(table, rows=rows, samplings=samplings, views=None)
+            function, *args = backend.call(params, grads, copied, counters)
+            return recording(function), *args
+
+        return recorded
+
     opt.engine.tables.launches = [
-        (table, b._replace(step=recording(b.step), advance=recording(b.advance)))
+        (table, b._replace(call=prepare(b), advance=recording(b.advance)))
         for table, b in opt.engine.tables.launches
     ]

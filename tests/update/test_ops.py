@@ -26,11 +26,21 @@ def arguments(n: int = 3, length: int = 40) -> list[Any]:
     for i, p in enumerate(params):
         table.add(p, 0, i, row=0, sampling=0)
     table.attach("momentum_buffer", {i: torch.zeros(length) for i in range(n)})
-    columns, shapes = table.tensors()
-    rows = torch.tensor([[1.0, 0.1, 0.9, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5]], dtype=torch.float64)
     samplings = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    t = table.table(rows(rules.Kind.MOMENTUM), samplings)
     grads = [torch.randn(length) for _ in range(n)]
-    return [params, grads, list(table.state), columns, shapes, rows, samplings]
+    return [params, grads, t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings]
+
+
+def rows(kind: int) -> Tensor:
+    """Both rows of a group."""
+    numbers = [kind, 1.0, 0.1, 0.9, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5]
+    return torch.tensor([numbers, numbers], dtype=torch.float64)
+
+
+def direct(params: Any, grads: Any, *tables: Any) -> None:
+    """The module's own door, with the operator's arguments."""
+    _C.step(_C.Tables(*tables), params, grads)
 
 
 def test_both_doors_take_the_same_step() -> None:
@@ -40,10 +50,11 @@ def test_both_doors_take_the_same_step() -> None:
     right = arguments()
     before = left[0][0].detach().clone()
     STEP(*left)
-    _C.step(*right)
+    direct(*right)
     assert not torch.equal(left[0][0], before)
     for a, b in zip(left[0] + left[2], right[0] + right[2], strict=True):
         assert torch.equal(a, b)
+    assert left[5].tolist() == right[5].tolist() == [1, 1, 1]  # the ages
 
 
 def test_the_operator_keeps_its_schema() -> None:
@@ -70,7 +81,7 @@ MISFITS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("door", [STEP, _C.step], ids=["dispatcher", "direct"])
+@pytest.mark.parametrize("door", [STEP, direct], ids=["dispatcher", "direct"])
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_a_misfit_is_named_and_nothing_is_written(misfit: str, door: Any) -> None:
     args = arguments()
@@ -95,10 +106,10 @@ WITHOUT_MOMENTUM: dict[str, Any] = {
 @pytest.mark.parametrize("misfit", WITHOUT_MOMENTUM)
 def test_a_misfit_is_named_also_where_no_buffer_shows_it(misfit: str) -> None:
     args = arguments()
-    args[5][0, 2] = 0.0
+    args[6][:, 0] = rules.Kind.PLAIN
     WITHOUT_MOMENTUM[misfit](args)
     with pytest.raises(RuntimeError, match="parameter 1 differs"):
-        _C.step(*args)
+        direct(*args)
 
 
 def edit(column: int, value: int) -> Any:
@@ -111,8 +122,9 @@ def edit(column: int, value: int) -> Any:
 
 LARGEST = 2**63 - 1
 BROKEN: dict[str, tuple[Any, str]] = {
-    "row out of range": (edit(segments.ROW, 1), "outside its tables"),
-    "negative row": (edit(segments.ROW, -1), "outside its tables"),
+    "row out of range": (edit(segments.ROW, 2), "outside its tables"),
+    "the row of a first step": (edit(segments.ROW, 1), "outside its tables"),
+    "negative row": (edit(segments.ROW, -2), "outside its tables"),
     "sampling out of range": (edit(segments.SAMPLING, 1), "outside its tables"),
     "negative sampling": (edit(segments.SAMPLING, -1), "outside its tables"),
     "negative length": (edit(segments.LENGTH, -1), "outside its tables"),
@@ -122,30 +134,39 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a shape whose end overflows": (edit(segments.SHAPE, LARGEST), "outside its tables"),
     "negative dimensions": (edit(segments.DIMS, -1), "outside its tables"),
     "dimensions whose strides overflow": (edit(segments.DIMS, 2**62), "outside its tables"),
-    "buffer out of range": (edit(MOMENTUM, 3), "outside its buffer"),
-    "buffer below range": (edit(MOMENTUM, -2), "outside its buffer"),
-    "buffer far below range": (edit(MOMENTUM, -(2**40)), "outside its buffer"),
-    "offset past the end": (edit(MOMENTUM + 1, 10_000), "outside its buffer"),
-    "negative offset": (edit(MOMENTUM + 1, -1), "outside its buffer"),
-    "an offset whose end overflows": (edit(MOMENTUM + 1, LARGEST), "outside its buffer"),
-    "no momentum buffer": (edit(MOMENTUM, -1), "no momentum buffer"),
-    "half a difference": (edit(segments.COLUMN_OF["difference_buffer"], 0), "both buffers"),
+    "state out of range": (edit(MOMENTUM, 3), "outside its state"),
+    "state below range": (edit(MOMENTUM, -2), "outside its state"),
+    "state far below range": (edit(MOMENTUM, -(2**40)), "outside its state"),
+    "state of another length": (
+        lambda a: a[2].__setitem__(2, torch.zeros(41)),
+        "outside its state",
+    ),
+    "no momentum buffer": (edit(MOMENTUM, -1), "lacks the stream m"),
+    "half a difference": (
+        lambda a: (
+            a[6].__setitem__((slice(None), 0), rules.Kind.DIFFERENCE),
+            edit(segments.COLUMN_OF["difference_buffer"], 0)(a),
+        ),
+        "lacks the stream",
+    ),
     "too few gradients": (lambda a: a[1].pop(), "gradients"),
-    "rows of another dtype": (lambda a: a.__setitem__(5, a[5].float()), "documented dtype"),
-    "samplings of another dtype": (lambda a: a.__setitem__(6, a[6].float()), "documented dtype"),
+    "too few ages": (lambda a: a.__setitem__(5, a[5][:2]), "ages"),
+    "ages of another dtype": (lambda a: a.__setitem__(5, a[5].int()), "documented dtype"),
+    "rows of another dtype": (lambda a: a.__setitem__(6, a[6].float()), "documented dtype"),
+    "samplings of another dtype": (lambda a: a.__setitem__(7, a[7].float()), "documented dtype"),
     "segments of another dtype": (lambda a: a.__setitem__(3, a[3].int()), "documented dtype"),
     "rows that are one row in memory": (
-        lambda a: (a.__setitem__(5, a[5].expand(50, -1)), edit(segments.ROW, 49)(a)),
+        lambda a: (a.__setitem__(6, a[6][:1].expand(50, -1)), edit(segments.ROW, 48)(a)),
         "contiguous",
     ),
     "rows that overlap": (
-        lambda a: a.__setitem__(5, torch.zeros(36).double().as_strided((2, 2, 9), (2, 9, 1))),
+        lambda a: a.__setitem__(6, torch.zeros(40).double().as_strided((2, 2, 10), (2, 10, 1))),
         "contiguous",
     ),
     "a transposed table": (lambda a: a.__setitem__(3, a[3].t().contiguous().t()), "contiguous"),
     "a buffer that is one element in memory": (
-        lambda a: a[2].__setitem__(0, torch.zeros(1).expand(128)),
-        "contiguous",
+        lambda a: a[2].__setitem__(0, torch.zeros(1).expand(40)),
+        "outside its state",
     ),
     "streams of two dtypes": (
         lambda a: a[2].__setitem__(0, a[2][0].double()),
@@ -161,7 +182,7 @@ def test_a_broken_table_is_refused_before_anything_is_written(broken: str) -> No
     change(args)
     before = [t.detach().clone() for t in args[0] + args[2]]
     with pytest.raises(RuntimeError, match=message):
-        _C.step(*args)
+        direct(*args)
     assert all(torch.equal(a, b) for a, b in zip(args[0] + args[2], before, strict=True))
 
 
@@ -186,10 +207,10 @@ def test_an_average_of_a_dtype_that_no_kernel_has_is_refused(average: torch.dtyp
     table = segments.Segments()
     table.add(param, 0, 0, row=0, sampling=0)
     table.attach("average", {0: torch.zeros(40, dtype=average)})
-    rows = torch.tensor([[1.0, 0, 0, 0, 0, 1.0, 0, 0, 0.5]], dtype=torch.float64)
     samplings = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    t = table.table(rows(rules.Kind.PLAIN), samplings)
     with pytest.raises(RuntimeError, match="average of segment 0 must have"):
-        _C.step([param], [param.detach()], table.state, *table.tensors(), rows, samplings)
+        backends.in_turn([backends.CPU.call([param], [param.detach()], t)])
 
 
 @pytest.mark.parametrize(
@@ -209,13 +230,12 @@ def test_a_master_of_a_dtype_that_no_kernel_has_is_refused(
     table = segments.Segments()
     table.add(p, 0, 0, row=0, sampling=0)
     table.attach("master_param", {0: torch.zeros(40, dtype=master)})
-    rows = torch.tensor([[1.0, 0, 0, 0, 0, 1.0, 0, 0, 0.5]], dtype=torch.float64)
-    samplings = torch.zeros((1, 5), dtype=torch.float64)
+    t = table.table(rows(rules.Kind.PLAIN), torch.zeros((1, 5), dtype=torch.float64))
     with pytest.raises(RuntimeError, match="master of segment 0 must be float32, of a 16-bit"):
-        _C.step([p], [p.detach()], table.state, *table.tensors(), rows, samplings)
+        backends.in_turn([backends.CPU.call([p], [p.detach()], t)])
 
 
-@pytest.mark.parametrize("door", [STEP, _C.step], ids=["dispatcher", "direct"])
+@pytest.mark.parametrize("door", [STEP, direct], ids=["dispatcher", "direct"])
 def test_neither_steps_nor_refusals_keep_memory(door: Any) -> None:
     def call(args: list[Any], refused: bool) -> None:
         try:

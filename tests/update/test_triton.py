@@ -73,26 +73,25 @@ class Twice:
         self,
         params: list[Tensor],
         grads: list[Tensor | None],
-        state: list[Tensor],
-        segments: Tensor,
-        shapes: Tensor,
-        rows: Tensor,
-        samplings: Tensor,
-        deferred: Any = None,
+        table: segments.Table,
+        counters: Any = None,
     ) -> None:
-        assert deferred is None
-        live = [*(p.detach() for p in params), *(g for g in grads if g is not None), *state]
+        assert counters is None
+        live = [*(p.detach() for p in params), *(g for g in grads if g is not None)]
+        live += [*table.state, table.ages]
         before = [t.clone() for t in live]
-        reference.step_(params, grads, state, segments, rows, samplings)
+        reference.step_(params, grads, table)
         expected = [t.clone() for t in live]
         for tensor, value in zip(live, before, strict=True):
             tensor.copy_(value)
-        tables = (segments, shapes, rows, samplings)
-        triton_step.step_triton(params, grads, state, *tables)
+        triton_step.step_triton(params, grads, table)
         for i, (tensor, value) in enumerate(zip(live, expected, strict=True)):
             assert_same(tensor, value, (i, tuple(tensor.shape)))
             tensor.copy_(value)
         self.steps += 1
+
+    def call(self, *arguments: Any) -> Any:
+        return self.step, *arguments
 
 
 def few(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -111,7 +110,7 @@ def run_twice(
     steps: int,
 ) -> None:
     both = Twice()
-    backend = backends.Backend("triton", both.step, False)
+    backend = backends.Backend("triton", both.call, False)
     monkeypatch.setattr(backends, "choose", lambda name, device: backend)
     cls, options, _ = RULES[rule]
     opt = cls(ps, **options, average=policy_for(average, rule, dtype), backend="reference")
@@ -162,9 +161,13 @@ class TestInterpreted:
 
     def test_any_coefficients_and_infinities_do_as_in_the_reference(self) -> None:
         random = torch.Generator().manual_seed(0)
-        numbers = torch.rand(8, 9, generator=random, dtype=torch.float64)
-        zeros = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)), dtype=torch.float64)
-        numbers[:, [1, 2, 5]] *= zeros  # lambda, mu, alpha
+        kinds = (rules.Kind.PLAIN, rules.Kind.MOMENTUM, rules.Kind.DIFFERENCE)
+        groups = list(itertools.product(kinds, (0.0, 1.0), (0.0, 1.0)))
+        numbers = torch.rand(2 * len(groups), 10, generator=random, dtype=torch.float64)
+        lambda_, alpha = rules.COLUMNS.index("lambda_"), rules.COLUMNS.index("alpha")
+        for i, (kind, *zeros) in enumerate(groups):
+            numbers[2 * i : 2 * i + 2, 0] = kind
+            numbers[2 * i : 2 * i + 2, [lambda_, alpha]] *= torch.tensor(zeros).double()
         flags = (0.0, 1.0)
         samplings = [
             [0.5, *row] for row in itertools.product((0.0, 0.3, 1.0), (1.0,), flags, flags)
@@ -172,28 +175,33 @@ class TestInterpreted:
         samplings.append([0.7, 0.3, 0.0, 0.0, 1.0])  # not sampled, whatever else it says
         table = segments.Segments()
         memory, grads = [], []
-        for i, (row, sampling) in enumerate(itertools.product(range(8), range(len(samplings)))):
+        every = list(itertools.product(range(len(groups)), range(len(samplings))))
+        for i, (group, sampling) in enumerate(every):
             memory.append(torch.randn(40, generator=random))
-            table.add(memory[-1], 0, i, row, sampling)
+            table.add(memory[-1], 0, i, 2 * group, sampling)
             g = torch.randn(40, generator=random)
             g[3] = -torch.inf
             memory[-1][5] = torch.inf
             grads.append(None if i % 7 == 0 else g)
-        every = range(len(memory))
-        kept = {"average": 1, "momentum_buffer": 2, "difference_buffer": 4, "previous_gradient": 4}
-        for stream, step in kept.items():
-            table.attach(stream, {i: torch.randn(40, generator=random) for i in every[::step]})
-        for i, buffer in enumerate(table.state):
+        for stream in ("average", *rules.KEPT_BY[rules.Kind.DIFFERENCE]):
+            own = [
+                i
+                for i, (group, _) in enumerate(every)
+                if stream == "average" or stream in rules.KEPT_BY[groups[group][0]]
+            ]
+            table.attach(stream, {i: torch.randn(40, generator=random) for i in own})
+        table.set_ages(i % 2 for i in range(len(memory)))
+        tables = table.table(numbers, torch.tensor(samplings, dtype=torch.float64))
+        for i, buffer in enumerate(tables.state):
             buffer[7 + i % 32] = torch.inf
-        tables = (*table.tensors(), numbers, torch.tensor(samplings, dtype=torch.float64))
-        Twice().step(memory, grads, table.state, *tables)
+        Twice().step(memory, grads, tables)
 
     def test_all_groups_of_a_pair_of_dtypes_are_one_launch(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         both = Twice()
         monkeypatch.setattr(
-            backends, "choose", lambda *_: backends.Backend("triton", both.step, False)
+            backends, "choose", lambda *_: backends.Backend("triton", both.call, False)
         )
         launched: list[tuple[torch.dtype, torch.dtype]] = []
         launch = triton_step.Launch._launch
@@ -244,11 +252,14 @@ class TestInterpreted:
     ) -> None:
         tables: list[Any] = []
 
-        def step(*args: Any, deferred: Any = None) -> None:
-            triton_step.step_triton(*args)
-            tables.append(triton_step._launches[args[3]][0][0].upload)
+        def step(params: Any, grads: Any, table: Any, counters: Any) -> None:
+            triton_step.step_triton(params, grads, table)
+            tables.append(triton_step._launches[table][0][0].upload)
 
-        monkeypatch.setattr(backends, "choose", lambda *_: backends.Backend("triton", step, False))
+        def call(*args: Any) -> Any:
+            return step, *args
+
+        monkeypatch.setattr(backends, "choose", lambda *_: backends.Backend("triton", call, False))
         p = nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
         opt = rf.FusedSGD([p], lr=0.5, momentum=0.5, backend="triton")
@@ -269,7 +280,7 @@ class TestInterpreted:
         """A mean's weight is another one each step, and an lr may be."""
         both, copied = Twice(), []
         monkeypatch.setattr(
-            backends, "choose", lambda *_: backends.Backend("triton", both.step, False)
+            backends, "choose", lambda *_: backends.Backend("triton", both.call, False)
         )
         copy = triton_step._copied
 
@@ -295,7 +306,7 @@ class TestInterpreted:
             steady.append(list(copied))
         table = len(ps) * 13 * 8
         assert sum(steady[0]) > table
-        alone = 4 * (9 * 2 + 5 * 2)  # two rows of a group, two of a sampler
+        alone = 4 * (10 * 2 + 5 * 2)  # two rows of a group, two of a sampler
         assert steady[2:] == [[alone]] * 10
 
     @pytest.mark.parametrize("name", NAMED)
@@ -320,11 +331,11 @@ class TestInterpreted:
 
     def test_many_policies_and_segments_are_counted_at_once(self) -> None:
         counters = Counters([rf.ema(0.5, start=i) for i in range(5)], segments=3000)
-        counters.marks[::7, 1] = 1
         counters.marks[5, 0] = 1
         expected = counters.marks.clone()
-        expected[::7, 0] = 1
+        expected[::7, 0] = 3
         for _ in range(3):
+            counters.marks[::7, 1] = 1
             triton_step.advance_triton(counters)
         assert counters.counts.tolist() == [3, 3, 2, 1, 0, 0]
         assert torch.equal(counters.marks, expected)
@@ -418,7 +429,7 @@ class TestInterpreted:
                 for name, value in states(opt, q).items():
                     assert_same(device.state[name][i], value, (step, i, name))
                 started = "momentum_buffer" in states(opt, q)
-                assert bool(device.deferred.marks[i, 0]) == started, (step, i)
+                assert (device.deferred.marks[i, 0] > 0) == started, (step, i)
         assert device.deferred.counts.tolist() == [9, opt.n_averaged, 0]
 
 
@@ -484,18 +495,11 @@ class OnDevice:
         for group, first in itertools.product(self.opt.param_groups, (False, True)):
             lr = 99.0 if group is self.opt.param_groups[0] else group["lr"]  # the tensor's turn
             rows.append(self.opt.engine.rule.row({**group, "lr": lr}, first))
-        segments, shapes = self.table.tensors()
         self.deferred.grad_scale, self.deferred.found_inf = grad_scale, found_inf
-        triton_step.step_triton(
-            self.params,
-            [p.grad for p in self.params],
-            self.table.state,
-            segments,
-            shapes,
-            torch.tensor(rows, dtype=torch.float64),
-            torch.full((4, rules.SAMPLING.size // 8), torch.nan, dtype=torch.float64),
-            self.deferred,
-        )
+        samplings = torch.full((4, rules.SAMPLING.size // 8), torch.nan, dtype=torch.float64)
+        table = self.table.table(torch.tensor(rows, dtype=torch.float64), samplings)
+        grads = [p.grad for p in self.params]
+        triton_step.step_triton(self.params, grads, table, self.deferred)
         triton_step.advance_triton(self.deferred)
 
 
@@ -544,9 +548,9 @@ class TestCompiled:
         p = torch.ones(3)
         table = segments.Segments()
         table.add(p, 0, 0, row=0, sampling=0)
-        rows = torch.zeros(1, 9, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
+        rows = torch.zeros(2, 10, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-            triton_step.step_triton([p], [p], [], *table.tensors(), *rows)
+            triton_step.step_triton([p], [p], table.table(*rows))
         assert "mps" in (triton_step.available(torch.device("mps")) or "")
 
     def test_nothing_needs_triton_before_a_step_does(self) -> None:
@@ -584,7 +588,7 @@ assert "pip install triton" in step.available(torch.device("cuda"))
             "DTYPE": getattr(tl, dtype),
             "THETA_DTYPE": getattr(tl, theta),
             "AVERAGE_DTYPE": getattr(tl, average),
-            "RULE": getattr(update, rule).value,
+            "KIND": getattr(update, rule).value,
             "AVERAGED": averaged,
             "BLOCK": triton_step.CHUNK,
             "PARTS": parts,

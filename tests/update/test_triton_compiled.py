@@ -145,7 +145,7 @@ def gpu() -> Iterator[Gpu]:
 def counters(samplers: int = 1) -> DeviceCounters:
     return DeviceCounters(
         counts=torch.zeros(1 + samplers, dtype=torch.int64),
-        policies=torch.zeros(samplers, 8, dtype=torch.float64),
+        policies=torch.zeros(samplers, 7, dtype=torch.float64),
         samplings64=torch.zeros(2 * samplers, 5, dtype=torch.float64),
         samplings32=torch.zeros(2 * samplers, 5),
         marks=torch.zeros(3, 2, dtype=torch.int32),
@@ -167,7 +167,7 @@ def launch_step(variant: Variant, offset: int = 0) -> None:
         deferred = replace(
             counters(), grad_scale=one if scaled else None, found_inf=one if skipping else None
         )
-    rows = table(9, wide), table(5, wide)
+    rows = table(10, wide), table(5, wide)
     upload = triton_step.Upload(
         rows[0], table(13, torch.int64), *rows, variant.rule, variant.averaged
     )

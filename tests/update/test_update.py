@@ -198,7 +198,7 @@ def test_layerwise_learning_rates_are_one_launch(monkeypatch: pytest.MonkeyPatch
     opt = rf.FusedSGD([{"params": [p], "lr": 0.01 * i} for i, p in enumerate(ps)], momentum=0.9)
     launches = []
     backend = backends.CPU
-    counting = backend._replace(step=lambda *a, **k: launches.append(a) or backend.step(*a, **k))
+    counting = backend._replace(call=lambda *a, **k: launches.append(a) or backend.call(*a, **k))
     launched = [(table, counting) for table, _ in opt.engine.tables.launches]
     monkeypatch.setattr(opt.engine.tables, "launches", launched)
     for p in ps:

@@ -1,0 +1,74 @@
+// What a launch is made of, from run time into template parameters: once for the CPU, CUDA and its
+// emulation in the tests.
+#pragma once
+
+#include "convert.h"
+#include "update.h"
+
+// On the host alone, and part of its caller's instruction set.
+#define RBWA_HOST inline __attribute__((always_inline))
+
+// Calls work<S>() with the storage of a dtype.
+template <typename Work>
+RBWA_HOST auto with_storage(Dtype dtype, const Work& work) {
+  switch (dtype) {
+#define RBWA_CASE(name, storage, ...) \
+  case Dtype::name:                   \
+    return work.template operator()<storage>();
+    RBWA_DTYPES(RBWA_CASE)
+#undef RBWA_CASE
+  }
+  __builtin_unreachable();
+}
+
+// Calls work<kind>().
+template <typename Work>
+RBWA_HOST auto with_kind(Kind kind, const Work& work) {
+  switch (kind) {
+    case Kind::kSample:
+      return work.template operator()<Kind::kSample>();
+    case Kind::kPlain:
+      return work.template operator()<Kind::kPlain>();
+    case Kind::kMomentum:
+      return work.template operator()<Kind::kMomentum>();
+    case Kind::kDifference:
+      return work.template operator()<Kind::kDifference>();
+  }
+  __builtin_unreachable();
+}
+
+// What distinguishes one compiled CUDA kernel from another: the streams of memory.
+struct KernelKey {
+  Dtype dtype, theta_dtype, a_dtype;  // as in Segment
+  Kind most;                          // the kind with most streams among the segments
+  bool averaged;
+};
+
+// Calls work<S, W, A, most, averaged>(): the storage of parameter and gradient, that of what the
+// step works on (S, or float for a master), and that of the average.
+template <typename Work>
+auto with_kernel(const KernelKey& key, const Work& work) {
+  auto with_most = [&]<typename S, typename W, typename A, bool averaged>() {
+    switch (key.most) {
+      case Kind::kDifference:
+        return work.template operator()<S, W, A, Kind::kDifference, averaged>();
+      case Kind::kMomentum:
+        return work.template operator()<S, W, A, Kind::kMomentum, averaged>();
+      default:
+        return work.template operator()<S, W, A, Kind::kPlain, averaged>();
+    }
+  };
+  return with_storage(key.dtype, [&]<typename S>() {
+    if constexpr (kNarrow<S>) {
+      if (key.theta_dtype == Dtype::kFloat32) {
+        if (!key.averaged) return with_most.template operator()<S, float, float, false>();
+        return with_most.template operator()<S, float, float, true>();
+      }
+      if (key.averaged && key.a_dtype == Dtype::kFloat32) {
+        return with_most.template operator()<S, S, float, true>();
+      }
+    }
+    if (!key.averaged) return with_most.template operator()<S, S, S, false>();
+    return with_most.template operator()<S, S, S, true>();
+  });
+}
