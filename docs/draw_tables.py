@@ -18,11 +18,10 @@ from torch import nn
 
 import rbwa_fused as rf
 from rbwa_fused.engine import segments
-from rbwa_fused.rules import Sampling
+from rbwa_fused.rules import COLUMNS, Sampling
 from rbwa_fused.streams import STREAMS
 
 OUT = Path(__file__).parent / "tables.png"
-ROW_NAMES = ("s", "lambda", "mu", "c", "kappa", "alpha", "gamma", "delta", "eta")
 POINTS = {"row": "#cfe3f7", "sampling": "#f7e3cf", "shape": "#dcefd5"}
 
 
@@ -72,21 +71,22 @@ def main(out: Path = OUT) -> int:
     """Draws the picture."""
     opt = optimizer()
     ((table, _),) = opt.engine.tables.launches
-    columns, shapes = table.tensors()
-    rows, samplings = opt.engine.tables.plan.tensors
+    told = table.table(*opt.engine.tables.plan.tensors)
+    columns, shapes, ages = told.segments, told.shapes, told.ages
+    rows, samplings = told.rows, told.samplings
     names = ["length", "row", "sampling", "shape", "dims", "dtype"]
     kept = ["momentum_buffer", "average"]
     places = [segments.COLUMN_OF[name] for name in kept]
     cells = [
-        [*map(str, line[: segments.FIRST_STREAM]), *(str(line[at]) for at in places)]
-        for line in columns.tolist()
+        [*map(str, line[: segments.FIRST_STREAM]), *(str(line[at]) for at in places), str(age)]
+        for line, age in zip(columns.tolist(), ages.tolist(), strict=True)
     ]
     figure, axes = plt.subplots(4, 1, figsize=(9, 6.2), height_ratios=[3, 2, 4, 4])
     draw(
         axes[0],
         "segments: one line a parameter; where its streams are in `state` (-1: nowhere), "
         f"and {len(STREAMS) - 2} streams more",
-        [*names, "momentum", "average"],
+        [*names, "momentum", "average", "(age)"],
         cells,
         ["weight", "bias", "head"],
         POINTS,
@@ -102,8 +102,8 @@ def main(out: Path = OUT) -> int:
     )
     draw(
         axes[2],
-        "rows: two a param group, the second for a parameter's first step with momentum",
-        list(ROW_NAMES),
+        "rows: two a param group, the second for a parameter's first step with momentum (age 0)",
+        [name.rstrip("_") for name in COLUMNS],
         [list(map(number, line)) for line in rows.tolist()],
         [str(i) for i in range(len(rows))],
         {"index": POINTS["row"]},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,31 +15,60 @@ from rbwa_fused.model_state import state_dict_with
 from rbwa_fused.swap import Averaging, Swap, averages
 
 
-@contextmanager
-def averaged(opt: Averaging, model: nn.Module | None) -> Iterator[None]:
-    """See FusedOptimizer.averaged."""
-    before = opt.engine.swapped
-    if before is not None:
-        if not before.over:
-            yield
+class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (as contextlib's own)
+    """See FusedOptimizer.averaged.
+
+    Not a generator: an interrupt that comes while a generator is closed is lost.
+    """
+
+    _swap: Swap | None = None  # of the outermost context
+
+    def __init__(self, opt: Averaging, model: nn.Module | None) -> None:
+        self._opt, self._model = opt, model
+
+    def __enter__(self) -> None:
+        engine = self._opt.engine
+        before = engine.swapped
+        if before is not None:
+            if not before.over:
+                return
+            failure = before.restore()
+            if failure is not None:
+                raise failure
+        _free_gathered(self._opt, self._model)
+        self._swap = Swap(self._opt, self, self._model)
+        try:
+            engine.swapped = self._swap
+            self._swap.put()
+        except BaseException as error:
+            self._leave(error)
+            raise
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._leave(error)
+
+    def __del__(self) -> None:
+        swap = self._swap
+        if swap is not None and not swap.left and self._opt.engine.swapped is swap:
+            swap.restore()
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Brings the weights back. What was raised inside stays what is raised."""
+        swap = self._swap
+        if swap is None:
             return
-        failure = before.restore()
-        if failure is not None:
+        try:
+            failure = swap.restore()
+        except BaseException:  # an interrupt
+            swap.restore()
+            raise
+        if failure is not None and error is None:
             raise failure
-    _free_gathered(opt, model)
-    swap = Swap(opt, model)
-    try:
-        opt.engine.swapped = swap
-        swap.put()
-        yield
-    except BaseException as error:
-        failure = swap.restore()
-        if failure is not None:  # what was raised first stays what is raised
+        if failure is not None and error is not None:
             failure.__context__, error.__context__ = error.__context__, failure
-        raise
-    failure = swap.restore()
-    if failure is not None:
-        raise failure
+
+    def _recreate_cm(self) -> averaged:
+        return averaged(self._opt, self._model)
 
 
 def _free_gathered(opt: Averaging, model: nn.Module | None) -> None:

@@ -110,17 +110,11 @@ class FusedOptimizer(Optimizer):
         loss = None
         if closure is not None:
             loss = self._call(closure)
-        step = self.engine.step
-        grad_enabled = torch.is_grad_enabled()
-        try:  # around the next line, too, behind which an interrupt may come
-            torch._C._set_grad_enabled(False)
-            if self._early is None or not self._early.finish():
-                found = self.__dict__
-                scaler = found.get("grad_scale"), found.get("found_inf")  # for the time of a step
-                while not step(self.param_groups, self.state, *scaler):
-                    self._rebuild()
-        finally:
-            torch._C._set_grad_enabled(grad_enabled)
+        if self._early is None or not self._early.finish():
+            step, found = self.engine.step, self.__dict__
+            scaler = found.get("grad_scale"), found.get("found_inf")  # for the time of a step
+            while not step(self.param_groups, self.state, *scaler):
+                self._rebuild()
         return loss
 
     def _call(self, closure: Callable[[], Any]) -> Any:

@@ -158,8 +158,9 @@ class InBackward:
             if moves:
                 rest.append((launch, grads))
                 calls += own
-        self._run(rest, [*calls, engine.end(), (setattr, self, "_stepped", None)])
-        engine.tables.plan.state_is_due = engine.tables.lost
+        plan, tables = engine.tables.plan, engine.tables
+        calls += engine.end(), (setattr, plan, "state_is_due", tables.lost)
+        self._run(rest, [*calls, (setattr, self, "_stepped", None)])
         return True
 
     def _ready(self, launch: Launch, grads: Grads) -> list[Call]:

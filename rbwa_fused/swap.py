@@ -7,6 +7,7 @@ training weights back may be tried again and again, as it is where something sto
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -46,9 +47,11 @@ class Swap:
     """The training weights of an optimizer, from the moment that averages take their place.
 
     Attributes:
-        over: the context has been left; if the optimizer still has this, weights are missing.
+        left: the context has been left, or dropped.
+        over: nobody is inside; if the optimizer still has this, weights are missing.
 
     Args:
+        context: who enters and leaves. Where it is gone without having left, nobody is inside.
         model: whose gathered weights are freed when the weights come back, if FSDP has any.
 
     Raises:
@@ -58,9 +61,10 @@ class Swap:
 
     # A compiled function that evaluates would compile these for each parameter's shape.
     @torch._disable_dynamo
-    def __init__(self, opt: Averaging, model: nn.Module | None) -> None:
-        self.over = False
-        self._missing = "averaged() was interrupted on exit"
+    def __init__(self, opt: Averaging, context: object, model: nn.Module | None) -> None:
+        self._context = weakref.ref(context)
+        self.left = False
+        self._missing: str | None = None  # what the exit could not bring back
         self._owner = opt
         self._model = model
         with _plain():
@@ -72,6 +76,10 @@ class Swap:
             }
         addresses = [average.data_ptr() for average in self._averages.values()]
         self._taken = {*addresses, *(saved.address for saved in self._saved.values())}
+
+    @property
+    def over(self) -> bool:
+        return self.left or self._context() is None
 
     @torch._disable_dynamo
     def put(self) -> None:
@@ -88,7 +96,7 @@ class Swap:
         Returns None where nothing is left to be done; otherwise the error that says what is, which
         another call tries again.
         """
-        self.over = True
+        self.left = True
         wrong: dict[str, Exception] = {}
         try:
             reshard(self._model)
@@ -116,10 +124,12 @@ class Swap:
         return f"{self._missing} ({MEND})"
 
     def refuse(self, what: str) -> None:
-        """Raises inside the context, and after it for as long as weights are missing."""
+        """Raises inside the context, and after it for as long as weights are missing that its exit
+        could not bring back. What interrupts have left undone is done now."""
         if not self.over:
             raise RuntimeError(f"{what}() inside averaged(), where the averaged weights are live")
-        raise RuntimeError(f"{what}() with averaged weights for training weights: {self}")
+        if self._missing is not None or self.restore() is not None:
+            raise RuntimeError(f"{what}() with averaged weights for training weights: {self}")
 
 
 def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:

@@ -286,7 +286,7 @@ class Launch:
             DTYPE=_triton_dtype(self.dtype),
             THETA_DTYPE=_triton_dtype(self.theta_dtype),
             AVERAGE_DTYPE=_triton_dtype(self.average_dtype),
-            KIND=max(upload.kind or 0, Kind.PLAIN),
+            KIND=int(max(upload.kind or 0, Kind.PLAIN)),
             AVERAGED=upload.averaged,
             BLOCK=self.block,
             PARTS=self.parts,

@@ -69,13 +69,14 @@ class Backend(NamedTuple):
     advance: Callable[[DeviceCounters], None] | None = None
 
 
+@torch.no_grad()
 def _in_turn(calls: Sequence[Call]) -> None:
     for function, *arguments in calls:
         function(*arguments)
 
 
-# Makes one call after the other. Where all of them are functions in C no interrupt comes between
-# (csrc/cpu/ops_cpu.cpp).
+# Makes one call after the other, without autograd. Where all of them are functions in C no
+# interrupt comes between (csrc/cpu/ops_cpu.cpp).
 in_turn: Callable[[list[Call]], None] = getattr(_C, "in_turn", _in_turn)
 
 

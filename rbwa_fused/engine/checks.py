@@ -121,7 +121,7 @@ def fit(table: Segments, grads: list[Tensor | None], groups: Sequence[dict[str, 
         if not (same_layout(g, memory) and is_plain(g)):
             grads[i] = torch.empty_strided(
                 memory.shape, memory.stride(), dtype=memory.dtype, device=memory.device
-            ).copy_(g)
+            ).copy_(g.detach())
     return True
 
 

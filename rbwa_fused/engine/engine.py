@@ -30,10 +30,12 @@ ALL = slice(None)
 class Swapped(Protocol):
     """Averages that stand in the place of the weights."""
 
-    over: bool  # and yet some weights are missing
+    @property
+    def over(self) -> bool:
+        """Whether nobody is inside any more, and yet some weights are missing."""
 
     def refuse(self, what: str) -> None:
-        """Raises RuntimeError: this cannot be done now."""
+        """Raises RuntimeError where this cannot be done now."""
 
     def restore(self) -> RuntimeError | None:
         """Tries to bring the weights back. Returns the error that says what is missing still."""
@@ -101,7 +103,7 @@ class Engine:
             ValueError: for averages that were assigned before the first step.
         """
         self.read_back()
-        for p, stream in self.tables.untouched(self.steps):
+        for p, stream in self.tables.untouched(averages=self.steps == 0):
             state[p].pop(stream, None)
         if self.steps == 0:
             checks.refuse_uncounted(state)
@@ -169,7 +171,7 @@ class Engine:
             tables.lost = False
             for (table, _), grads in gathered:
                 behind += tables.give_state(table, grads)
-            plan.state_is_due = tables.lost
+            behind.append((setattr, plan, "state_is_due", tables.lost))
         calls: list[Call] = []
         if deferring:
             calls += self._calls_on_device(gathered, grad_scale, found_inf)
@@ -286,7 +288,7 @@ class Engine:
         return group.sampler.written_back and group.has_buffer(param)
 
     def refuse_inside_averaged(self, what: str) -> None:
-        """Raises where the weights are not the training weights."""
+        """Raises inside averaged(), and after one that could not bring back all weights."""
         if self.swapped is not None:
             self.swapped.refuse(what)
 
@@ -329,7 +331,7 @@ class Engine:
         dict leaves them out."""
         self.read_back()
         found: dict[Tensor, set[str]] = {}
-        for p, stream in self.tables.untouched(self.steps):
+        for p, stream in self.tables.untouched(averages=False):
             found.setdefault(p, set()).add(stream)
         return found
 
@@ -348,7 +350,7 @@ class Engine:
 
 
 def _bring_back(grads: Grads, params: list[Tensor]) -> None:
-    """Unscaled gradients, from copies in the parameters' layouts to the gradients that users see."""
+    """Unscaled gradients, from copies in the parameters' layouts to those that users see."""
     for g, p in zip(grads, params, strict=True):
         if g is not None and p.grad is not None:
             seen = local(p.grad)

@@ -9,7 +9,7 @@ asks it (csrc/held.h); without it, or for a state that is no dict, Python does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,28 @@ from rbwa_fused import compiled
 from rbwa_fused.engine.sharded import is_sharded, local
 
 _C, _ = compiled.load("_C")
+
+
+class Standing(Protocol):
+    """Knows a state, and whether it is what it was."""
+
+    empty: bool
+
+    def stands(self, state: Any) -> bool:
+        """Whether this is the same state, with the same in it."""
+
+
+class Nothing:
+    """Of tables that were never finished: no state is theirs."""
+
+    empty = True
+
+    def stands(self, state: Any) -> bool:
+        """Never."""
+        return False
+
+
+NOTHING = Nothing()
 
 
 class Held:

@@ -118,6 +118,7 @@ class Segments:
         """Whether all shards are those that the table was made for; FSDP may make others."""
         return all(local(param) is shard for param, shard in self.shards)
 
+    @torch.no_grad()
     def gradients(self) -> list[Tensor | None]:
         """What the backward pass left, of DTensors the shards. A gradient laid out otherwise than
         its parameter is laid out anew, which communicates."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rbwa_fused.engine import backends, checks, memory
 from rbwa_fused.engine.backends import Call
-from rbwa_fused.engine.held import Held
+from rbwa_fused.engine.held import NOTHING, Held, Standing
 from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import beside, is_sharded_as, local, shard_of
@@ -83,7 +83,7 @@ class Tables:
         self._sharded: list[Segments] = []
         self._made: dict[int, Tensor] = {}  # by their ids, the tensors that `give_state` has made
         self._state = state
-        self._held = Held(state)
+        self._held: Standing = Held(state)
 
     @torch._disable_dynamo
     def add(
@@ -100,6 +100,7 @@ class Tables:
             move: parameters on the CPU into flat buffers, where their memory is theirs.
         """
         plan, options = self.plan, self._options
+        self._held = NOTHING  # until the end: where this fails, the tables describe nothing
         known = [p for table in self._segments.values() for p in table.params]
         known_turns = [turn for (_, turn), table in self._segments.items() for _ in table.params]
         new = [p for group in groups for p in group["params"]]
@@ -240,8 +241,9 @@ class Tables:
             elif moving:
                 for stream in self._rule.streams:
                     give(stream, i, None)
-                if self._rule.constant_momentum:
-                    behind.append((setattr, group, "beta", float(group.group["momentum"])))
+            takes_momentum = grads[i] is not None and group.kind != Kind.PLAIN
+            if takes_momentum and self._rule.constant_momentum and group.beta is None:
+                behind.append((setattr, group, "beta", float(group.group["momentum"])))
             if self._is_lost(group, p):
                 self.lost = True
                 if group.sampler.due:
@@ -278,13 +280,14 @@ class Tables:
             and AVERAGE not in _of(self._state, param)
         )
 
-    def untouched(self, steps: int) -> list[tuple[Tensor, str]]:
-        """Parameters and their streams that `give_state` has made and no step has followed."""
+    def untouched(self, *, averages: bool) -> list[tuple[Tensor, str]]:
+        """Parameters and their streams that `give_state` has made and no step has followed; with
+        averages, before the first step."""
         found = []
         for table, _ in self.launches:
-            for p, age in zip(table.params, table.ages, strict=True):
+            for p, age in zip(table.params, table.ages, strict=False):  # one may be half added
                 streams = () if age > 0 else self._rule.streams
-                for stream in (*streams, AVERAGE) if steps == 0 else streams:
+                for stream in (*streams, AVERAGE) if averages else streams:
                     tensor = _of(self._state, p).get(stream)
                     if isinstance(tensor, Tensor) and id(local(tensor)) in self._made:
                         found.append((p, stream))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from rbwa_fused.engine import backends
 from rbwa_fused.engine.counters import DeviceCounters
+from rbwa_fused.engine.segments import Table
 
 
 class Host:
@@ -172,22 +173,29 @@ class Recording(Host):
 def recorded_backend() -> backends.Backend:
     """The emulated kernels, which pass by torch's operators, for a Recorder to see."""
     kernels = backend()
-    take, count = kernels.step, kernels.advance
+    count = kernels.advance
     assert count is not None
 
     def tensors(deferred: DeviceCounters | None) -> list[Tensor]:
         found = [getattr(deferred, f.name) for f in fields(deferred)] if deferred else []
         return [t for t in tree_leaves(found) if isinstance(t, Tensor)]
 
-    def step(params: Any, grads: Any, state: Any, *tables: Any, deferred: Any = None) -> None:
-        recorder = Recorder.recording
-        if recorder is not None:
-            recorder.save([*params, *state, *tensors(deferred)])
-            with _disable_current_modes():
-                launched = [table.clone() for table in tables]  # a launch takes them along
-            args = (params, list(grads), state, *launched)
-            recorder.add(take, args, {"deferred": deferred}, None)
-        take(params, grads, state, *tables, deferred=deferred)
+    def call(params: Any, grads: Any, table: Table, counters: Any = None) -> Any:
+        take, *arguments = kernels.call(params, grads, table, counters)
+
+        def step() -> None:
+            recorder = Recorder.recording
+            if recorder is not None:
+                recorder.save([*params, *table.state, *tensors(counters)])
+                with _disable_current_modes():  # a launch takes the coefficients along
+                    rows, samplings = table.rows.clone(), table.samplings.clone()
+                    ages = table.ages.clone()
+                launched = replace(table, rows=rows, samplings=samplings, ages=ages, views=None)
+                again, *args = kernels.call(params, list(grads), launched, counters)
+                recorder.add(again, tuple(args), {}, None)
+            take(*arguments)
+
+        return (step,)
 
     def advance(deferred: DeviceCounters) -> None:
         recorder = Recorder.recording
@@ -196,4 +204,4 @@ def recorded_backend() -> backends.Backend:
             recorder.add(count, (deferred,), {}, None)
         count(deferred)
 
-    return kernels._replace(step=step, advance=advance)
+    return kernels._replace(call=call, advance=advance)

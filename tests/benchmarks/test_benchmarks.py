@@ -749,11 +749,16 @@ def test_the_smoke_test_fails_where_one_element_differs(
 ) -> None:
     right = rf.engine.backends.CPU
 
-    def wrong(params: list[torch.Tensor], *tables: Any, **options: Any) -> None:
-        right.step(params, *tables, **options)
-        params[-1].view(-1)[-1] += 1
+    def wrong(params: list[torch.Tensor], *tables: Any) -> Any:
+        function, *arguments = right.call(params, *tables)
 
-    monkeypatch.setattr(rf.engine.backends, "CPU", right._replace(step=wrong))
+        def step() -> None:
+            function(*arguments)
+            params[-1].view(-1)[-1] += 1
+
+        return (step,)
+
+    monkeypatch.setattr(rf.engine.backends, "CPU", right._replace(call=wrong))
     monkeypatch.setattr(gpu_smoke, "DTYPES", [torch.float32])
     assert gpu_smoke.main(["--device", "cpu", "--backend", "cpu"]) == 1
     assert "WRONG: torch.float32, plain, none: 1 tensors differ" in capsys.readouterr().out

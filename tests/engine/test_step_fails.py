@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from torch import nn
 
 import rbwa_fused as rf
 from rbwa_fused.engine import rows
-from rbwa_fused.fused import FusedOptimizer
 
 
 class Failing:
@@ -79,39 +76,6 @@ def test_a_hyperparameter_taken_back_after_a_failed_step_is_taken_back(
     train(model, opt, 4, STEPS)
     train(plain, opt2, 1, STEPS)
     assert result(opt) == result(opt2)
-
-
-def test_gradients_count_again_wherever_a_step_was_interrupted() -> None:
-    """At each line but the last, which enables them."""
-    code = FusedOptimizer._step.__code__
-    numbers = sorted({line for *_, line in code.co_lines() if line})
-    enabling = [line for line in numbers if line > code.co_firstlineno][-2]
-    reached = 0
-    for number in numbers:
-        if number == enabling:
-            continue
-        model, opt = build("momentum")
-        feed(model, 1)
-
-        def trace(frame: FrameType, event: str, arg: Any, number: int = number) -> Any:
-            if frame.f_code is not code:
-                return None
-            if event == "line" and frame.f_lineno == number:
-                raise KeyboardInterrupt
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            opt.step()
-        except KeyboardInterrupt:
-            reached += 1
-        finally:
-            sys.settrace(before)
-            enabled = torch.is_grad_enabled()
-            torch.set_grad_enabled(True)
-        assert enabled, number
-    assert reached >= 5
 
 
 def test_replicas_are_looked_for_again_after_a_search_that_failed(

@@ -15,7 +15,6 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("cpu/loop.h", "cpu/pull_loop.h")
 ELEMENTS = re.compile(r"for \(int64_t i = 0; i < (n|size); \+\+i\)")
-BASELINE_ALONE = re.compile(r"(widen|narrow)_float16\(from")  # F16C has instructions for it
 SIZES = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes of a vector
 
 
@@ -38,9 +37,7 @@ def loops() -> dict[str, set[int]]:
     for file in FILES:
         for number, line in enumerate((ROOT / "csrc" / file).read_text().splitlines(), start=1):
             if ELEMENTS.search(line):
-                alone = BASELINE_ALONE.search(line) is not None
-                sizes = {SIZES["baseline"]} if alone else set(SIZES.values())
-                found[f"{file}:{number}"] = sizes
+                found[f"{file}:{number}"] = set(SIZES.values())
     return found
 
 
@@ -78,6 +75,6 @@ def test_no_rule_average_dtype_or_instruction_set_is_left_with_a_scalar_loop(
         elif using := re.search(r"using (\d+) byte vectors", rest):
             sizes.setdefault(loop, set()).add(int(using[1]))
     wanted = loops()
-    assert len(wanted) == 9
+    assert len(wanted) == 7
     assert missed & wanted.keys() == set()
     assert {loop for loop, own in wanted.items() if own - sizes.get(loop, set())} == set()
