@@ -51,8 +51,8 @@ UPDATE = [
     ("rounded == param ? master : param", "master"),
 ]
 SAMPLED = [
-    ("return rule != Rule::kSample || k.write_back;", "return true;"),
-    ("return rule != Rule::kSample || k.write_back;", "return rule != Rule::kSample;"),
+    ("return kind != Kind::kSample || k.write_back;", "return true;"),
+    ("return kind != Kind::kSample || k.write_back;", "return kind != Kind::kSample;"),
 ]
 PULLED = [
     ("distance + (theta - first)", "distance - (theta - first)"),
@@ -82,17 +82,17 @@ PULL_LAUNCHES = [
     ("bytes > kPullTableBytes", "bytes > 2 * kPullTableBytes"),
 ]
 BODY = [
-    ("eta * a.scale", "eta"),
+    ("k.eta *= sampling.scale;", ""),
     ("first ? group.first : group.usual", "group.usual"),
     ("if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.theta[i]);", ""),
     ("narrow(e.theta, weights(chunk)[i]);", ""),
-    ("if (writes_weight<rule>(k)) param[f].store(chunk.param, v);", ""),
-    ("if (writes_weight<rule>(k)) theta[f].store(chunk.theta, v);", ""),
-    ("if (writes_weight<rule>(k)) theta[f].store", "theta[f].store"),
+    ("if (writes_weight<kind>(k)) param[f].store(chunk.param, v);", ""),
+    ("if (writes_weight<kind>(k)) theta[f].store(chunk.theta, v);", ""),
+    ("if (writes_weight<kind>(k)) theta[f].store", "theta[f].store"),
     ("if constexpr (kHasMaster<S, W>) all |= address(chunk.param);", ""),
-    ("if constexpr (momentum) narrow(e.m, chunk.m[i]);", ""),
-    ("narrow(e.z, chunk.z[i]);", ""),
-    ("narrow(e.previous, chunk.previous[i]);", ""),
+    ("if constexpr (keeps_##stream(kind)) narrow(e.stream, chunk.stream[i]);", ""),
+    ("if constexpr (keeps_##stream(kind)) all |= address(chunk.stream);", ""),
+    ("if constexpr (keeps_##stream(kind)) stream[f].store(chunk.stream, v);", ""),
     ("if constexpr (averaged) narrow(e.a, chunk.a[i]);", ""),
     ("e.g = u.unscale * e.g;", ""),
     ("narrow(e.g, chunk.g[i]);", ""),
@@ -108,30 +108,35 @@ BODY = [
     ("s.length - begin < launch.chunk", "s.length - begin > launch.chunk"),
     ("*launch.found_inf != 0", "*launch.found_inf == 1"),
     ("launch.marks[2 * s.index + 1] = 1;", ""),
+    ("keeps_any(kind) && launch.marks", "launch.marks"),
     ("launch.marks[2 * s.index] == 0", "launch.marks[2 * s.index] != 0"),
     ("if (bytes == 8) return load_pieces<8>", "if (bytes == 8) return load_pieces<16>"),
-    ("static_cast<T>(*group.lr) : row.eta", "row.eta : row.eta"),
-    ("if (s.g == nullptr) return run<Rule::kSample, true>(chunk, k, u, thread);", ""),
+    ("k.eta = static_cast<T>(*group.lr);", ";"),
+    ("if (kind == Kind::kSample) return run<Kind::kSample, true>(chunk, k, u, thread);", ""),
 ]
 AVERAGE_H = [
     ("static_cast<double>(n + 1)", "static_cast<double>(n)"),
-    ("1.0 - policy.decay", "policy.decay"),
-    ("(step - 1) / epoch_steps + 1", "step / epoch_steps + 1"),
-    ("(step - 1) % epoch_steps", "step % epoch_steps"),
+    ("1.0 - policy.numbers[0]", "policy.numbers[0]"),
+    ("(step - 1) / steps_per_epoch + 1", "step / steps_per_epoch + 1"),
+    ("(step - 1) % steps_per_epoch", "step % steps_per_epoch"),
     ("past <= 0", "past < 0"),
     ("buffered.current = buffered.sample = 1", "buffered.sample = 1"),
     ("past % write_back_every == 0", "true"),
     ("return n + 1;", "return n;"),
-    ("if (d.marks[2 * i + 1] != 0) d.marks[2 * i] = 1;", ""),
+    ("d.marks[2 * i] += d.marks[2 * i + 1];", ""),
+    ("d.marks[2 * i + 1] = 0;", ""),
     ("sampling_of(policy, n, step + 1, rows[0], rows[1])", "0"),
 ]
 LAUNCHES = [
-    ("group = s.row / 2;", "group = s.row;"),
-    ("static_cast<uint8_t>(s.row % 2)", "uint8_t{0}"),
-    ("step_.rows[2 * group + 1]", "step_.rows[2 * group]"),
+    ("group = s.row / kRowsPerGroup;", "group = s.row;"),
+    ("static_cast<uint8_t>(s.row % kRowsPerGroup)", "uint8_t{0}"),
+    ("rounded<Numbers<T>, T>(rows[1].numbers)", "rounded<Numbers<T>, T>(rows[0].numbers)"),
+    ("key.most = std::max(key.most, segments[i].kind)", "key.most = segments[i].kind"),
+    ("key.averaged |= segments[i].a != nullptr;", ""),
+    ("if (movable) wide->second.insert", "if (false) wide->second.insert"),
+    ("own.kind = static_cast<uint8_t>(s.kind);", ""),
     ("chunks_ += chunks;", "chunks_ += 1;"),
     ("(s.length + launch_.chunk - 1) / launch_.chunk", "s.length / launch_.chunk"),
-    ("T(a.current), T(a.write_back)", "T(a.write_back), T(a.current)"),
     ("bytes_with(s) > kTableBytes", "bytes_with(s) > 2 * kTableBytes"),
 ]
 FORMS = [
@@ -141,16 +146,19 @@ FORMS = [
     ("static_cast<int32_t>(at - launch_.tables) : kTableBytes", "0 : kTableBytes"),
 ]
 REFERENCE = [
-    ("g + k.lambda_ * x if", "g - k.lambda_ * x if"),
-    ("k.mu * m.to(wide) + k.c * g", "k.mu * m.to(wide) + g"),
-    ("k.alpha * g + k.gamma * new_m if", "g + k.gamma * new_m if"),
-    ("k.kappa * (g - previous.to(wide))", "(g - previous.to(wide))"),
-    ("x = x - k.eta * direction", "x = x + k.eta * direction"),
-    ("average + k.w * (x - average)", "average - k.w * (x - average)"),
-    ("x = average if k.write_back else x", "x = x"),
-    ("previous.copy_(g)", "pass"),
+    ("g + k.lambda_ * theta if", "g - k.lambda_ * theta if"),
+    ('k.mu * old["m"] + k.c * g', 'k.mu * old["m"] + g'),
+    ("k.alpha * g + k.gamma * m if", "g + k.gamma * m if"),
+    ('k.kappa * (g - old["previous"])', '(g - old["previous"])'),
+    ("x = theta - k.eta * direction", "x = theta + k.eta * direction"),
+    ("a + k.w * (x - a)", "a - k.w * (x - a)"),
+    ("x = a if k.write_back else x", "x = x"),
+    ('e["previous"].copy_(g)', "pass"),
     ("master.to(theta.dtype) == theta", "master == master"),
-    ("theta.copy_(master)", "pass"),
+    ("theta.copy_(held[MASTER])", "pass"),
+    ("columns[ROW] + first]", "columns[ROW]]"),
+    ("table.ages[i] += bool(KEPT_BY[kind])", "pass"),
+    ("            kind = Kind.SAMPLE\n", "            pass\n"),
 ]
 PULL_REFERENCE = [
     ("distance + (theta.detach().to(wide) - first)", "theta.detach().to(wide) - first"),
@@ -179,9 +187,9 @@ RULES = [
 ]
 AVERAGE = [
     ("return 1.0 / (n + 1)", "return 1.0 / n"),
-    ("return 1.0 - weight.decay", "return weight.decay"),
-    ("divmod(step - 1, weight.steps_per_epoch)", "divmod(step, weight.steps_per_epoch)"),
-    ("(epochs + 1 - weight.start_epoch)", "(epochs - weight.start_epoch)"),
+    ("return 1.0 - self.decay", "return self.decay"),
+    ("divmod(step - 1, self.steps_per_epoch)", "divmod(step, self.steps_per_epoch)"),
+    ("(epochs + 1 - self.start_epoch)", "(epochs - self.start_epoch)"),
     ("past > 0 and past % self.every == 0", "past >= 0 and past % self.every == 0"),
     ("(step - self.start) % self.write_back_every == 0", "step % self.write_back_every == 0"),
     ("self.write_back_every == 1 and", "self.write_back_every >= 1 and"),
@@ -191,7 +199,9 @@ PLAN = [
     ("due or current, current,", "due, current,"),
     ("                n = 1\n", ""),
     ("s / scale, *rest", "s, *rest"),
-    ("self.n_averaged = self._next_n_averaged", "pass"),
+    ("next_counts.append(sampler.update(", "next_counts.append(0 * sampler.update("),
+    ("        self.next_counts = next_counts\n", ""),
+    ("if kind != plan.kind:", "if False:"),
 ]
 
 TRITON = [
@@ -206,7 +216,8 @@ TRITON = [
     ("a = tl.where(current, theta, a)", "a = a"),
     ("x = tl.where(write_back, a, x)", "x = x"),
     ("eta * tl.load(sampling)", "eta"),
-    ("row | 1, row)", "row, row)"),
+    ("row + 1, row)", "row, row)"),
+    ("tl.store(mark + 1, 1, mask=keeps", "tl.store(mark + 1, 0, mask=keeps"),
     ("tl.load(found_inf) == 0", "tl.load(found_inf) != 1"),
     ("store(g_at, g * unscale, mask, FULL)", "store(g_at, g, mask, FULL)"),
     ("store(z_at, z, mask, FULL)", "pass"),
@@ -219,13 +230,16 @@ UPLOADS = [
     ("or (at, used) != (self.key[0], self.used)", ""),
     ("or (at, used) != (self.key[0], self.used)", "or True"),
     ("upload is None or (at, values) != self.key", "upload is None"),
+    ("row += bool(KEPT_BY[kind]) and bool(first) and first[number]", "pass"),
+    ("table.ages += torch.tensor(older", "table.ages + torch.tensor(older"),
 ]
 COUNTERS = [
     ("1.0 / tl.where(due, k + 1, 1)", "1.0 / tl.where(due, k + 2, 1)"),
     ("1.0 - decay", "decay"),
     ("(step - 1) % steps_per_epoch", "step % steps_per_epoch"),
     ("n + due.to(tl.int64)", "n"),
-    ("tl.store(marks + 2 * segment, mark, mask=mask)", "pass"),
+    ("tl.store(marks + 2 * segment, age, mask=mask)", "pass"),
+    ("tl.store(marks + 2 * segment + 1, tl.zeros(segment.shape, tl.int32), mask=mask)", "pass"),
 ]
 
 CUDA = ("update/test_cuda.py",)
