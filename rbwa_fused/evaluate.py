@@ -24,10 +24,10 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
     _swap: Swap | None = None  # of the outermost context
 
     def __init__(self, opt: Averaging, model: nn.Module | None) -> None:
-        self._opt, self._model = opt, model
+        self._averaging, self._model = opt, model
 
     def __enter__(self) -> None:
-        engine = self._opt.engine
+        engine = self._averaging.engine
         before = engine.swapped
         if before is not None:
             if not before.over:
@@ -35,8 +35,8 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
             failure = before.restore()
             if failure is not None:
                 raise failure
-        _free_gathered(self._opt, self._model)
-        self._swap = Swap(self._opt, self, self._model)
+        _free_gathered(self._averaging, self._model)
+        self._swap = Swap(self._averaging, self, self._model)
         try:
             engine.swapped = self._swap
             self._swap.put()
@@ -49,7 +49,7 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
 
     def __del__(self) -> None:
         swap = self._swap
-        if swap is not None and not swap.left and self._opt.engine.swapped is swap:
+        if swap is not None and not swap.left and self._averaging.engine.swapped is swap:
             swap.restore()
 
     def _leave(self, error: BaseException | None) -> None:
@@ -68,7 +68,7 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
             failure.__context__, error.__context__ = error.__context__, failure
 
     def _recreate_cm(self) -> averaged:
-        return averaged(self._opt, self._model)
+        return averaged(self._averaging, self._model)
 
 
 def _free_gathered(opt: Averaging, model: nn.Module | None) -> None:
