@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rbwa_fused.engine import checks
-from rbwa_fused.engine.backends import Call
+from rbwa_fused.engine.doors import Call, Grads
 from rbwa_fused.engine.engine import Engine
-from rbwa_fused.engine.tables import Grads, Launch
+from rbwa_fused.engine.tables import Launch
 
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 CONVERTED = f"a parameter was converted or moved {MIDWAY}"

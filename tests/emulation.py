@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rbwa_fused as rf
-from rbwa_fused.engine import backends
+from rbwa_fused.engine import backends, doors
 from rbwa_fused.engine.counters import DeviceCounters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,14 +51,14 @@ def emulated() -> Any:
     return module
 
 
-def backend() -> backends.Backend:
+def backend() -> doors.Backend:
     """`backends.CUDA`, with the compiled module exchanged for the emulated one."""
     module = emulated()
 
     def advance(d: DeviceCounters) -> None:
         module.advance(d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf)
 
-    return backends.Backend("cuda", backends._door(module), True, advance)
+    return doors.Backend("cuda", doors.door(module), True, advance)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     chosen = backend()
     choose = backends.choose
 
-    def pick(name: str, device: torch.device) -> backends.Backend:
+    def pick(name: str, device: torch.device) -> doors.Backend:
         return chosen if name == "cuda" else choose(name, device)
 
     monkeypatch.setattr(backends, "choose", pick)

@@ -69,7 +69,7 @@ def prepare(
     table: Table,
     counters: DeviceCounters | None = None,
 ) -> tuple[Any, ...]:
-    """See backends.Prepare."""
+    """See engine/doors.py.."""
     return step_triton, params, grads, table, counters
 
 

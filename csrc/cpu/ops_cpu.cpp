@@ -128,7 +128,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),
              "Use another instruction set; False if this processor or build lacks it.");
   gradients::find();
-  module.def("in_turn", &in_turn, "See backends.in_turn.");
+  module.def("in_turn", &in_turn, "See engine/doors.py.");
   module.def("gradients", &gradients::gather, "See ops.gradients.");
   py::class_<held::State>(module, "HeldState", "See engine/held.py.")
       .def(py::init<py::dict, const py::list&, int64_t>())

@@ -1,9 +1,10 @@
 """The engine: one pass over memory for the parameters of some param groups.
 
 It owns the tables that the kernels read, the counters and the launches, and knows no torch.optim.
-A step is `begin`, `run` for each launch, `end`: `step` does so for all launches, the step in the
-backward pass (in_backward.py) for one parameter after the other. Groups and state are their
-owner's, who hands them over at each step.
+A step begins with `begin`, which brings the rows up to date. `launch`, `finish` and `end` say what
+is to be done, and `run` does it: `step` for all launches at once, the step in the backward pass
+(in_backward.py) for one parameter after the other. Groups and state are their owner's, who hands
+them over at each step.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 
 from rbwa_fused import rules
-from rbwa_fused.engine import backends, checks
-from rbwa_fused.engine.backends import Call
+from rbwa_fused.engine import backends, checks, doors
 from rbwa_fused.engine.counters import DeviceCounters
+from rbwa_fused.engine.doors import Call, Grads
+from rbwa_fused.engine.on_device import OnDevice
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.segments import Segments
-from rbwa_fused.engine.sharded import local
-from rbwa_fused.engine.tables import Counts, Grads, Group, Launch, Options, State, Tables
+from rbwa_fused.engine.tables import Counts, Group, Launch, Options, State, Tables
 
 ALL = slice(None)
 
@@ -46,11 +47,11 @@ class Engine:
 
     Attributes:
         tables: of the groups as they were built, or rebuilt, with what is counted.
-        device_counters: of each device, where the host does not count; else None.
+        device_counters: where the devices count; else None.
         swapped: inside averaged(), or after one that could not be undone; else None.
     """
 
-    device_counters: dict[torch.device, DeviceCounters] | None = None
+    device_counters: OnDevice | None = None
     swapped: Swapped | None = None
     _warned = False  # that the reference runs
 
@@ -138,9 +139,9 @@ class Engine:
         for launch in launches:
             table = launch[0]
             grads, some_absent, some_present, some_negated = (
-                backends.described(table.gradients())
+                doors.described(table.gradients())
                 if table.shards
-                else backends.gradients(table.params)
+                else doors.gradients(table.params)
             )
             absent = absent or some_absent
             present = present or some_present
@@ -158,7 +159,7 @@ class Engine:
         if deferring:
             plan.update(scale, lr_on_device=self.options.capturable)
             if self.device_counters is None:
-                self.device_counters = self._count_on_device()
+                self.device_counters = OnDevice(tables)
         elif found_inf is not None and found_inf.item() != 0:
             return True
         else:
@@ -173,8 +174,9 @@ class Engine:
                 behind += tables.give_state(table, grads)
             behind.append((setattr, plan, "state_is_due", tables.lost))
         calls: list[Call] = []
-        if deferring:
-            calls += self._calls_on_device(gathered, grad_scale, found_inf)
+        if self.device_counters is not None and deferring:
+            told = self.options.capturable, grad_scale, found_inf
+            calls += self.device_counters.calls(gathered, self.launch, *told)
         else:
             for launch, grads in gathered:
                 calls += self.launch(launch, grads)
@@ -213,48 +215,15 @@ class Engine:
             if table.copies and not all(map(table.fits, range(len(table.params)))):
                 return False  # the kernel would see the copy alone, in its old dtype
         try:
-            backends.in_turn(calls)
+            doors.in_turn(calls)
         except RuntimeError:
             refused = [grads.copy() for _, grads in gathered]
             if not all(self.tables.fit(table, grads) for (table, _), grads in gathered):
                 return False  # or it says what is wrong
             if all(all(map(is_, g, r)) for (_, g), r in zip(gathered, refused, strict=True)):
                 raise  # what fitted was launched, perhaps in part: a second step would be one more
-            backends.in_turn(calls)
+            doors.in_turn(calls)
         return True
-
-    def _calls_on_device(
-        self,
-        gathered: list[tuple[Launch, Grads]],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> list[Call]:
-        """What steps all tables and lets each device count, or not: nothing waits for it here."""
-        assert self.device_counters is not None
-        groups = self.tables.plan.groups
-        lrs: list[Tensor | None] = [None] * len(groups)
-        if self.options.capturable:
-            lrs = [rules.lr_on_device(group.group) for group in groups]
-        first = dict.fromkeys(self.device_counters, 0)  # segment of a device's next table
-        counting = {}
-        calls: list[Call] = []
-        for device, counters in self.device_counters.items():
-            counting[device] = counters.for_step(lrs, grad_scale, found_inf)
-        for launch, grads in gathered:
-            table = launch[0]
-            device, count = table.params[0].device, len(table.params)
-            own = counting[device].of_segments(first[device], count)
-            first[device] += count
-            calls += self.launch(launch, grads, own)
-            if grad_scale is not None:
-                calls.append((_bring_back, grads, table.params))
-        for device, counters in counting.items():
-            advance = next(
-                b.advance for t, b in self.tables.launches if t.params[0].device == device
-            )
-            assert advance is not None
-            calls.append((advance, counters))
-        return calls
 
     def finish(self, table: Segments, grads: Grads, absent: bool, scale: float = 1.0) -> list[Call]:
         """What comes behind a launch: versions, unscaled gradients.
@@ -311,20 +280,8 @@ class Engine:
 
     def read_back(self) -> None:
         """Reads the device's counters, if it counts."""
-        if self.device_counters is None:
-            return
-        plan = self.tables.plan
-        plan.counts[:] = next(iter(self.device_counters.values())).counts.tolist()
-        ages = {device: d.marks[:, 0].tolist() for device, d in self.device_counters.items()}
-        for table, _ in self.tables.launches:
-            own, n = ages[table.params[0].device], len(table.params)
-            # No kernel marks what is empty; but before the first step nothing can have started.
-            started = int(plan.counts[0] > 0)
-            table.set_ages(
-                started if local(p).numel() == 0 else age
-                for p, age in zip(table.params, own[:n], strict=True)
-            )
-            del own[:n]
+        if self.device_counters is not None:
+            self.device_counters.read_back()
 
     def waiting(self) -> dict[Tensor, set[str]]:
         """The streams of parameters that were made for a step that was not taken, so far. A state
@@ -334,25 +291,3 @@ class Engine:
         for p, stream in self.tables.untouched(averages=False):
             found.setdefault(p, set()).add(stream)
         return found
-
-    def _count_on_device(self) -> dict[torch.device, DeviceCounters]:
-        """Hands the counters over to the devices, for as long as the tables stay as they are."""
-        plan = self.tables.plan
-        plan.sample()
-        ages: dict[torch.device, list[int]] = {}
-        for table, _ in self.tables.launches:
-            ages.setdefault(table.params[0].device, []).extend(table.ages)
-        samplings = plan.tensors[1]
-        return {
-            device: DeviceCounters.of(plan.samplers, samplings, plan.counts, own, device)
-            for device, own in ages.items()
-        }
-
-
-def _bring_back(grads: Grads, params: list[Tensor]) -> None:
-    """Unscaled gradients, from copies in the parameters' layouts to those that users see."""
-    for g, p in zip(grads, params, strict=True):
-        if g is not None and p.grad is not None:
-            seen = local(p.grad)
-            if g is not seen:
-                seen.copy_(g)

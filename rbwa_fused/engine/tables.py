@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.engine import backends, checks, memory
-from rbwa_fused.engine.backends import Call
+from rbwa_fused.engine.doors import Backend, Call, Grads
 from rbwa_fused.engine.held import NOTHING, Held, Standing
 from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
@@ -28,8 +28,7 @@ from rbwa_fused.streams import AVERAGE, MASTER, STREAMS
 
 Group = dict[str, Any]
 State = MutableMapping[Tensor, Any]
-Grads = list[Tensor | None]
-Launch = tuple[Segments, backends.Backend]
+Launch = tuple[Segments, Backend]
 Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from rbwa_fused.engine import backends
+from rbwa_fused.engine import doors
 from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.engine.segments import Table
 
@@ -170,7 +170,7 @@ class Recording(Host):
         return recorder.replay
 
 
-def recorded_backend() -> backends.Backend:
+def recorded_backend() -> doors.Backend:
     """The emulated kernels, which pass by torch's operators, for a Recorder to see."""
     kernels = backend()
     count = kernels.advance

@@ -28,7 +28,7 @@ from benchmarks.rows.maths import Maths
 from benchmarks.rows.problem import Problem
 from benchmarks.rows.provider import Provider
 from benchmarks.rows.providers import BASELINE, CAPTURED, ON_GPU, gpu_rows, named
-from rbwa_fused.engine import backends
+from rbwa_fused.engine import backends, doors
 
 WAITS = "called a synchronizing operation"
 NO_GRAPH = {  # and why
@@ -54,7 +54,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, emulated_cuda: Any) -> Iterator[R
     kernels, device, threads = recorded_backend(), Recording(), torch.get_num_threads()
     choose = backends.choose
 
-    def pick(name: str, where: torch.device) -> backends.Backend:
+    def pick(name: str, where: torch.device) -> doors.Backend:
         return kernels if name in ("auto", "cuda") else choose(name, where)
 
     monkeypatch.setattr(backends, "choose", pick)

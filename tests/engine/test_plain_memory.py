@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused.engine import backends
+from rbwa_fused.engine import doors
 
 BACKENDS = ["cpu", "reference"]
 
@@ -154,10 +154,10 @@ def test_the_gradients_of_a_users_own_class_are_its_own() -> None:
 
     plain = nn.Parameter(torch.zeros(3))
     own: Any = torch.zeros(3).as_subclass(Own)
-    grads, absent, present, negated = backends.gradients([plain, own])
+    grads, absent, present, negated = doors.gradients([plain, own])
     assert grads[0] is None and grads[1] is not None and torch.equal(grads[1], -torch.ones(3))
     assert (absent, present, negated) == (True, True, True)
-    assert backends.gradients([plain])[1:] == (True, False, False)
-    assert backends.gradients([])[1:] == (False, False, False)
+    assert doors.gradients([plain])[1:] == (True, False, False)
+    assert doors.gradients([])[1:] == (False, False, False)
     plain.grad = torch.ones(3)
-    assert backends.gradients([plain])[1:] == (False, True, False)
+    assert doors.gradients([plain])[1:] == (False, True, False)

@@ -21,7 +21,10 @@ FLOORS: dict[str, Sequence[str]] = {
         *(f"rbwa_fused.engine.{name}" for name in ("sharded", "memory", "segments")),
         "rbwa_fused.reference",  # a backend, as are these:
         "rbwa_fused.triton_kernels",
-        *(f"rbwa_fused.engine.{name}" for name in ("rows", "counters", "backends", "checks")),
+        *(
+            f"rbwa_fused.engine.{name}"
+            for name in ("rows", "counters", "doors", "backends", "checks")
+        ),
         "rbwa_fused.engine",
         *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate")),
         *(f"rbwa_fused.{name}" for name in ("form", "checkpoint", "adopted", "in_backward")),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rbwa_fused as rf
 from rbwa_fused import _C, rules
-from rbwa_fused.engine import backends, memory, segments
+from rbwa_fused.engine import backends, doors, memory, segments
 
 MOMENTUM = segments.COLUMN_OF["momentum_buffer"]
 STEP = torch.ops.rbwa_fused.step_.default
@@ -210,7 +210,7 @@ def test_an_average_of_a_dtype_that_no_kernel_has_is_refused(average: torch.dtyp
     samplings = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     t = table.table(rows(rules.Kind.PLAIN), samplings)
     with pytest.raises(RuntimeError, match="average of segment 0 must have"):
-        backends.in_turn([backends.CPU.call([param], [param.detach()], t)])
+        doors.in_turn([backends.CPU.call([param], [param.detach()], t)])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_master_of_a_dtype_that_no_kernel_has_is_refused(
     table.attach("master_param", {0: torch.zeros(40, dtype=master)})
     t = table.table(rows(rules.Kind.PLAIN), torch.zeros((1, 5), dtype=torch.float64))
     with pytest.raises(RuntimeError, match="master of segment 0 must be float32, of a 16-bit"):
-        backends.in_turn([backends.CPU.call([p], [p.detach()], t)])
+        doors.in_turn([backends.CPU.call([p], [p.detach()], t)])
 
 
 @pytest.mark.parametrize("door", [STEP, direct], ids=["dispatcher", "direct"])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import rbwa_fused as rf
 from rbwa_fused import reference, rules
 from rbwa_fused.average import weight_of
-from rbwa_fused.engine import backends, segments
+from rbwa_fused.engine import backends, doors, segments
 from rbwa_fused.engine.counters import policy_row
 
 pytest.importorskip("triton")
@@ -110,7 +110,7 @@ def run_twice(
     steps: int,
 ) -> None:
     both = Twice()
-    backend = backends.Backend("triton", both.call, False)
+    backend = doors.Backend("triton", both.call, False)
     monkeypatch.setattr(backends, "choose", lambda name, device: backend)
     cls, options, _ = RULES[rule]
     opt = cls(ps, **options, average=policy_for(average, rule, dtype), backend="reference")
@@ -201,7 +201,7 @@ class TestInterpreted:
     ) -> None:
         both = Twice()
         monkeypatch.setattr(
-            backends, "choose", lambda *_: backends.Backend("triton", both.call, False)
+            backends, "choose", lambda *_: doors.Backend("triton", both.call, False)
         )
         launched: list[tuple[torch.dtype, torch.dtype]] = []
         launch = triton_step.Launch._launch
@@ -259,7 +259,7 @@ class TestInterpreted:
         def call(*args: Any) -> Any:
             return step, *args
 
-        monkeypatch.setattr(backends, "choose", lambda *_: backends.Backend("triton", call, False))
+        monkeypatch.setattr(backends, "choose", lambda *_: doors.Backend("triton", call, False))
         p = nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
         opt = rf.FusedSGD([p], lr=0.5, momentum=0.5, backend="triton")
@@ -280,7 +280,7 @@ class TestInterpreted:
         """A mean's weight is another one each step, and an lr may be."""
         both, copied = Twice(), []
         monkeypatch.setattr(
-            backends, "choose", lambda *_: backends.Backend("triton", both.call, False)
+            backends, "choose", lambda *_: doors.Backend("triton", both.call, False)
         )
         copy = triton_step._copied
 

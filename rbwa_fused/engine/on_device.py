@@ -1,0 +1,98 @@
+"""Steps that the devices count, because only they know whether one was skipped (counters.py).
+
+All counters are handed over when the first such step is taken, stay for as long as the tables do,
+and are read back where somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rbwa_fused import rules
+from rbwa_fused.engine.counters import DeviceCounters
+from rbwa_fused.engine.doors import Call, Grads
+from rbwa_fused.engine.sharded import local
+from rbwa_fused.engine.tables import Launch, Tables
+
+Launching = Callable[[Launch, Grads, DeviceCounters | None], list[Call]]
+
+
+class OnDevice:
+    """The counters of some tables, on each of their devices."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        plan = tables.plan
+        plan.sample()
+        ages: dict[torch.device, list[int]] = {}
+        for table, _ in tables.launches:
+            ages.setdefault(table.params[0].device, []).extend(table.ages)
+        self._counters = {
+            device: DeviceCounters.of(plan.samplers, plan.tensors[1], plan.counts, own, device)
+            for device, own in ages.items()
+        }
+
+    def calls(
+        self,
+        gathered: Sequence[tuple[Launch, Grads]],
+        launch: Launching,
+        capturable: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[Call]:
+        """What steps all tables and lets each device count, or not: nothing waits for it here.
+
+        Args:
+            launch: what steps one table.
+            capturable: whether kernels read learning rates that lie on their device.
+        """
+        groups = self._tables.plan.groups
+        lrs: list[Tensor | None] = [None] * len(groups)
+        if capturable:
+            lrs = [rules.lr_on_device(group.group) for group in groups]
+        first = dict.fromkeys(self._counters, 0)  # segment of a device's next table
+        counting = {}
+        calls: list[Call] = []
+        for device, counters in self._counters.items():
+            counting[device] = counters.for_step(lrs, grad_scale, found_inf)
+        for one, grads in gathered:
+            params = one[0].params
+            device, count = params[0].device, len(params)
+            calls += launch(one, grads, counting[device].of_segments(first[device], count))
+            first[device] += count
+            if grad_scale is not None:
+                calls.append((_bring_back, grads, params))
+        for device, counters in counting.items():
+            advance = next(
+                b.advance for t, b in self._tables.launches if t.params[0].device == device
+            )
+            assert advance is not None
+            calls.append((advance, counters))
+        return calls
+
+    def read_back(self) -> None:
+        """Brings the counters back into the tables; waits for the devices."""
+        plan = self._tables.plan
+        plan.counts[:] = next(iter(self._counters.values())).counts.tolist()
+        ages = {device: d.marks[:, 0].tolist() for device, d in self._counters.items()}
+        for table, _ in self._tables.launches:
+            own, n = ages[table.params[0].device], len(table.params)
+            # No kernel marks what is empty; but before the first step nothing can have started.
+            started = int(plan.counts[0] > 0)
+            table.set_ages(
+                started if local(p).numel() == 0 else age
+                for p, age in zip(table.params, own[:n], strict=True)
+            )
+            del own[:n]
+
+
+def _bring_back(grads: Grads, params: list[Tensor]) -> None:
+    """Unscaled gradients, from copies in the parameters' layouts to those that users see."""
+    for g, p in zip(grads, params, strict=True):
+        if g is not None and p.grad is not None:
+            seen = local(p.grad)
+            if g is not seen:
+                seen.copy_(g)
