@@ -21,7 +21,7 @@ inline void pull_store(const float* tile, S* to, int64_t n) {
 template <typename S, typename T>
 void pull_tiles(const Replicated& param, T share, T alpha, int64_t begin, int64_t n) {
   const size_t replicas = param.theta.size();
-  T first_tile[kTile], tile[kTile], distance[kTile], mean[kTile];
+  alignas(kLine) T first_tile[kTile], tile[kTile], distance[kTile], mean[kTile];
   for (int64_t at = begin; at < begin + n; at += kTile) {
     const int64_t size = begin + n - at < kTile ? begin + n - at : kTile;
     const T* first = pull_load(static_cast<const S*>(param.theta[0]) + at, first_tile, size);

@@ -7,8 +7,8 @@ from __future__ import annotations
 Mutants = list[tuple[str, str]]
 
 CPU_LOOP: Mutants = [
-    ("for (; i < n; ++i) to[i] = ::widen", "for (; i + 1 < n; ++i) to[i] = ::widen"),
-    ("for (; i < n; ++i) ::narrow", "for (; i + 1 < n; ++i) ::narrow"),
+    ("for (; i < n; ++i) to[i] = _cvtsh", "for (; i + 1 < n; ++i) to[i] = _cvtsh"),
+    ("for (; i < n; ++i) to[i].bits = _cvtss", "for (; i + 1 < n; ++i) to[i].bits = _cvtss"),
     ("_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
     ("at.theta[i] = e.theta;", ";"),
     ("if (writes_weight<kind>(k)) at.theta[i] = e.theta;", "at.theta[i] = e.theta;"),
