@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from rules import RULES
 from runs import METHODS, STEPS, Model, bits, groups
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-STREAMS = ("momentum_buffer", "average", "difference_buffer", "previous_gradient", "master_param")
+STREAMS = ("average", "master_param", *sorted({name for r in RULES.values() for name in r.keeps}))
 
 
 def mesh(*sizes: int, names: tuple[str, ...] | None = None) -> DeviceMesh:

@@ -12,6 +12,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from bounds import ulps
 from catalogue import (
     IMPLEMENTATIONS,
     INFOS,
@@ -23,7 +24,6 @@ from catalogue import (
     split,
     trained,
 )
-from oracle import ulps
 from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import OptimizerInfo, optims
 from torch.testing._internal.common_utils import TestCase, parametrize

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import ulps
 from catalogue import advance, same_bits
-from oracle import ulps
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
