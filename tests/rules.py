@@ -269,5 +269,4 @@ PLAIN = {name: rule for name, rule in RULES.items() if not rule.master}
 OF_TORCH = {name: rule for name, rule in RULES.items() if rule.torch is not None}
 WITH_STATE = {name: rule for name, rule in PLAIN.items() if rule.keeps}
 ALGORITHMS = _one_of_each(lambda rule: rule.literal, WITH_STATE)
-CLASSES = _one_of_each(lambda rule: rule.cls, WITH_STATE)
 KERNELS = _one_of_each(lambda rule: (rule.keeps, rule.master), RULES)
