@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from runs import (
     train,
 )
 from safetensors.torch import load_file, save_file, save_model
+from started import environment
 from torch import Tensor, nn
 
 import rbwa_fused as rf
@@ -70,12 +70,10 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                     saved = {"model": model.state_dict(), "opt": opt.state_dict()}
                     name = f"{method}.{str(dtype).removeprefix('torch.')}.{step}.pt"
                     torch.save(saved, folder / name)
-    package = Path(rf.__file__).parents[1]
     code = f"import sys, pathlib, runs; runs.resume(pathlib.Path(sys.argv[1]), {STEPS})"
-    path = os.pathsep.join([str(package), str(Path(__file__).parents[1])])
     subprocess.run(
         [sys.executable, "-c", code, str(folder)],
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(Path(__file__).parents[1]),
         check=True,
         timeout=120,
     )

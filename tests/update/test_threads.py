@@ -19,6 +19,7 @@ import pytest
 import torch
 from cases import DTYPES, policy_for
 from rules import RULES
+from started import environment
 from torch import Tensor, nn
 
 import rbwa_fused as rf
@@ -168,10 +169,9 @@ def among_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not hasattr(os, "fork"):
         pytest.skip("there is no fork here")
     file = tmp_path_factory.mktemp("processes") / "answers"
-    path = os.pathsep.join(filter(None, (str(HERE.parents[1]), os.environ.get("PYTHONPATH"))))
     subprocess.run(
         [sys.executable, HERE / "processes.py", file],
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
         timeout=150,  # longer than its own alarm
         check=False,
     )
@@ -242,7 +242,7 @@ def test_weights_that_are_only_sampled_are_not_written(backend: str) -> None:
     """Another process may write them at that time, and its step would be lost."""
     done = subprocess.run(
         [sys.executable, "-c", READ_ONLY, backend],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "TRITON_INTERPRET": "1"},
+        env=environment(HERE.parent, TRITON_INTERPRET="1"),
         capture_output=True,
         text=True,
     )
