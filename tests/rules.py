@@ -21,6 +21,7 @@ from torch.optim.optimizer import ParamsT
 import rbwa_fused as rf
 
 Options = dict[str, Any]
+Numbers = dict[str, float]
 N = TypeVar("N", Tensor, Value)
 
 
@@ -33,13 +34,13 @@ class Literal(Protocol):
 
     __name__: str
 
-    def __call__(self, state: dict[str, N], theta: N, g: N, o: Options) -> N: ...
+    def __call__(self, state: dict[str, N], theta: N, g: N, o: Numbers) -> N: ...
 
 
 # ---- the algorithms, by the names that checkpoints know them by ----------------------------------
 
 
-def sgd(state: dict[str, N], theta: N, g: N, o: Options) -> N:
+def sgd(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
     """torch.optim.SGD, as its documentation prints it."""
     if o["maximize"]:
         g = -g
@@ -54,7 +55,7 @@ def sgd(state: dict[str, N], theta: N, g: N, o: Options) -> N:
     return theta - o["lr"] * g
 
 
-def _of_paper(theta: N, g: N, o: Options) -> N:
+def _of_paper(theta: N, g: N, o: Numbers) -> N:
     """The gradient of the loss that a paper minimises: with torch's sign and coupled weight decay,
     which papers leave out."""
     if o["maximize"]:
@@ -62,7 +63,7 @@ def _of_paper(theta: N, g: N, o: Options) -> N:
     return g + o["weight_decay"] * theta
 
 
-def sgdm(state: dict[str, N], theta: N, g: N, o: Options) -> N:
+def sgdm(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
     """SGDM, the baseline of the RSGDM paper: m_0 = 0.
 
     Without momentum it is SGD, which keeps nothing; so it is in the two below.
@@ -76,7 +77,7 @@ def sgdm(state: dict[str, N], theta: N, g: N, o: Options) -> N:
     return theta - o["lr"] * m
 
 
-def rsgdm_explicit(state: dict[str, N], theta: N, g: N, o: Options) -> N:
+def rsgdm_explicit(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
     """Algorithm 1 of the RSGDM paper: m_0 = z_0 = 0, and the first difference is 0."""
     g = _of_paper(theta, g, o)
     beta = o["momentum"]
@@ -89,7 +90,7 @@ def rsgdm_explicit(state: dict[str, N], theta: N, g: N, o: Options) -> N:
     return theta - o["lr"] * (m + beta * z)
 
 
-def rsgdm_implicit(state: dict[str, N], theta: N, g: N, o: Options) -> N:
+def rsgdm_implicit(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
     """RSGDM with one buffer, as docs/equivalences.md has it: u_1 = 0."""
     g = _of_paper(theta, g, o)
     beta = o["momentum"]
@@ -156,7 +157,7 @@ class Rule:
         literal: the algorithm.
         domain: the hyperparameters; all else in `options` is the constructor's alone.
         allowed: hyperparameters, without what the class refuses together.
-        torch: the class of torch that takes the same steps and exchanges checkpoints with it.
+        torchs: the class of torch that takes the same steps and exchanges checkpoints with it.
         constant_momentum: whether a group must go on with the momentum of its first step.
     """
 
@@ -165,7 +166,7 @@ class Rule:
     literal: Literal
     domain: dict[str, Domain]
     allowed: Callable[[Options], Options] = _as_given
-    torch: Callable[..., Any] | None = None
+    torchs: Callable[..., Any] | None = None
     constant_momentum: bool = False
 
     def made(self, params: ParamsT, **more: Any) -> Any:
@@ -266,7 +267,7 @@ def _one_of_each(key: Callable[[Rule], Any], rules: dict[str, Rule]) -> dict[str
 
 # Parts of the table, for what does not need all of it.
 PLAIN = {name: rule for name, rule in RULES.items() if not rule.master}
-OF_TORCH = {name: rule for name, rule in RULES.items() if rule.torch is not None}
+OF_TORCH = {name: rule for name, rule in RULES.items() if rule.torchs is not None}
 WITH_STATE = {name: rule for name, rule in PLAIN.items() if rule.keeps}
 ALGORITHMS = _one_of_each(lambda rule: rule.literal, WITH_STATE)
 KERNELS = _one_of_each(lambda rule: (rule.keeps, rule.master), RULES)

@@ -137,7 +137,7 @@ class Group:
             epoch = (step - 1) // weight.steps_per_epoch + 1
             batch = (step - 1) % weight.steps_per_epoch
             return 1.0 / ((epoch - weight.start_epoch) * batch + 1)
-        return weight(self.samples, step)
+        return float(weight(self.samples, step))
 
 
 class Twin:

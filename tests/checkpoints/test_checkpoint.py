@@ -172,7 +172,7 @@ def one(
 
 
 def counterpart(rule: str) -> Callable[..., Any]:
-    found = OF_TORCH[rule].torch
+    found = OF_TORCH[rule].torchs
     assert found is not None
     return found
 

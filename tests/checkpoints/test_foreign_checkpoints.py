@@ -21,7 +21,7 @@ OTHERS = {
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type)
     and issubclass(cls, torch.optim.Optimizer)
-    and cls not in (torch.optim.Optimizer, *(rule.torch for rule in OF_TORCH.values()))
+    and cls not in (torch.optim.Optimizer, *(rule.torchs for rule in OF_TORCH.values()))
 }
 # schedulefree.SGDScheduleFree's groups and state; the nearest to SGD of what is not SGD.
 SCHEDULE_FREE = {

@@ -66,7 +66,7 @@ def _info(cls: Any) -> OptimizerInfo:
     """For each algorithm of a class, those of its counterpart's inputs that the class takes; of
     torch.optim.SGD's, where torch has no counterpart."""
     algorithms = {name: rule for name, rule in ALGORITHMS.items() if rule.cls is cls}
-    torchs = next(iter(algorithms.values())).torch
+    torchs = next(iter(algorithms.values())).torchs
     model = _described(torchs or torch.optim.SGD)
 
     def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
@@ -101,7 +101,7 @@ def _info(cls: Any) -> OptimizerInfo:
 
 
 INFOS = [_info(cls) for cls in dict.fromkeys(rule.cls for rule in ALGORITHMS.values())]
-COUNTERPARTS = {rule.cls: rule.torch for rule in OF_TORCH.values() if rule.torch is not None}
+COUNTERPARTS = {rule.cls: rule.torchs for rule in OF_TORCH.values() if rule.torchs is not None}
 OF_TORCHS = [info for info in INFOS if info.optim_cls in COUNTERPARTS]
 
 

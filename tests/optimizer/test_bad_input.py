@@ -843,9 +843,9 @@ def kinds(tensor: Tensor) -> list[int]:
 def test_infinities_and_nans_spread_as_far_as_in_torch(
     rule: Rule, dtype: torch.dtype, lr: float
 ) -> None:
-    assert rule.torch is not None
+    assert rule.torchs is not None
     runs = []
-    for cls, more in ((rule.cls, {}), (rule.torch, {"foreach": False})):
+    for cls, more in ((rule.cls, {}), (rule.torchs, {"foreach": False})):
         p = nn.Parameter(torch.linspace(-1, 1, 1037).to(dtype))
         with torch.no_grad():
             p[20], p[21] = INF, NAN

@@ -93,7 +93,7 @@ def scheduled(name: str, cls: Any, **options: Any) -> tuple[list[Tensor], list[A
 @pytest.mark.parametrize("rule", OF_TORCH)
 def test_schedulers_drive_it_as_they_drive_torchs(rule: str, name: str, tensor_lr: bool) -> None:
     ends = []
-    for cls, own in ((OF_TORCH[rule].cls, {}), (OF_TORCH[rule].torch, {"foreach": False})):
+    for cls, own in ((OF_TORCH[rule].cls, {}), (OF_TORCH[rule].torchs, {"foreach": False})):
         lr = torch.tensor(0.1) if tensor_lr else 0.1
         ends.append(scheduled(name, cls, **{**OF_TORCH[rule].options, "lr": lr, **own}))
     ours, theirs = ends

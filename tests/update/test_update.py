@@ -50,7 +50,7 @@ def test_every_case_is_the_literal_algorithm(
 GRID = [
     pytest.param(rule, options, id="-".join(map(str, [name, *options.values()])))
     for name, rule in ALGORITHMS.items()
-    if rule.torch is not None
+    if rule.torchs is not None
     for options in rule.grid()
 ]
 
@@ -61,7 +61,7 @@ GRID = [
 def test_replacing_torchs_optimizer_changes_nothing_but_the_time(
     rule: Rule, options: dict[str, Any], dtype: torch.dtype, flatten: bool
 ) -> None:
-    assert rule.torch is not None
+    assert rule.torchs is not None
     ours, theirs = params(dtype), params(dtype)
     halves = [ours[::2], ours[1::2]], [theirs[::2], theirs[1::2]]
 
@@ -70,7 +70,7 @@ def test_replacing_torchs_optimizer_changes_nothing_but_the_time(
         return [{"params": two[0]}, {"params": two[1], **second}]
 
     opt = rule.cls(groups(halves[0]), **options, flatten=flatten)
-    torch_opt = rule.torch(groups(halves[1]), **options, foreach=False)
+    torch_opt = rule.torchs(groups(halves[1]), **options, foreach=False)
     for step in range(STEPS):
         for p, q, g in zip(ours, theirs, gradients(ours, step), strict=True):
             p.grad, q.grad = g.clone(), g.clone()
