@@ -1,65 +1,17 @@
-"""The table of cases that every backend runs: rules, averages, dtypes, parameter layouts.
-
-Every hyperparameter appears away from its default.
-"""
+"""What every backend runs: the rules of rules.py with averages, dtypes and parameter layouts."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
+from rules import RULES
 from torch import Tensor, nn
 
 import rbwa_fused as rf
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-# name: (class, constructor options, rule of the oracle)
-RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
-    "plain": (rf.FusedSGD, {"lr": 0.3}, "sgd"),
-    "decay-maximize": (
-        rf.FusedSGD,
-        {"lr": 0.2, "weight_decay": 0.1, "maximize": True},
-        "sgd",
-    ),
-    "momentum": (rf.FusedSGD, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}, "sgd"),
-    "dampening": (
-        rf.FusedSGD,
-        {"lr": 0.1, "momentum": 0.7, "dampening": 0.4, "maximize": True},
-        "sgd",
-    ),
-    "nesterov": (
-        rf.FusedSGD,
-        {"lr": 0.1, "momentum": 0.6, "nesterov": True, "weight_decay": 0.1},
-        "sgd",
-    ),
-    "sgdm": (rf.RSGDM, {"lr": 0.3, "momentum": 0.8, "difference": None}, "sgdm"),
-    "rsgdm": (rf.RSGDM, {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.1}, "implicit"),
-    "explicit": (
-        rf.RSGDM,
-        {"lr": 0.3, "momentum": 0.7, "difference": "explicit", "maximize": True},
-        "explicit",
-    ),
-    "master": (
-        rf.FusedSGD,
-        {
-            "lr": 0.1,
-            "momentum": 0.7,
-            "nesterov": True,
-            "weight_decay": 0.05,
-            "master_weights": True,
-        },
-        "sgd",
-    ),
-    "master-plain": (rf.FusedSGD, {"lr": 0.3, "weight_decay": 0.1, "master_weights": True}, "sgd"),
-    "master-explicit": (
-        rf.RSGDM,
-        {"lr": 0.2, "momentum": 0.7, "difference": "explicit", "master_weights": True},
-        "explicit",
-    ),
-}
 
 AVERAGES: dict[str, rf.Average | None] = {
     "none": None,
@@ -80,15 +32,9 @@ AVERAGES: dict[str, rf.Average | None] = {
 STEPS = 8
 
 
-def kept_dtype(rule: str, dtype: torch.dtype) -> torch.dtype:
-    """What the optimizer works on: a float32 master of a 16-bit parameter, if the rule has one."""
-    master = RULES[rule][1].get("master_weights") and dtype.itemsize == 2
-    return torch.float32 if master else dtype
-
-
 def policy_for(name: str, rule: str, dtype: torch.dtype) -> rf.Average | None:
     if name == "same-dtype":
-        return rf.Average(rf.Ema(0.5), start=1, dtype=kept_dtype(rule, dtype))
+        return rf.Average(rf.Ema(0.5), start=1, dtype=RULES[rule].kept(dtype))
     return AVERAGES[name]
 
 
@@ -99,7 +45,7 @@ def products(
     return [
         (dtype, rule, average)
         for dtype, rule, average in itertools.product(dtypes, rules, averages)
-        if not rule.startswith("master") or kept_dtype(rule, dtype) != dtype
+        if not RULES[rule].master or RULES[rule].kept(dtype) != dtype
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve a busy machine
-pytest.register_assert_rewrite("emulation", "side_by_side", "training")
+pytest.register_assert_rewrite("agreement", "emulation", "side_by_side", "training")
 
 import torch  # noqa: E402 (reads that variable)
 from emulation import emulated_cuda  # noqa: E402, F401 (a fixture for all)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rules import PLAIN, RULES, Rule
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 import rbwa_fused as rf
 
@@ -25,42 +27,38 @@ def scheduled(n: int, step: int) -> float:
     return 1.0 / (1.0 + 0.5 * n + 0.01 * step)
 
 
-def _sgd(average: rf.Average | None = None, **options: Any) -> Callable[..., Any]:
-    options = {"momentum": 0.9, "weight_decay": 0.01, **options}
-    return lambda ps, **more: rf.FusedSGD(ps, lr=0.05, average=average, **options, **more)
+@dataclass(frozen=True)
+class Method:
+    """A rule with an average; called as the optimizer's class is."""
+
+    rule: Rule
+    average: rf.Average | None = None
+
+    def __call__(self, params: ParamsT, **more: Any) -> Any:
+        return self.rule.made(params, average=self.average, **more)
 
 
-def _rsgdm(average: rf.Average | None = None, **options: Any) -> Callable[..., Any]:
-    return lambda ps, **more: rf.RSGDM(
-        ps, lr=0.1, momentum=0.8, weight_decay=0.01, average=average, **options, **more
-    )
-
-
-# The first sample comes after step EPOCH where a method can start late; write-backs are at
-# multiples of EPOCH, or at every step.
-METHODS: dict[str, Callable[..., Any]] = {
-    "sgd": _sgd(momentum=0.0),
-    "momentum": _sgd(dampening=0.3),
-    "nesterov": _sgd(nesterov=True),
-    "rsgdm implicit": _rsgdm(),
-    "rsgdm explicit": _rsgdm(difference="explicit"),
-    "sgdm": _rsgdm(difference=None),
-    "rsgdm ema": _rsgdm(rf.ema(0.7, start=EPOCH)),
-    "rsgdm explicit lookahead": _rsgdm(rf.lookahead(EPOCH), difference="explicit"),
-    "mean": _sgd(rf.mean(start=EPOCH)),
-    "mean, written back rarely": _sgd(rf.mean(every=2, write_back_every=EPOCH)),
-    "ema": _sgd(rf.ema(0.8, start=EPOCH, every=2)),
-    "scheduled": _sgd(rf.Average(scheduled, start=EPOCH)),
-    "swa": _sgd(rf.swa(EPOCH, EPOCH)),
-    "swa current": _sgd(rf.swa(EPOCH, EPOCH, "current")),
-    "rswa": _sgd(rf.rswa(EPOCH, 1)),
-    "rbwa": _sgd(rf.rbwa(EPOCH, 1)),
-    "rbwa algorithm2": _sgd(rf.rbwa(EPOCH, 1, "algorithm2")),
-    "rbwa_e": _sgd(rf.rbwa_e(0.7, steps_per_epoch=EPOCH, start_epoch=1), nesterov=True),
-    "lookahead": _sgd(rf.lookahead(EPOCH, 0.6)),
-    "switch_ema": _sgd(rf.switch_ema(0.8, steps_per_epoch=EPOCH)),
-}
-AVERAGED = [name for name in METHODS if name not in list(METHODS)[:6]]
+# Every rule without an average, then averages over one of them. The first sample comes after step
+# EPOCH where a method can start late; write-backs are at multiples of EPOCH, or at every step.
+METHODS: dict[str, Method] = {name: Method(rule) for name, rule in PLAIN.items()}
+for _name, _rule, _average in (
+    ("rsgdm ema", "rsgdm implicit", rf.ema(0.7, start=EPOCH)),
+    ("rsgdm explicit lookahead", "rsgdm explicit", rf.lookahead(EPOCH)),
+    ("mean", "momentum", rf.mean(start=EPOCH)),
+    ("mean, written back rarely", "momentum", rf.mean(every=2, write_back_every=EPOCH)),
+    ("ema", "momentum", rf.ema(0.8, start=EPOCH, every=2)),
+    ("scheduled", "momentum", rf.Average(scheduled, start=EPOCH)),
+    ("swa", "momentum", rf.swa(EPOCH, EPOCH)),
+    ("swa current", "momentum", rf.swa(EPOCH, EPOCH, "current")),
+    ("rswa", "momentum", rf.rswa(EPOCH, 1)),
+    ("rbwa", "momentum", rf.rbwa(EPOCH, 1)),
+    ("rbwa algorithm2", "momentum", rf.rbwa(EPOCH, 1, "algorithm2")),
+    ("rbwa_e", "nesterov", rf.rbwa_e(0.7, steps_per_epoch=EPOCH, start_epoch=1)),
+    ("lookahead", "momentum", rf.lookahead(EPOCH, 0.6)),
+    ("switch_ema", "momentum", rf.switch_ema(0.8, steps_per_epoch=EPOCH)),
+):
+    METHODS[_name] = Method(RULES[_rule], _average)
+AVERAGED = [name for name, method in METHODS.items() if method.average is not None]
 IN_PLACE = ["rbwa", "rbwa algorithm2", "rbwa_e"]  # the average is the parameter, unless 16-bit
 
 

@@ -62,13 +62,13 @@ CANARIES = (
     Canary(
         "a loop that goes one element too far",
         ((LOOP, "i < n; ++i) {\n    Element", "i <= n; ++i) {\n    Element"),),
-        ("update/test_update.py", "-k", "literal and plain and none and cpu"),
+        ("update/test_update.py", "-k", "literal and decay and none and cpu"),
         "heap-buffer-overflow",
     ),
     Canary(
         "a last tile that is as long as the others",
         ((LOOP, "n - at < kTile ? n - at : kTile", "kTile"),),
-        ("update/test_update.py", "-k", "literal and plain and none and float16"),
+        ("update/test_update.py", "-k", "literal and decay and none and float16"),
         "heap-buffer-overflow",
     ),
     Canary(
@@ -92,13 +92,13 @@ CANARIES = (
     Canary(
         "a thread of CUDA's that goes one element too far",
         ((BODY, "i < chunk.n; i += kThreads", "i <= chunk.n; i += kThreads"), *FLOAT32_ALONE),
-        ("update/test_cuda.py", "-k", "bits and plain and none and float32"),
+        ("update/test_cuda.py", "-k", "bits and decay and none and float32"),
         "heap-buffer-overflow",
     ),
     Canary(
         "a vector of CUDA's off its boundary",
         ((BODY, "all % kVectorBytes == 0", "true"), *FLOAT32_ALONE),
-        ("update/test_cuda.py", "-k", "bits and plain and none and float32"),
+        ("update/test_cuda.py", "-k", "bits and decay and none and float32"),
         "misaligned address",
     ),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rules import ALGORITHMS, OF_TORCH
 from runs import (
     AVERAGED,
     EPOCH,
@@ -35,6 +35,7 @@ from runs import (
     train,
 )
 from safetensors.torch import load_file, save_file, save_model
+from started import environment
 from torch import Tensor, nn
 
 import rbwa_fused as rf
@@ -69,12 +70,10 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                     saved = {"model": model.state_dict(), "opt": opt.state_dict()}
                     name = f"{method}.{str(dtype).removeprefix('torch.')}.{step}.pt"
                     torch.save(saved, folder / name)
-    package = Path(rf.__file__).parents[1]
     code = f"import sys, pathlib, runs; runs.resume(pathlib.Path(sys.argv[1]), {STEPS})"
-    path = os.pathsep.join([str(package), str(Path(__file__).parents[1])])
     subprocess.run(
         [sys.executable, "-c", code, str(folder)],
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(Path(__file__).parents[1]),
         check=True,
         timeout=120,
     )
@@ -164,19 +163,18 @@ def test_a_parameter_that_never_stepped_has_no_momentum_in_a_checkpoint() -> Non
 
 # ---- exchange with torch.optim.SGD -------------------------------------------------------------
 
-TORCH: dict[str, dict[str, Any]] = {
-    "plain": {"lr": 0.1},
-    "momentum": {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01},
-    "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
-    "maximize": {"lr": 0.01, "momentum": 0.5, "maximize": True},
-}
-
 
 def one(
     cls: Callable[..., Any], options: dict[str, Any], dtype: torch.dtype = torch.float64
 ) -> tuple[Model, Any]:
     model = Model(dtype)
     return model, cls(model.parameters(), **options)
+
+
+def counterpart(rule: str) -> Callable[..., Any]:
+    found = OF_TORCH[rule].torchs
+    assert found is not None
+    return found
 
 
 def assert_same_run(left: nn.Module, right: nn.Module, what: str) -> None:
@@ -186,14 +184,15 @@ def assert_same_run(left: nn.Module, right: nn.Module, what: str) -> None:
 
 
 @pytest.mark.parametrize("average", [None, rf.ema(0.5)], ids=["plain", "ema"])
-@pytest.mark.parametrize("rule", TORCH)
+@pytest.mark.parametrize("rule", OF_TORCH)
 def test_torch_goes_on_with_our_checkpoint(rule: str, average: rf.Average | None) -> None:
-    ours, opt = one(rf.FusedSGD, {**TORCH[rule], "average": average})
-    theirs, sgd = one(torch.optim.SGD, {"lr": 1.0})
+    options = OF_TORCH[rule].options
+    ours, opt = one(OF_TORCH[rule].made, {"average": average})
+    theirs, sgd = one(counterpart(rule), {"lr": 1.0})
     train(ours, opt, 1, 4)
     theirs.load_state_dict(ours.state_dict())
     sgd.load_state_dict(through_bytes(opt.state_dict()))
-    for key, value in TORCH[rule].items():
+    for key, value in options.items():
         assert sgd.param_groups[0][key] == value
     train(ours, opt, 5, STEPS)
     train(theirs, sgd, 5, STEPS)
@@ -203,18 +202,18 @@ def test_torch_goes_on_with_our_checkpoint(rule: str, average: rf.Average | None
 @pytest.mark.parametrize(
     "average", [None, rf.ema(0.5), rf.rswa(4, 1)], ids=["plain", "ema", "rswa"]
 )
-@pytest.mark.parametrize("rule", TORCH)
+@pytest.mark.parametrize("rule", OF_TORCH)
 def test_we_go_on_with_a_checkpoint_of_torch(rule: str, average: rf.Average | None) -> None:
-    theirs, sgd = one(torch.optim.SGD, {**TORCH[rule], "foreach": False})
-    ours, opt = one(rf.FusedSGD, {"lr": 1.0, "average": average})
+    theirs, sgd = one(counterpart(rule), {**OF_TORCH[rule].options, "foreach": False})
+    ours, opt = one(OF_TORCH[rule].cls, {"lr": 1.0, "average": average})
     train(theirs, sgd, 1, 4)
     ours.load_state_dict(theirs.state_dict())
     opt.load_state_dict(through_bytes(sgd.state_dict()), step=4)
     assert opt.param_groups[0]["average"] == average
     assert opt.n_averaged == 0
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        buffer = sgd.state[q].get("momentum_buffer")
-        assert bits(opt.state.get(p, {}).get("momentum_buffer")) == bits(buffer)
+        for name in OF_TORCH[rule].keeps:
+            assert bits(opt.state.get(p, {}).get(name)) == bits(sgd.state[q].get(name))
     last = 4 + 7  # rswa(4, 1) takes its first sample, a copy, after step 8, the next after step 12
     train(ours, opt, 5, last)
     train(theirs, sgd, 5, last)
@@ -353,10 +352,8 @@ def test_a_tensor_learning_rate_stays_one() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", AVERAGED)
 def test_a_checkpoint_without_averages_starts_any_policy(method: str, dtype: torch.dtype) -> None:
-    rsgdm = "rsgdm" in method
-    source = METHODS["rsgdm explicit" if "explicit" in method else "rsgdm implicit"]
     model = Model(dtype)
-    plain = source(groups(model)) if rsgdm else rf.FusedSGD(groups(model), 0.05, 0.9)
+    plain = METHODS[method].rule.made(groups(model))
     train(model, plain, 1, 3)
     saved = through_bytes(plain.state_dict())
     model2, opt = build(method, dtype)
@@ -434,13 +431,8 @@ def test_one_policy_changed_for_many_groups_warns_once_where_the_user_stands() -
     assert seen[0].filename == __file__
 
 
-RULES: dict[str, Callable[..., Any]] = {
-    name: METHODS[name] for name in ("momentum", "rsgdm implicit", "rsgdm explicit", "sgdm")
-}
-
-
-@pytest.mark.parametrize("into", RULES)
-@pytest.mark.parametrize("source", RULES)
+@pytest.mark.parametrize("into", ALGORITHMS)
+@pytest.mark.parametrize("source", ALGORITHMS)
 def test_a_checkpoint_never_changes_its_rule(source: str, into: str) -> None:
     model, opt = build(source)
     train(model, opt, 1, 3)
@@ -451,7 +443,7 @@ def test_a_checkpoint_never_changes_its_rule(source: str, into: str) -> None:
         opt2.load_state_dict(saved)
         return
     before = snapshot(opt2)
-    with pytest.raises(ValueError, match=r"rule is '(sgd|rsgdm_implicit|rsgdm_explicit|sgdm)'"):
+    with pytest.raises(ValueError, match=f"rule is '{ALGORITHMS[source].literal.__name__}'"):
         opt2.load_state_dict(saved)
     assert snapshot(opt2) == before
 

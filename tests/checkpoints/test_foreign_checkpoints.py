@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rules import ALGORITHMS, OF_TORCH
 from runs import Model, bits, snapshot, train
 from torch import nn
 
@@ -20,7 +21,7 @@ OTHERS = {
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type)
     and issubclass(cls, torch.optim.Optimizer)
-    and cls not in (torch.optim.Optimizer, torch.optim.SGD)
+    and cls not in (torch.optim.Optimizer, *(rule.torchs for rule in OF_TORCH.values()))
 }
 # schedulefree.SGDScheduleFree's groups and state; the nearest to SGD of what is not SGD.
 SCHEDULE_FREE = {
@@ -66,12 +67,6 @@ def of_others(name: str, steps: int) -> dict[str, Any]:
     return stepped(cls(parameters), steps, parameters).state_dict()
 
 
-OURS: dict[str, Callable[..., Any]] = {
-    "FusedSGD": lambda ps: rf.FusedSGD(ps, lr=0.1, momentum=0.9, average=rf.ema(0.5)),
-    "RSGDM": lambda ps: rf.RSGDM(ps, lr=0.1, average=rf.ema(0.5)),
-}
-
-
 def by_the_class(opt: Any, saved: Any) -> None:
     torch.optim.Optimizer.load_state_dict(opt, saved)
 
@@ -85,14 +80,14 @@ DOORS = [by_the_method, by_the_class]
 
 @pytest.mark.parametrize("load", DOORS)
 @pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("cls", OURS)
+@pytest.mark.parametrize("rule", ALGORITHMS)
 @pytest.mark.parametrize("name", [*OTHERS, "schedule-free", "Unknown"])
 def test_another_optimizers_checkpoint_changes_no_hyperparameter_and_no_state(
-    name: str, cls: str, steps: int, load: Any
+    name: str, rule: str, steps: int, load: Any
 ) -> None:
     saved = of_others(name, steps)
     parameters = matrices()
-    opt = stepped(OURS[cls](parameters), 3, parameters)
+    opt = stepped(ALGORITHMS[rule].made(parameters, average=rf.ema(0.5)), 3, parameters)
     before = snapshot(opt)
     with pytest.raises(ValueError, match=r"another optimizer's, with .*lr.* and without .*dampen"):
         load(opt, saved)

@@ -11,6 +11,7 @@ from typing import Any
 import shards
 import torch
 from runs import bits
+from shards import optimizer
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -44,11 +45,6 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 def loss(model: nn.Module, step: int, rank: int) -> Tensor:
     x, y = batch(step, rank)
     return cross_entropy(model(x).float(), y)
-
-
-def optimizer(model: nn.Module, **options: Any) -> rf.FusedSGD:
-    options = {"average": rf.ema(0.5), **options}
-    return rf.FusedSGD(model.named_parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, **options)
 
 
 def train(model: nn.Module, opt: Any, first: int, last: int) -> None:

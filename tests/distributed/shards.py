@@ -9,13 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from rules import RULES
 from runs import METHODS, STEPS, Model, bits, groups
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-STREAMS = ("momentum_buffer", "average", "difference_buffer", "previous_gradient", "master_param")
+import rbwa_fused as rf
+
+STREAMS = ("average", "master_param", *sorted({name for r in RULES.values() for name in r.keeps}))
 
 
 def mesh(*sizes: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
@@ -86,6 +89,11 @@ def result(model: nn.Module, opt: Any) -> dict[str, Any]:
 def build(method: str, make: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     model = make(dtype)
     return model, METHODS[method](groups(model), **options)
+
+
+def optimizer(model: nn.Module, rule: str = "momentum", **options: Any) -> Any:
+    """A rule of the table, by its name, with an EMA unless another average is asked for."""
+    return RULES[rule].made(model.named_parameters(), **{"average": rf.ema(0.5), **options})
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import shards
 import torch
 import torch.distributed.checkpoint as dcp
+from shards import optimizer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -55,11 +55,6 @@ def parallel(data: int, across: int) -> nn.Module:
     return model
 
 
-def optimizer(model: nn.Module, **options: Any) -> rf.FusedSGD:
-    options = {"average": rf.ema(0.5), **options}
-    return rf.FusedSGD(model.named_parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, **options)
-
-
 def backward(model: nn.Module, step: int, across: int) -> None:
     """Of a sequence whose length is a multiple of the ranks', each rank bringing its part."""
     x = torch.randn(4, FEATURES, generator=torch.Generator().manual_seed(step))
@@ -68,10 +63,10 @@ def backward(model: nn.Module, step: int, across: int) -> None:
     (shards.whole(y) if isinstance(y, DTensor) else y).square().mean().backward()
 
 
-def same_bits_as_alone(data: int, across: int) -> list[str]:
+def same_bits_as_alone(data: int, across: int, rule: str) -> list[str]:
     """A plain block that is given the gathered gradients. Returns how parameters are laid out."""
     model, alone = parallel(data, across), Block()
-    ours, theirs = optimizer(model), optimizer(alone)
+    ours, theirs = (optimizer(m, rule, lr=0.01) for m in (model, alone))
     for step in range(1, STEPS + 1):
         backward(model, step, across)
         for p, q in zip(model.parameters(), alone.parameters(), strict=True):

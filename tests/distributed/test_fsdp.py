@@ -11,6 +11,7 @@ import pytest
 import shards
 import torch
 from ranks import ranks
+from rules import ALGORITHMS
 from runs import METHODS, STEPS
 
 import rbwa_fused as rf
@@ -41,13 +42,14 @@ def test_sharded_training_ends_with_the_bits_of_a_plain_model(
 @pytest.mark.parametrize(
     "options",
     [
+        *({"rule": rule, "lr": 0.01} for rule in ALGORITHMS),
         {"average": None},
         {"average": rf.mean(start=2)},
         {"average": rf.rbwa(2, 1)},
         {"average": rf.lookahead(2)},
         {"average": rf.switch_ema(0.5, steps_per_epoch=3), "nesterov": True},
     ],
-    ids=["none", "mean", "rbwa", "lookahead", "switch_ema"],
+    ids=[*ALGORITHMS, "none", "mean", "rbwa", "lookahead", "switch_ema"],
 )
 def test_forward_backward_and_step_on_two_ranks_are_those_of_one_process(
     options: dict[str, Any],

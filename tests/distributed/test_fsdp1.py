@@ -7,6 +7,7 @@ from typing import Any
 import fsdp1_jobs
 import pytest
 from ranks import ranks
+from rules import ALGORITHMS
 from torch.distributed.fsdp import StateDictType
 
 import rbwa_fused as rf
@@ -21,6 +22,7 @@ def test_training_goes_on_after_an_evaluation_as_if_there_had_been_none(kind: st
     ("kind", "options"),
     [
         *((kind, {}) for kind in fsdp1_jobs.KINDS if kind != "bfloat16 compute"),
+        *(("full shard", {"rule": rule, "lr": 0.01}) for rule in ALGORITHMS if rule != "momentum"),
         ("full shard", {"average": rf.rbwa(2, 1)}),
         ("full shard", {"average": rf.lookahead(2)}),
         ("flat parameters", {"average": rf.mean(start=2), "flatten": False}),

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import tensor_parallel_jobs as jobs
 from ranks import ranks
+from rules import ALGORITHMS
 
 
+@pytest.mark.parametrize("rule", ALGORITHMS)
 @pytest.mark.parametrize(("data", "across"), [(1, 2), (2, 2), (1, 4)])
 def test_parallel_layers_step_and_average_with_the_bits_of_a_plain_one(
-    data: int, across: int
+    data: int, across: int, rule: str
 ) -> None:
-    for placements in ranks(data * across).run(jobs.same_bits_as_alone, data, across):
+    for placements in ranks(data * across).run(jobs.same_bits_as_alone, data, across, rule):
         assert any("Shard(dim=1)" in p for p in placements), placements
         assert data == 1 or all("Shard" in p for p in placements)
 

@@ -17,19 +17,13 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import rbwa_fused as rf
-from rbwa_fused.checkpoint import OURS
 from rbwa_fused.distributed import Joined, ZeroRedundancyOptimizer, averaged
-from rbwa_fused.optimizer import DIFFERENCES
 
 
 def arguments(method: str) -> dict[str, Any]:
     """What METHODS builds, as the arguments of a ZeroRedundancyOptimizer."""
-    template = METHODS[method]([nn.Parameter(torch.zeros(1))])
-    given = {k: v for k, v in template.defaults.items() if k not in OURS}
-    if isinstance(template, rf.RSGDM):
-        named = {rule: name for name, rule in DIFFERENCES.items()}
-        given["difference"] = named[template.engine.rule]
-    return {"optimizer_class": type(template), **given}
+    rule, average = METHODS[method].rule, METHODS[method].average
+    return {"optimizer_class": rule.cls, **rule.options, "average": average}
 
 
 def build(

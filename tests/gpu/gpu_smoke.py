@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from cases import DTYPES, gradients, params
+from rules import KERNELS, Rule
 from torch import Tensor, nn
 
 import rbwa_fused as rf
 from rbwa_fused import reference
-from rbwa_fused.streams import working_dtype
 
 STEPS = 4
 CHUNKS = 3 * 4096 + 5  # elements: several chunks and a tail
@@ -42,15 +42,11 @@ REPLAYS = 3
 SEGMENTS = 500  # of 160 bytes with a param group each, where 32,688 fit
 CPU = torch.device("cpu")
 
-RULES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "plain": (rf.FusedSGD, {"lr": 0.2, "weight_decay": 0.1, "maximize": True}),
-    "momentum": (rf.FusedSGD, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}),
-    "explicit": (rf.RSGDM, {"lr": 0.3, "momentum": 0.7, "difference": "explicit"}),
-    "master": (rf.FusedSGD, {"lr": 0.1, "momentum": 0.8, "master_weights": True}),
-}
 # "own" is the parameter's dtype, float32 what 16-bit parameters have without asking; the last two
 # write back, one from a buffer, one (where it is wide enough) into the parameter itself.
 AVERAGES = ("none", "own", "float32", "lookahead", "rbwa")
+UNMASTERED = [name for name, rule in KERNELS.items() if not rule.master]
+SCALED = list(zip(UNMASTERED, cycle(("rbwa", "own", "float32")), strict=False))
 
 
 def policy(average: str, dtype: torch.dtype) -> rf.Average | None:
@@ -89,7 +85,7 @@ class Run:
 
     def __init__(
         self,
-        cls: Callable[..., Any],
+        make: Callable[..., Any],
         options: dict[str, Any],
         drawn: Sequence[nn.Parameter],
         backend: str,
@@ -97,7 +93,7 @@ class Run:
     ) -> None:
         self.device = device
         self.params = [nn.Parameter(placed(p, device)) for p in drawn]
-        self.opt = cls(self.params, backend=backend, **options)
+        self.opt = make(self.params, backend=backend, **options)
 
     def use_gradients(self, step: int, scale: float = 1.0, absent: bool = True) -> None:
         """Puts a step's gradients in place; one parameter has none, if `absent`."""
@@ -140,12 +136,12 @@ class Smoke:
         print(f"WRONG: {line}", flush=True)
 
     def pair(
-        self, cls: Callable[..., Any], options: dict[str, Any], dtype: torch.dtype, **own: Any
+        self, rule: Rule, options: dict[str, Any], dtype: torch.dtype, **own: Any
     ) -> tuple[Run, Run]:
         """A run on the backend under test, with options of its own, and the reference's."""
         return (
-            Run(cls, {**options, **own}, tensors(dtype), self.backend, self.device),
-            Run(cls, options, tensors(dtype), "reference", CPU),
+            Run(rule.made, {**options, **own}, tensors(dtype), self.backend, self.device),
+            Run(rule.made, options, tensors(dtype), "reference", CPU),
         )
 
     def compare(self, what: str, two: tuple[Run, Run]) -> None:
@@ -156,10 +152,8 @@ class Smoke:
     def steps(self, dtype: torch.dtype, rule: str, average: str) -> None:
         """A few steps, then the averages in place and the weights back. Half of the runs leave the
         parameters where they are."""
-        cls, options = RULES[rule]
-        flatten = average != "own"
-        kept = working_dtype(dtype, options.get("master_weights", False))
-        two = self.pair(cls, {**options, "average": policy(average, kept)}, dtype, flatten=flatten)
+        own = policy(average, KERNELS[rule].kept(dtype))
+        two = self.pair(KERNELS[rule], {"average": own}, dtype, flatten=average != "own")
         for step in range(1, STEPS + 1):
             for run in two:
                 run.use_gradients(step)
@@ -172,8 +166,8 @@ class Smoke:
 
     def scaled(self, dtype: torch.dtype, rule: str, average: str) -> None:
         """What torch.amp.GradScaler does around a step, overflows included."""
-        cls, options = RULES[rule]
-        two = self.pair(cls, {**options, "average": policy(average, dtype)}, dtype)
+        own = policy(average, KERNELS[rule].kept(dtype))
+        two = self.pair(KERNELS[rule], {"average": own}, dtype)
         for step in range(1, STEPS + 1):
             skip = step in SKIPPED
             for run in two:
@@ -203,10 +197,10 @@ class Smoke:
 
     def capturable(self, dtype: torch.dtype, rule: str, average: str) -> None:
         """One step, again and again with other gradients and another learning rate."""
-        cls, options = RULES[rule]
-        options = {**options, "average": policy(average, dtype)}
-        lr, own = torch.tensor(0.1, device=self.device), {"capturable": True}
-        ours, reference = self.pair(cls, {**options, "lr": torch.tensor(0.1)}, dtype, lr=lr, **own)
+        own = policy(average, KERNELS[rule].kept(dtype))
+        options = {"average": own, "lr": torch.tensor(0.1)}
+        lr = torch.tensor(0.1, device=self.device)
+        ours, reference = self.pair(KERNELS[rule], options, dtype, lr=lr, capturable=True)
         for run in (ours, reference):
             run.use_gradients(0, absent=False)
             run.opt.step()
@@ -252,11 +246,11 @@ class Smoke:
         for dtype in DTYPES:
             for count in (2, 3, 6):
                 yield f"{dtype}, {count} replicas", partial(self.replicas, dtype, count)
-            for rule in RULES:
+            for rule in KERNELS:
                 for average in AVERAGES:
                     what = f"{dtype}, {rule}, {average}"
                     yield what, partial(self.steps, dtype, rule, average)
-            for rule, average in (("plain", "rbwa"), ("momentum", "own"), ("explicit", "float32")):
+            for rule, average in SCALED:
                 what = f"{dtype}, {rule}, {average}"
                 yield f"{what}, AMP", partial(self.scaled, dtype, rule, average)
                 yield f"{what}, capturable", partial(self.capturable, dtype, rule, average)

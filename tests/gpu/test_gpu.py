@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, RULES, gradients, moved, params, policy_for, products
+from cases import AVERAGES, DTYPES, gradients, moved, params, policy_for, products
+from rules import ALGORITHMS, RULES
 from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ def test_every_case_has_the_bits_of_the_cpu(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_run_has_the_same_bits(backend: str) -> None:
     runs = [
-        run(torch.bfloat16, "explicit", "ema", device="cuda", backend=backend, flatten=flat)
+        run(torch.bfloat16, "rsgdm explicit", "ema", device="cuda", backend=backend, flatten=flat)
         for flat in (True, False, True)
     ]
     assert_same_bits(runs[0], runs[1])
@@ -82,17 +83,16 @@ def overflowing(opt: Any, scale: float, skip: bool, device: str, watched: bool) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("average", NAMED)
-@pytest.mark.parametrize("rule", ["momentum", "rsgdm", "explicit"])
+@pytest.mark.parametrize("rule", ALGORITHMS)
 def test_a_skipped_step_skips_everything_without_a_synchronisation(
     rule: str, average: str, backend: str
 ) -> None:
     ends = []
     counts = []
     for device, name in (("cpu", "cpu"), ("cuda", backend)):
-        cls, options, _ = RULES[rule]
         policy = policy_for(average, rule, torch.float32)
         ps = [nn.Parameter(moved(p, device)) for p in params(torch.float32)]
-        opt = cls(ps, **options, average=policy, backend=name)
+        opt = RULES[rule].made(ps, average=policy, backend=name)
         for step in range(1, 11):
             skip = step in (1, 4, 5)
             for p, g in zip(ps, gradients(ps, step), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import gpu_smoke
 import gpu_stages
 import pytest
 import torch
+from started import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = sorted(ROOT.glob("tests/optimizer/test_catalogue*.py"))
@@ -35,7 +35,7 @@ def test_the_catalogue_is_selected_on_a_gpu(tmp_path: Path) -> None:
     assert "tests/gpu/test_gpu.py" in files
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *collect, *files],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env=environment(tmp_path),
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""PyTorch's catalogue of optimizer tests, pointed at FusedSGD and RSGDM.
+"""PyTorch's catalogue of optimizer tests, pointed at the classes of rules.py.
 
 torch ships what its own test_optim.py is driven by: descriptions of optimizers, inputs for their
 constructors and a decorator that spreads a test over them. Here are such descriptions of ours;
@@ -7,6 +7,7 @@ docs/reliability.md says which test of torch's is which of ours.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("expecttest")  # which torch's own tests import
 
 import torch
+from rules import ALGORITHMS, OF_TORCH, Rule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
@@ -24,8 +26,6 @@ from torch.testing._internal.common_optimizers import (
     OptimizerInfo,
     OptimizerInput,
     optim_db,
-    optim_error_inputs_func_sgd,
-    optim_inputs_func_sgd,
 )
 
 import rbwa_fused as rf
@@ -41,14 +41,19 @@ OF_THE_CONSTRUCTOR = ("backend", "flatten", "capturable", "difference", "master_
 IMPLEMENTATIONS: list[dict[str, Any]] = [{}, {"flatten": False}, {"backend": "reference"}]
 
 
-def _averages() -> list[OptimizerInput]:
+def _described(cls: Any) -> OptimizerInfo:
+    """torch's description of a class of its own."""
+    return next(info for info in optim_db if info.optim_cls is cls)
+
+
+def _averages(rule: Rule) -> list[OptimizerInput]:
     policies = {
         "ema": rf.ema(0.5),
         "mean, written back": rf.mean(start=1, every=2, write_back_every=4),
         "rbwa": rf.rbwa(steps_per_epoch=2, start_epoch=0),
         "lookahead": rf.lookahead(k=2),
     }
-    usual = {"lr": 1e-2, "momentum": 0.9}
+    usual = {"lr": 1e-2, **({"momentum": 0.9} if "momentum" in rule.domain else {})}
     given = [
         OptimizerInput(None, {**usual, "average": policy}, name)
         for name, policy in policies.items()
@@ -57,37 +62,37 @@ def _averages() -> list[OptimizerInput]:
     return [*given, OptimizerInput(None, masters, "master weights")]
 
 
-def _inputs_of_sgd(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
-    return [*optim_inputs_func_sgd(device, dtype), *_averages()]
+def _info(cls: Any) -> OptimizerInfo:
+    """For each algorithm of a class, those of its counterpart's inputs that the class takes; of
+    torch.optim.SGD's, where torch has no counterpart."""
+    algorithms = {name: rule for name, rule in ALGORITHMS.items() if rule.cls is cls}
+    torchs = next(iter(algorithms.values())).torchs
+    model = _described(torchs or torch.optim.SGD)
 
+    def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+        taken = inspect.signature(cls).parameters.keys()
+        return [
+            OptimizerInput(None, {**given.kwargs, **rule.constructor}, f"{given.desc}, {name}")
+            for name, rule in algorithms.items()
+            for given in [*model.optim_inputs_func(device, dtype), *_averages(rule)]
+            if given.kwargs.keys() <= taken
+        ]
 
-def _inputs_of_rsgdm(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
-    """Those of SGD's inputs that RSGDM takes, for each of its three rules."""
-    return [
-        OptimizerInput(None, {**i.kwargs, "difference": difference}, f"{i.desc}, {difference}")
-        for difference in ("implicit", "explicit", None)
-        for i in _inputs_of_sgd(device, dtype)
-        if not i.kwargs.keys() & {"dampening", "nesterov"}
-    ]
+    def errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+        """torch's; but a parameter named twice in a group is refused here, where torch warns."""
+        found: list[ErrorOptimizerInput] = model.optim_error_inputs_func(device, dtype)
+        for error in found:
+            if error.error_type is UserWarning:
+                error.error_type = ValueError
+        return found
 
-
-def _errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
-    """torch's; but a parameter named twice in a group is refused here, where torch warns."""
-    errors: list[ErrorOptimizerInput] = optim_error_inputs_func_sgd(device, dtype)
-    for error in errors:
-        if error.error_type is UserWarning:
-            error.error_type = ValueError
-    return errors
-
-
-def _info(cls: Any, inputs: Any, *later: str) -> OptimizerInfo:
-    """`later`: what a state dict of another class, or an older one, may lack."""
-    sgd = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
+    # What a state dict of torch's class, or an older one of ours, may lack.
+    later = ("nesterov", "rule") if torchs else ("implicit_momentum",)
     return OptimizerInfo(
         cls,
         optim_inputs_func=inputs,
-        optim_error_inputs_func=_errors,
-        scheduler_inputs=sgd.scheduler_inputs,
+        optim_error_inputs_func=errors,
+        scheduler_inputs=model.scheduler_inputs,
         supported_impls=(),
         not_og_supported_flags=("maximize", "average", "step", "n_averaged", *later),
         supports_complex=False,
@@ -95,8 +100,9 @@ def _info(cls: Any, inputs: Any, *later: str) -> OptimizerInfo:
     )
 
 
-SGD = _info(rf.FusedSGD, _inputs_of_sgd, "nesterov", "rule")
-INFOS = [SGD, _info(rf.RSGDM, _inputs_of_rsgdm, "implicit_momentum")]
+INFOS = [_info(cls) for cls in dict.fromkeys(rule.cls for rule in ALGORITHMS.values())]
+COUNTERPARTS = {rule.cls: rule.torchs for rule in OF_TORCH.values() if rule.torchs is not None}
+OF_TORCHS = [info for info in INFOS if info.optim_cls in COUNTERPARTS]
 
 
 def inputs(info: OptimizerInfo, device: str, **only: Any) -> Iterator[dict[str, Any]]:

@@ -11,11 +11,13 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rules import OF_TORCH, Rule
 from runs import EPOCH, METHODS, STEPS, Model, bits, build, feed, groups, result, snapshot, train
 from torch import Tensor, nn
 
@@ -821,13 +823,9 @@ def test_a_conversion_that_the_policy_forbids_can_be_undone() -> None:
 
 # ---- numbers that are not finite ---------------------------------------------------------------
 
-SGD: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "dampening": {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
-    "all of it damped": {"momentum": 0.9, "dampening": 1.0},
-    "nesterov": {"momentum": 0.9, "nesterov": True},
-    "maximize": {"momentum": 0.9, "maximize": True, "weight_decay": 0.1},
+SPREAD: dict[str, Rule] = {
+    **OF_TORCH,
+    "all of it damped": replace(OF_TORCH["momentum"], options={"momentum": 0.9, "dampening": 1.0}),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BAD = {1: INF, 2: -INF, 7: NAN, 18: INF, 1030: NAN, 1036: -INF}
@@ -841,16 +839,17 @@ def kinds(tensor: Tensor) -> list[int]:
 
 @pytest.mark.parametrize("lr", [0.1, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", SGD.values(), ids=SGD)
+@pytest.mark.parametrize("rule", SPREAD.values(), ids=SPREAD)
 def test_infinities_and_nans_spread_as_far_as_in_torch(
-    options: dict[str, Any], dtype: torch.dtype, lr: float
+    rule: Rule, dtype: torch.dtype, lr: float
 ) -> None:
+    assert rule.torchs is not None
     runs = []
-    for cls, more in ((rf.FusedSGD, {}), (torch.optim.SGD, {"foreach": False})):
+    for cls, more in ((rule.cls, {}), (rule.torchs, {"foreach": False})):
         p = nn.Parameter(torch.linspace(-1, 1, 1037).to(dtype))
         with torch.no_grad():
             p[20], p[21] = INF, NAN
-        opt = cls([p], lr=lr, **options, **more)  # type: ignore[arg-type]
+        opt = cls([p], **{**rule.options, "lr": lr, **more})
         states = []
         for step in range(4):
             p.grad = torch.linspace(1, -1, 1037).to(dtype)

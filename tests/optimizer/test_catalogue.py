@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import INFOS, Problem, advance, inputs, instantiate, same_bits, split, trained
+from catalogue import (
+    INFOS,
+    OF_TORCHS,
+    Problem,
+    advance,
+    inputs,
+    instantiate,
+    same_bits,
+    split,
+    trained,
+)
 from torch import nn
 from torch.testing._internal.common_device_type import onlyCPU
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, OptimizerInfo, optims
@@ -32,7 +42,7 @@ class TestCatalogue(TestCase):
             with expect(error.error_type, match=error.error_regex):
                 optim_info.optim_cls(given.params, **given.kwargs)
 
-    @optims(INFOS[:1])  # of torch.optim.SGD
+    @optims(OF_TORCHS)
     def test_choosing_torchs_implementation_changes_nothing(
         self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo
     ) -> None:

@@ -12,10 +12,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from bounds import ulps
 from catalogue import (
+    COUNTERPARTS,
     IMPLEMENTATIONS,
     INFOS,
-    SGD,
+    OF_TORCHS,
     Problem,
     inputs,
     instantiate,
@@ -23,7 +25,6 @@ from catalogue import (
     split,
     trained,
 )
-from oracle import ulps
 from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import OptimizerInfo, optims
 from torch.testing._internal.common_utils import TestCase, parametrize
@@ -54,7 +55,7 @@ def feed(net: nn.Sequential, step: int) -> None:
 
 
 class TestParity(TestCase):
-    @optims([SGD], dtypes=DTYPES)
+    @optims(OF_TORCHS, dtypes=DTYPES)
     def test_it_steps_as_torchs_for_loop_does(
         self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo
     ) -> None:
@@ -63,7 +64,7 @@ class TestParity(TestCase):
             if "average" in group:
                 continue
             nets, params = zip(*(network(device, dtype) for _ in range(2)), strict=True)
-            loop = torch.optim.SGD(params[0], **group, foreach=False)
+            loop = COUNTERPARTS[optim_info.optim_cls](params[0], **group, foreach=False)
             opt = optim_info.optim_cls(params[1], **deepcopy(group), **alone)
             for step in range(7):
                 for net, one in zip(nets, (loop, opt), strict=True):

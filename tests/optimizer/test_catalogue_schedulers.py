@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import ulps
 from catalogue import advance, same_bits
-from oracle import ulps
+from rules import ALGORITHMS, OF_TORCH
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
@@ -89,11 +90,12 @@ def scheduled(name: str, cls: Any, **options: Any) -> tuple[list[Tensor], list[A
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_drive_it_as_they_drive_torchs_sgd(name: str, tensor_lr: bool) -> None:
+@pytest.mark.parametrize("rule", OF_TORCH)
+def test_schedulers_drive_it_as_they_drive_torchs(rule: str, name: str, tensor_lr: bool) -> None:
     ends = []
-    for cls, own in ((rf.FusedSGD, {}), (torch.optim.SGD, {"foreach": False})):
+    for cls, own in ((OF_TORCH[rule].cls, {}), (OF_TORCH[rule].torchs, {"foreach": False})):
         lr = torch.tensor(0.1) if tensor_lr else 0.1
-        ends.append(scheduled(name, cls, lr=lr, momentum=0.9, **own))
+        ends.append(scheduled(name, cls, **{**OF_TORCH[rule].options, "lr": lr, **own}))
     ours, theirs = ends
     assert ours[1:] == theirs[1:]
     assert len({str(numbers) for numbers in ours[1]}) > 1  # it did move them
@@ -101,20 +103,19 @@ def test_schedulers_drive_it_as_they_drive_torchs_sgd(name: str, tensor_lr: bool
         assert ulps(a, b) <= 2 * STEPS  # torch fuses multiply and add: two units a step
 
 
-RSGDM = [
-    (name, difference)
+DRIVEN = [
+    (name, rule)
     for name in SCHEDULERS
-    for difference in ("implicit", "explicit", None)
-    if not (difference == "implicit" and name in CYCLES_MOMENTUM)  # refused, see below
+    for rule in ALGORITHMS
+    if not (ALGORITHMS[rule].constant_momentum and name in CYCLES_MOMENTUM)  # refused, see below
 ]
 
 
-@pytest.mark.parametrize(("name", "difference"), RSGDM, ids=str)
-def test_rsgdm_takes_a_schedulers_numbers_as_if_set_by_hand(
-    name: str, difference: str | None
-) -> None:
-    driven, numbers, _ = scheduled(name, rf.RSGDM, difference=difference, average=rf.ema(0.5))
-    ps, opt = made(rf.RSGDM, difference=difference, average=rf.ema(0.5))
+@pytest.mark.parametrize(("name", "rule"), DRIVEN, ids=str)
+def test_a_rule_takes_a_schedulers_numbers_as_if_set_by_hand(name: str, rule: str) -> None:
+    options = {**ALGORITHMS[rule].options, "average": rf.ema(0.5)}
+    driven, numbers, _ = scheduled(name, ALGORITHMS[rule].cls, **options)
+    ps, opt = made(ALGORITHMS[rule].cls, **options)
     for step, (lrs, momenta) in enumerate(numbers):
         for group, lr, momentum in zip(opt.param_groups, lrs, momenta, strict=True):
             group.update(lr=lr, momentum=momentum)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from catalogue import same_bits
+from rules import ALGORITHMS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.optim.optimizer import (
@@ -19,11 +21,7 @@ from torch.optim.optimizer import (
 
 import rbwa_fused as rf
 
-KINDS: dict[str, Any] = {
-    "sgd": lambda ps: rf.FusedSGD(ps, lr=0.1, momentum=0.9, average=rf.ema(0.5)),
-    "rsgdm": lambda ps: rf.RSGDM(ps, lr=0.1, weight_decay=0.01),
-    "explicit": lambda ps: rf.RSGDM(ps, lr=0.1, difference="explicit"),
-}
+KINDS = {name: partial(rule.made, average=rf.ema(0.5)) for name, rule in ALGORITHMS.items()}
 
 
 def network() -> nn.Sequential:
@@ -115,7 +113,7 @@ class Descendant(rf.FusedSGD):
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-@pytest.mark.parametrize("cls", [rf.FusedSGD, rf.RSGDM, Descendant])
+@pytest.mark.parametrize("cls", [*{rule.cls: 0 for rule in ALGORITHMS.values()}, Descendant])
 def test_a_profile_names_each_step_and_its_operator_once(cls: Any, pickled: bool) -> None:
     net = network()
     opt = cls(net.parameters(), lr=0.1)

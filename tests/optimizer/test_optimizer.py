@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rules import ALGORITHMS
 from torch import Tensor, nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -16,11 +17,7 @@ from torch.optim.optimizer import (
 import rbwa_fused as rf
 from rbwa_fused.engine import memory
 
-KINDS: dict[str, Any] = {
-    "sgd": lambda ps, **o: rf.FusedSGD(ps, lr=0.1, momentum=0.9, weight_decay=0.01, **o),
-    "rsgdm": lambda ps, **o: rf.RSGDM(ps, lr=0.1, weight_decay=0.01, **o),
-    "explicit": lambda ps, **o: rf.RSGDM(ps, lr=0.1, difference="explicit", **o),
-}
+KINDS = {name: rule.made for name, rule in ALGORITHMS.items()}
 
 
 def model(seed: int = 0) -> nn.Sequential:
@@ -191,7 +188,7 @@ def test_parameters_put_elsewhere_are_reached_there(kind: str, average: rf.Avera
 @pytest.mark.parametrize("average", [None, rf.ema(0.5), rf.rbwa(1, 0)], ids=str)
 def test_a_model_converted_to_float64_trains_on_with_its_state(average: rf.Average | None) -> None:
     net = model()
-    opt = KINDS["sgd"](net.parameters(), average=average)
+    opt = KINDS["momentum"](net.parameters(), average=average)
     for step in range(4):
         if step == 2:
             before = [s["momentum_buffer"].clone() for s in opt.state.values()]
@@ -200,10 +197,10 @@ def test_a_model_converted_to_float64_trains_on_with_its_state(average: rf.Avera
         opt.step()
         if step == 2:
             for p, m in zip(net.parameters(), before, strict=True):
-                expected = 0.9 * m.double() + p.grad
+                expected = 0.8 * m.double() + p.grad
                 assert opt.state[p]["momentum_buffer"].dtype == torch.float64
                 gap = opt.state[p]["momentum_buffer"] - expected
-                assert gap.abs().max() < 0.01 * 2  # weight decay adds 0.01 theta
+                assert gap.abs().max() < 0.05 * 2  # weight decay adds 0.05 theta
     assert average is None or opt.n_averaged == 4
 
 
@@ -242,7 +239,7 @@ def test_state_that_a_user_clears_starts_again() -> None:
     runs = []
     for clear in (lambda o: o.state.clear(), lambda o: setattr(o, "state", type(o.state)(dict))):
         net = model()
-        opt = KINDS["sgd"](net.parameters(), average=rf.ema(0.5))
+        opt = KINDS["momentum"](net.parameters(), average=rf.ema(0.5))
         for step in range(4):
             if step == 2:
                 clear(opt)
@@ -252,7 +249,7 @@ def test_state_that_a_user_clears_starts_again() -> None:
         fresh = model()
         for p, w in zip(fresh.parameters(), middle, strict=True):
             p.data.copy_(w)
-        again = KINDS["sgd"](fresh.parameters(), average=rf.ema(0.5))
+        again = KINDS["momentum"](fresh.parameters(), average=rf.ema(0.5))
         for step in (2, 3):
             backward(fresh, step)
             again.step()
@@ -335,7 +332,7 @@ def test_state_is_made_on_a_gpu_that_is_not_the_current_one(
 
 def test_adding_a_group_moves_nothing_that_is_placed() -> None:
     net, other = model(), model(1)
-    opt = KINDS["sgd"](net.parameters(), average=rf.ema())
+    opt = KINDS["momentum"](net.parameters(), average=rf.ema())
     backward(net, 0)
     opt.step()
     pointers = [t.data_ptr() for p in net.parameters() for t in (p, *opt.state[p].values())]

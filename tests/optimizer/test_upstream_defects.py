@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import ulps
+from bounds import ulps
 from torch import Tensor, nn
 
 import rbwa_fused as rf

@@ -16,7 +16,6 @@ import rbwa_fused as rf
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "channels_last", "misaligned", "gaps")
-RULES = ("sgd", "sgdm", "implicit", "explicit")
 ALL = 0xFFFF  # chooses every parameter
 
 
@@ -141,6 +140,8 @@ Event = (
 
 @dataclass(frozen=True)
 class Case:
+    """A run; `rule` is one of rules.ALGORITHMS."""
+
     rule: str
     average: rf.Average | None
     groups: tuple[GroupSpec, ...]

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bounds import F64, Value
+from agreement import agree, compare
+from bounds import Value
 from program import Case, GroupSpec, TensorSpec, laid_out, numbers, overrun, within
+from rules import ALGORITHMS
 from torch import Tensor, nn
-from twin import AVERAGE, MASTER, Group, Member, Twin
-
-import rbwa_fused as rf
-
-DIFFERENCE = {"sgdm": None, "implicit": "implicit", "explicit": "explicit"}
+from twin import AVERAGE, Group, Member, Twin
 
 
 def equal(left: tuple[list[Tensor], str], right: tuple[list[Tensor], str]) -> bool:
@@ -38,7 +36,8 @@ class SideBySide:
     def __init__(self, case: Case, backend: str) -> None:
         self.case, self.backend = case, backend
         self.tried: set[str] = set()
-        self.twin = Twin(case.rule, case.master_weights)
+        self.rule = ALGORITHMS[case.rule]
+        self.twin = Twin(self.rule, case.master_weights)
         self.model = nn.ParameterList()
         self.bases: dict[tuple[int, torch.dtype], Tensor] = {}
         self.twin_bases: dict[tuple[int, torch.dtype], Value] = {}
@@ -55,9 +54,7 @@ class SideBySide:
             "master_weights": self.case.master_weights,
             "in_backward": self.case.in_backward,
         }
-        if self.case.rule == "sgd":
-            return rf.FusedSGD(groups, **more)
-        return rf.RSGDM(groups, difference=DIFFERENCE[self.case.rule], **more)
+        return self.rule.cls(groups, **self.rule.constructor, **more)
 
     def group(self, spec: GroupSpec) -> dict[str, Any]:
         """Adds a group to the model and to the twin, and returns what the optimizer takes."""
@@ -70,7 +67,8 @@ class SideBySide:
                     base = numbers((tensor.base,), tensor.base).to(tensor.dtype)
                     self.bases[key], self.twin_bases[key] = base, Value.of(base)
                 shared = self.twin_bases[key]
-                theta = Value(within(shared.v, tensor), within(shared.off, tensor))
+                v, off = within(shared.v, tensor), within(shared.off, tensor)
+                theta = Value(v, off, shared.arithmetic)
                 p = nn.Parameter(within(self.bases[key], tensor))
                 self.shares[len(self.model)] = tensor
             else:
@@ -89,46 +87,14 @@ class SideBySide:
 
     def check(self) -> None:
         """Compares everything; the twin then goes on from the optimizer's numbers."""
-        saved = self.opt.state_dict()
-        groups, twin = saved["param_groups"], self.twin
-        for theirs, ours in zip(groups, twin.groups, strict=True):
-            for name, value in ours.options.items():
-                assert theirs[name] == value, name
-            assert theirs["step"] == twin.steps
-            assert theirs["n_averaged"] == ours.averaged
-            assert theirs["implicit_momentum"] == ours.beta
-            assert theirs["average"] == (None if ours.policy is None else ours.policy.describe())
-        assert self.opt.n_averaged == max(group.averaged for group in twin.groups)
-        for i, (p, member) in enumerate(zip(self.model, twin.members, strict=True)):
-            name = f"parameter {i}"
-            self.compare(name, p, member.theta, member.dtype)
-            state = saved["state"].get(i, {})
-            if self.backend == "cuda" and p.numel() == 0:
-                continue  # no block runs for it, which could mark its first step
-            assert state.keys() == member.state.keys(), name
-            for key, (value, dtype) in member.state.items():
-                self.compare(f"{key} of {name}", state[key], value, dtype)
-                member.state[key] = Value.of(state[key]), dtype
-            for which, equals in ((AVERAGE, twin.copied), (MASTER, twin.rounded)):
-                if member in equals and i not in self.shares:
-                    source = member.state[which][0].v
-                    assert torch.equal(p, source.to(p.dtype)), f"{name}, a copy of its {which}"
-            if i not in self.shares:
-                assert not overrun(p), f"beside {name}"
         for key, base in self.bases.items():
-            self.compare(f"base {key}", base, self.twin_bases[key], key[1])
+            compare(f"base {key}", base, self.twin_bases[key], key[1])
+        agree(self.opt, [*self.model], self.twin, shared=self.shares, backend=self.backend)
+        for key, base in self.bases.items():
             self.twin_bases[key].v.copy_(base)
             self.twin_bases[key].off.zero_()
-        for p, member in zip(self.model, twin.members, strict=True):
-            member.theta.v.copy_(p.detach())
-            member.theta.off.zero_()
-        twin.copied, twin.rounded = [], []
-
-    def compare(self, name: str, actual: Tensor, expected: Value, dtype: torch.dtype) -> None:
-        assert actual.dtype == dtype, name
-        assert actual.shape == expected.v.shape, name
-        apart = (actual.detach().to(F64) - expected.v).abs()
-        assert bool((apart <= expected.off).all()), f"{name}: {apart.max()} > {expected.off.max()}"
+        for i, p in enumerate(self.model):
+            assert i in self.shares or not overrun(p), f"beside parameter {i}"
 
     def held(self, weights: bool = True) -> tuple[list[Tensor], str]:
         """Weights, state and counters: what must come back, or must not change."""

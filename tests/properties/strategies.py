@@ -13,7 +13,6 @@ from program import (
     CUSTOM,
     DTYPES,
     LAYOUTS,
-    RULES,
     AddGroup,
     Averaged,
     Case,
@@ -31,6 +30,7 @@ from program import (
     Unfreeze,
     admits,
 )
+from rules import ALGORITHMS, Domain
 
 import rbwa_fused as rf
 
@@ -84,7 +84,6 @@ sizes = (
     | st.sampled_from([(3,), (2, 3), (1023,), (1025,), (33, 65), (2, 3, 16, 17)])
 )
 alone = st.builds(TensorSpec, sizes, dtypes, layouts, seeds)
-small = st.floats(0.0, 0.5)
 
 
 def shared(dtype: torch.dtype) -> SearchStrategy[TensorSpec]:
@@ -98,22 +97,17 @@ def shared(dtype: torch.dtype) -> SearchStrategy[TensorSpec]:
     return st.builds(view, shapes, st.sampled_from(["contiguous", "gaps"]), st.integers(0, 15))
 
 
+def among(domain: Domain) -> SearchStrategy[Any]:
+    named = st.sampled_from([*domain.usual, *domain.others])
+    return named if domain.up_to is None else named | st.floats(0.0, domain.up_to)
+
+
 @st.composite
 def hyperparameters(draw: st.DrawFn, rule: str) -> dict[str, Any]:
-    lr: Any = draw(st.sampled_from([0.1, 0.0, 0.5]) | small)
+    options = {name: draw(among(domain)) for name, domain in ALGORITHMS[rule].domain.items()}
     if draw(st.integers(0, 4)) == 4:
-        lr = torch.tensor(lr)
-    options = {
-        "lr": lr,
-        "momentum": draw(st.sampled_from([0.9, 0.0, 0.5, 0.0]) | small),
-        "weight_decay": draw(st.sampled_from([0.0, 0.1]) | small),
-        "maximize": draw(st.booleans()),
-    }
-    if rule == "sgd":
-        options["nesterov"] = options["momentum"] > 0.0 and draw(st.booleans())
-        taus = st.sampled_from([0.0, 0.3, 1.0, -0.5, 1.5])
-        options["dampening"] = 0.0 if options["nesterov"] else draw(taus)
-    return options
+        options["lr"] = torch.tensor(options["lr"])
+    return ALGORITHMS[rule].allowed(options)
 
 
 @st.composite
@@ -169,7 +163,7 @@ def events(rule: str, groups: SearchStrategy[GroupSpec]) -> SearchStrategy[Event
 @st.composite
 def cases(draw: st.DrawFn, device: bool = False) -> Case:
     """With `device`, cases in which a device may count (engine/counters.py)."""
-    rule = draw(st.sampled_from(RULES))
+    rule = draw(st.sampled_from(list(ALGORITHMS)))
     capturable = device and draw(st.booleans())
     master_weights = draw(st.booleans())
     policies = st.one_of(NAMED if capturable else ANY).filter(

@@ -13,7 +13,8 @@ from collections import Counter
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
-from program import DTYPES, EVENTS, LAYOUTS, RULES, Case
+from program import DTYPES, EVENTS, LAYOUTS, Case
+from rules import ALGORITHMS
 from strategies import cases
 from training import Training
 
@@ -49,7 +50,7 @@ KINDS = [
     *(f"{layout} memory" for layout in (*LAYOUTS, "shared")),
     *(f"gradients {layout}" for layout in (*LAYOUTS, "like", "expanded")),
     *map(str, DTYPES),
-    *(f"rule {rule}" for rule in RULES),
+    *(f"rule {rule}" for rule in ALGORITHMS),
     "no gradient",
     "overflow",
     "unscaled",

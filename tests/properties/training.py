@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import compare
 from bounds import F64
 from program import (
     CANARY,
@@ -38,7 +39,7 @@ from program import (
 )
 from side_by_side import SideBySide, equal, own
 from torch import Tensor, nn
-from twin import MASTER
+from twin import MASTER, unscaled
 
 import rbwa_fused as rf
 
@@ -88,7 +89,6 @@ class Training(SideBySide):
             case AddGroup():
                 if self.opt.engine.device_counters is not None:
                     self.twin.follow()  # counters come back from the device, and all is made anew
-                    self.twin.forget_skipped()
                 self.opt.add_param_group(self.group(event.group))
             case Change():
                 self.change(event)
@@ -169,6 +169,7 @@ class Training(SideBySide):
             ):
                 self.twin.follow()  # the device counts, and the host sees to everything else first
                 self.twin.start(before)
+                self.twin.forget_skipped()
         for i, (p, g) in enumerate(zip(self.model, before, strict=True)):
             if self.case.in_backward:
                 continue  # freed, but of parameters that no hook may step
@@ -176,8 +177,9 @@ class Training(SideBySide):
             if g is not None and (overflow or scaled == 1.0):
                 assert torch.equal(p.grad, g), f"gradient {i}"
             elif g is not None:
-                expected = self.twin.unscaled(self.twin.members[i], g, scaled)
-                self.compare(f"gradient {i}", p.grad, expected, p.dtype)
+                expected = unscaled(g, scaled)
+                assert p.grad is not None
+                compare(f"gradient {i}", p.grad, expected, p.dtype)
 
     def tell(self, event: Step, grads: list[Tensor | None]) -> None:
         """Notes what a step has tried."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, RULES, STEPS, gradients, params, policy_for, products
+from cases import AVERAGES, DTYPES, STEPS, gradients, params, policy_for, products
+from rules import KERNELS, RULES
 from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +33,7 @@ def test_every_case_has_the_bits_of_the_cpu(dtype: torch.dtype, rule: str, avera
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_not_flattened_it_has_the_same_bits(dtype: torch.dtype) -> None:
-    for rule, average in (("momentum", "ema"), ("explicit", "same-dtype")):
+    for rule, average in (("momentum", "ema"), ("rsgdm explicit", "same-dtype")):
         assert_same_bits(
             run(dtype, rule, average, backend="cuda", flatten=False),
             run(dtype, rule, average, backend="cpu"),
@@ -184,9 +185,8 @@ SKIPPED = (1, 4, 5, 9)  # the very first step among them
 def scaled_run(
     dtype: torch.dtype, rule: str, policy: Average | None, backend: str
 ) -> tuple[list[Tensor], Any]:
-    cls, options, _ = RULES[rule]
     ps = params(dtype)
-    opt = cls(ps, **options, average=policy, backend=backend)
+    opt = RULES[rule].made(ps, average=policy, backend=backend)
     scaler = Scaler(opt, 8.0)
     everything = []
     for step in range(1, STEPS + 5):
@@ -208,7 +208,7 @@ NAMED = [name for name, policy in AVERAGES.items() if policy is None or not poli
 def test_a_skipped_step_skips_everything_and_costs_no_look(
     average: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rule in ("momentum", "rsgdm", "explicit", "plain", "master"):
+    for rule in [*KERNELS, "rsgdm implicit"]:
         policy = policy_for(average, rule, dtype)
         theirs, on_host = scaled_run(dtype, rule, policy, "cpu")
         with monkeypatch.context() as patch:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, gradients, params
+from rules import KERNELS
 from test_update import assert_same_bits, run
 from torch import nn
 
@@ -29,12 +30,12 @@ def forms(emulated_cuda: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("rule", ["plain", "momentum", "explicit", "master"])
+@pytest.mark.parametrize("rule", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_form_has_the_bits_of_the_cpu(
     dtype: torch.dtype, rule: str, form: tuple[bool, bool], forms: Any
 ) -> None:
-    if rule == "master" and dtype.itemsize != 2:
+    if KERNELS[rule].master and dtype.itemsize != 2:
         pytest.skip("masters are of 16-bit parameters")
     forms.launch_form(*form)
     ours = run(dtype, rule, "mean-write-back", backend="cuda")

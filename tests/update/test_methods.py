@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rules import RULES
 from torch import Tensor, nn
 
 import rbwa_fused as rf
@@ -124,21 +125,21 @@ def test_swa_from_current_weights_counts_them_as_its_first_model() -> None:
 
 
 RSGDM_CASES = [
-    ("implicit", papers.rsgdm, 0.9, 0.0),
-    ("implicit", papers.rsgdm, 0.5, 0.0),
-    ("explicit", papers.rsgdm, 0.9, 0.0),
-    (None, papers.sgdm, 0.9, 0.0),
-    ("implicit", papers.rsgdm, 0.9, 0.05),
-    ("explicit", papers.rsgdm, 0.8, 0.05),
+    ("rsgdm implicit", papers.rsgdm, 0.9, 0.0),
+    ("rsgdm implicit", papers.rsgdm, 0.5, 0.0),
+    ("rsgdm explicit", papers.rsgdm, 0.9, 0.0),
+    ("sgdm", papers.sgdm, 0.9, 0.0),
+    ("rsgdm implicit", papers.rsgdm, 0.9, 0.05),
+    ("rsgdm explicit", papers.rsgdm, 0.8, 0.05),
 ]
 
 
-@pytest.mark.parametrize(("difference", "literal", "beta", "decay"), RSGDM_CASES)
+@pytest.mark.parametrize(("rule", "literal", "beta", "decay"), RSGDM_CASES)
 def test_rsgdm_is_algorithm_1_of_its_paper(
-    difference: Any, literal: Callable[..., list[Tensor]], beta: float, decay: float
+    rule: str, literal: Callable[..., list[Tensor]], beta: float, decay: float
 ) -> None:
     p = nn.Parameter(initial())
-    opt = rf.RSGDM([p], lr=LR, momentum=beta, weight_decay=decay, difference=difference)
+    opt = RULES[rule].made([p], lr=LR, momentum=beta, weight_decay=decay, maximize=False)
 
     def gradient(w: Tensor, t: int) -> Tensor:
         return quadratic(w, t) + decay * w
@@ -147,23 +148,22 @@ def test_rsgdm_is_algorithm_1_of_its_paper(
 
 
 def test_implicit_rsgdm_keeps_one_buffer_and_explicit_three() -> None:
-    for difference, buffers in (("implicit", 1), ("explicit", 3), (None, 1)):
+    for rule, buffers in (("rsgdm implicit", 1), ("rsgdm explicit", 3), ("sgdm", 1)):
         p = nn.Parameter(initial())
-        opt = rf.RSGDM([p], difference=difference)
+        opt = RULES[rule].made([p])
         train(opt, p, 2)
+        assert opt.state[p].keys() == set(RULES[rule].keeps)
         assert len(opt.state[p]) == buffers
 
 
 def test_explicit_rsgdm_serves_a_momentum_that_changes() -> None:
     p = nn.Parameter(initial())
     opt = rf.RSGDM([p], lr=LR, momentum=0.9, difference="explicit")
-    w, m, z, previous = initial(), torch.zeros(37), torch.zeros(37), None
+    w: Tensor = initial()
+    state: dict[str, Tensor] = {}
     for t in range(1, 20):
-        beta = opt.param_groups[0]["momentum"] = 0.9 - 0.02 * t
-        g = quadratic(w, t)
-        m = beta * m + (1 - beta) * g
-        z = beta * z + (1 - beta) * (0 * g if previous is None else g - previous)
-        w, previous = w - LR * (m + beta * z), g
+        opt.param_groups[0]["momentum"] = 0.9 - 0.02 * t
+        w = RULES["rsgdm explicit"].literal(state, w, quadratic(w, t), opt.param_groups[0])
         p.grad = quadratic(p.detach(), t)
         opt.step()
     assert_close([p.detach()], [w])

@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, RULES, policy_for
+from cases import DTYPES, policy_for
+from rules import RULES
+from started import environment
 from torch import Tensor, nn
 
 import rbwa_fused as rf
@@ -26,10 +29,10 @@ HERE = Path(__file__).resolve().parent
 LARGE = 100_003  # elements: a step of so many takes torch's thread pool, in unequal parts
 
 KINDS: dict[str, Callable[..., Any]] = {
-    "ema": lambda ps: rf.FusedSGD(ps, lr=0.1, momentum=0.9, average=rf.ema(0.5)),
-    "explicit": lambda ps: rf.RSGDM(ps, lr=0.1, difference="explicit", average=rf.mean(start=2)),
-    "lookahead": lambda ps: rf.FusedSGD(ps, lr=0.1, weight_decay=0.1, average=rf.lookahead(3)),
-    "rbwa": lambda ps: rf.FusedSGD(ps, lr=0.1, momentum=0.9, average=rf.rbwa(2, 1)),
+    "ema": partial(RULES["momentum"].made, average=rf.ema(0.5)),
+    "explicit": partial(RULES["rsgdm explicit"].made, average=rf.mean(start=2)),
+    "lookahead": partial(RULES["decay-maximize"].made, average=rf.lookahead(3)),
+    "rbwa": partial(RULES["momentum"].made, average=rf.rbwa(2, 1)),
 }
 
 
@@ -146,9 +149,8 @@ def test_the_number_of_torchs_threads_does_not_change_a_bit(dtype: torch.dtype) 
             torch.set_num_threads(threads)
             seen = []
             for rule, average in CASES:
-                cls, options, _ = RULES[rule]
                 p = parameter(1, dtype)
-                opt = cls([p], **options, average=policy_for(average, rule, dtype))
+                opt = RULES[rule].made([p], average=policy_for(average, rule, dtype))
                 train(opt, p, 1, 4)
                 seen += everything(opt, p)
             ends.append(seen)
@@ -167,10 +169,9 @@ def among_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not hasattr(os, "fork"):
         pytest.skip("there is no fork here")
     file = tmp_path_factory.mktemp("processes") / "answers"
-    path = os.pathsep.join(filter(None, (str(HERE.parents[1]), os.environ.get("PYTHONPATH"))))
     subprocess.run(
         [sys.executable, HERE / "processes.py", file],
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
         timeout=150,  # longer than its own alarm
         check=False,
     )
@@ -241,7 +242,7 @@ def test_weights_that_are_only_sampled_are_not_written(backend: str) -> None:
     """Another process may write them at that time, and its step would be lost."""
     done = subprocess.run(
         [sys.executable, "-c", READ_ONLY, backend],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "TRITON_INTERPRET": "1"},
+        env=environment(HERE.parent, TRITON_INTERPRET="1"),
         capture_output=True,
         text=True,
     )

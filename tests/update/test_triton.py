@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, RULES, gradients, params, policy_for, products
+from cases import AVERAGES, DTYPES, gradients, params, policy_for, products
+from rules import KERNELS, RULES
 from torch import Tensor, nn
 
 import rbwa_fused as rf
@@ -112,8 +113,8 @@ def run_twice(
     both = Twice()
     backend = doors.Backend("triton", both.call, False)
     monkeypatch.setattr(backends, "choose", lambda name, device: backend)
-    cls, options, _ = RULES[rule]
-    opt = cls(ps, **options, average=policy_for(average, rule, dtype), backend="reference")
+    policy = policy_for(average, rule, dtype)
+    opt = RULES[rule].made(ps, average=policy, backend="reference")
     for step in range(steps):
         for p, g in zip(ps, gradients(ps, step), strict=True):
             p.grad = g
@@ -126,15 +127,15 @@ def run_twice(
 
 
 MOST = ["none", "mean-write-back", "same-dtype", "swa-current"]
-CASES = [
-    (torch.float32, rule, average) for rule in ("momentum", "explicit") for average in AVERAGES
-]
+UNMASTERED = [name for name, rule in KERNELS.items() if rule.keeps and not rule.master]
+WIDE_AND_NARROW = (torch.float64, torch.float16)
+CASES = list(itertools.product([torch.float32], UNMASTERED, AVERAGES))
 CASES += products([torch.float32], RULES, MOST)
 # The interpreter truncates to bfloat16, so it takes a parameter for another than its master's.
 CASES += [
     case
     for case in products(DTYPES[1:], RULES, MOST[1:3])
-    if not (case[0] == torch.bfloat16 and case[1].startswith("master"))
+    if not (case[0] == torch.bfloat16 and RULES[case[1]].master)
 ]
 CASES += products([torch.float16], ["master"], AVERAGES)
 
@@ -157,7 +158,7 @@ class TestInterpreted:
             monkeypatch.setattr(triton_step, "LARGE", 1)
             monkeypatch.setattr(triton_step, "CHUNK", 512)
         ps = params(torch.float32)
-        run_twice(monkeypatch, "explicit", "mean-write-back", torch.float32, ps, steps=3)
+        run_twice(monkeypatch, "rsgdm explicit", "mean-write-back", torch.float32, ps, steps=3)
 
     def test_any_coefficients_and_infinities_do_as_in_the_reference(self) -> None:
         random = torch.Generator().manual_seed(0)
@@ -384,10 +385,10 @@ class TestInterpreted:
         ("rule", "average", "dtype"),
         [
             *(("dampening", average, torch.float32) for average in NAMED),
-            *(("explicit", "mean-write-back", dtype) for dtype in (torch.float64, torch.float16)),
-            *(("rsgdm", "rbwa", dtype) for dtype in (torch.float64, torch.float16)),
-            ("plain", "algorithm2", torch.float32),
-            ("explicit", "lookahead", torch.float32),
+            *itertools.product(UNMASTERED, ["mean-write-back"], WIDE_AND_NARROW),
+            *itertools.product(["rsgdm implicit"], ["rbwa"], WIDE_AND_NARROW),
+            ("sgd", "algorithm2", torch.float32),
+            ("rsgdm explicit", "lookahead", torch.float32),
         ],
         ids=str,
     )
@@ -396,18 +397,16 @@ class TestInterpreted:
     ) -> None:
         monkeypatch.setattr(triton_step, "CHUNK", 32)
         ours, theirs = three(dtype), three(dtype)
-        cls, options, _ = RULES[rule]
         policy = policy_for(average, rule, dtype)
         second = {"lr": 0.05, "average": False, "weight_decay": 0.3}
-        opt = cls(
+        opt = RULES[rule].made(
             [{"params": theirs[:2]}, {"params": theirs[2:], **second}],
-            **options,
             average=policy,
             backend="reference",
         )
         device = OnDevice(ours, opt, policy)
         for step in range(12):
-            lr = torch.tensor([options["lr"] / (1 + step)])
+            lr = torch.tensor([RULES[rule].options["lr"] / (1 + step)])
             opt.param_groups[0]["lr"], device.deferred.lrs = lr.item(), [lr, None]
             scale = None if step % 5 == 3 else torch.tensor([3.0 + step])
             # a sum over devices, so it may be above 1; the very first step overflows too

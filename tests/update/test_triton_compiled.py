@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import RULES, policy_for, products
+from cases import policy_for, products
 from rbwa_fused.triton_kernels import step as triton_step
+from rules import RULES
 from torch import Tensor, nn
 
 from rbwa_fused.engine.counters import DeviceCounters
@@ -264,10 +265,9 @@ def train(options: dict[str, Any]) -> None:
     amp = [{}, {"grad_scale": one, "found_inf": one}, {"grad_scale": None, "found_inf": one}]
     averages = ("none", "ema", "same-dtype", "rbwa", "mean-write-back")
     for dtype, rule, average in products(DTYPES, RULES, averages):
-        cls, usual, _ = RULES[rule]
         ps = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in (5, 40)]
         policy = policy_for(average, rule, dtype)
-        opt = cls(ps, **usual, average=policy, backend="triton", **options)
+        opt = RULES[rule].made(ps, average=policy, backend="triton", **options)
         for step, scaler in enumerate(amp):
             for p in ps:
                 p.grad = torch.ones_like(p)

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from cases import (
-    AVERAGES,
-    DTYPES,
-    RULES,
-    STEPS,
-    gradients,
-    kept_dtype,
-    moved,
-    params,
-    policy_for,
-    products,
-)
-from oracle import Oracle, ulps
+from agreement import agree
+from bounds import ulps
+from cases import AVERAGES, DTYPES, STEPS, gradients, moved, params, policy_for, products
+from rules import ALGORITHMS, RULES, Rule
 from torch import Tensor, nn
+from twin import Twin
 
 import rbwa_fused as rf
 from rbwa_fused.engine import backends
@@ -28,12 +19,6 @@ from rbwa_fused.engine import backends
 # The reference gives the kernel's bits (below), so it takes part here for one dtype only.
 CASES = [(*case, "cpu") for case in products(DTYPES, RULES, AVERAGES)]
 CASES += [(*case, "reference") for case in products([torch.float32], RULES, AVERAGES)]
-
-# Unlike the oracle, float32 arithmetic rounds each of the about ten operations of a step; what a
-# step loses is carried on by momentum and by the average for STEPS steps. 16-bit parameters round
-# where they are stored, in both, so they differ by one unit where the float32 result lies next to
-# a tie, and by what the rule makes of that unit in later steps.
-TOLERANCE = {torch.float64: 24, torch.float32: 24, torch.bfloat16: 3, torch.float16: 3}
 
 
 def state_of(opt: Any, p: Tensor) -> dict[str, Tensor]:
@@ -44,12 +29,11 @@ def state_of(opt: Any, p: Tensor) -> dict[str, Tensor]:
 def test_every_case_is_the_literal_algorithm(
     dtype: torch.dtype, rule: str, average: str, backend: str
 ) -> None:
-    cls, options, oracle_rule = RULES[rule]
-    kept = kept_dtype(rule, dtype)
+    """After every step, to the bounds of bounds.py, which are those of one step."""
     policy = policy_for(average, rule, dtype)
     ps = params(dtype)
-    oracle = Oracle(ps, oracle_rule, options, policy, kept)
-    opt = cls(ps, **options, average=policy, backend=backend)
+    twin = Twin.of(RULES[rule], ps, policy)
+    opt = RULES[rule].made(ps, average=policy, backend=backend)
     for step in range(STEPS):
         grads: list[Tensor | None] = list(gradients(ps, step))
         if step > 0:
@@ -57,48 +41,27 @@ def test_every_case_is_the_literal_algorithm(
         for p, g in zip(ps, grads, strict=True):
             p.grad = None if g is None else g.clone()
         opt.step()
-        oracle.step(grads)
-    tolerance = TOLERANCE[kept]
-    assert opt.n_averaged == oracle.samples
-    for i, p in enumerate(ps):
-        state = state_of(opt, p)
-        master = state.pop("master_param", p.detach())
-        assert master.dtype == kept
-        assert ulps(master, oracle.theta[i]) <= tolerance, i
-        assert torch.equal(p, master.to(dtype)), i
-        for name, expected in oracle.state[i].items():
-            assert ulps(state[name], expected) <= tolerance, (i, name)
-        elided = policy is None or policy.elided_for(kept)
-        assert ("average" in state) == (not elided)
-        if "average" in state and oracle.averages[i] is not None:
-            limit = TOLERANCE[state["average"].dtype]
-            if state["average"].dtype != kept:  # the 16-bit weights' unit, in float32's
-                limit = tolerance * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-            assert ulps(state["average"], oracle.averages[i]) <= limit, i
+        twin.step(grads)
+        agree(opt, ps, twin, backend=backend)
+    assert opt.state_dict()["param_groups"][0]["step"] == STEPS
+    assert policy is None or opt.n_averaged > 0
 
 
 GRID = [
-    {
-        "lr": 0.2,
-        "momentum": momentum,
-        "dampening": dampening,
-        "weight_decay": decay,
-        "nesterov": nesterov,
-        "maximize": maximize,
-    }
-    for momentum, dampening, decay, nesterov, maximize in itertools.product(
-        (0, 0.9), (0, 0.3), (0, 0.1), (False, True), (False, True)
-    )
-    if not (nesterov and (momentum == 0 or dampening != 0))
+    pytest.param(rule, options, id="-".join(map(str, [name, *options.values()])))
+    for name, rule in ALGORITHMS.items()
+    if rule.torchs is not None
+    for options in rule.grid()
 ]
 
 
 @pytest.mark.parametrize("flatten", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("options", GRID, ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_replacing_torch_sgd_changes_nothing_but_the_time(
-    options: dict[str, Any], dtype: torch.dtype, flatten: bool
+@pytest.mark.parametrize(("rule", "options"), GRID)
+def test_replacing_torchs_optimizer_changes_nothing_but_the_time(
+    rule: Rule, options: dict[str, Any], dtype: torch.dtype, flatten: bool
 ) -> None:
+    assert rule.torchs is not None
     ours, theirs = params(dtype), params(dtype)
     halves = [ours[::2], ours[1::2]], [theirs[::2], theirs[1::2]]
 
@@ -106,8 +69,8 @@ def test_replacing_torch_sgd_changes_nothing_but_the_time(
         second = {"lr": 0.05, "weight_decay": 0.2, "maximize": not options["maximize"]}
         return [{"params": two[0]}, {"params": two[1], **second}]
 
-    opt = rf.FusedSGD(groups(halves[0]), **options, flatten=flatten)
-    torch_opt = torch.optim.SGD(groups(halves[1]), **options, foreach=False)
+    opt = rule.cls(groups(halves[0]), **options, flatten=flatten)
+    torch_opt = rule.torchs(groups(halves[1]), **options, foreach=False)
     for step in range(STEPS):
         for p, q, g in zip(ours, theirs, gradients(ours, step), strict=True):
             p.grad, q.grad = g.clone(), g.clone()
@@ -130,12 +93,11 @@ def run(
     dtype: torch.dtype, rule: str, average: str, device: str = "cpu", **options: Any
 ) -> list[Tensor]:
     """Everything that STEPS steps write: parameters and state, brought to the CPU."""
-    cls, rule_options, _ = RULES[rule]
     ps = params(dtype)
     ps.append(nn.Parameter(torch.linspace(-1, 1, 70_000, dtype=torch.float64).to(dtype)))
     if device != "cpu":
         ps = [nn.Parameter(moved(p, device)) for p in ps]
-    opt = cls(ps, **rule_options, average=policy_for(average, rule, dtype), **options)
+    opt = RULES[rule].made(ps, average=policy_for(average, rule, dtype), **options)
     for step in range(STEPS):
         for p, g in zip(ps, gradients(ps, step), strict=True):
             p.grad = g if device == "cpu" else moved(g, device)

@@ -1,7 +1,7 @@
-"""A second optimizer, in float64: rules and averages as README.md and their papers print them.
+"""A second optimizer, in float64: rules as rules.py has them, averages as README.md prints them.
 
 One parameter at a time; nothing is shared with rbwa_fused but the policies' fields. bounds.py says
-how far the kernels may be from it.
+how far the kernels may be from it, agreement.py compares them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bounds import F32, F64, Arithmetic, Value
+from bounds import F32, F64, Value
+from rules import Rule
 from torch import Tensor
 
 import rbwa_fused as rf
 
-MOMENTUM, DIFFERENCE = "momentum_buffer", "difference_buffer"
-PREVIOUS, AVERAGE = "previous_gradient", "average"
-MASTER = "master_param"
+AVERAGE, MASTER = "average", "master_param"
 
 
 @dataclass(eq=False)
@@ -30,14 +29,15 @@ class Member:
     master_weights: bool
     state: dict[str, tuple[Value, torch.dtype]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.arithmetic = Arithmetic(self.dtype)
+    @classmethod
+    def of(cls, p: Tensor, master_weights: bool = False) -> Member:
+        """A parameter as it is now."""
+        return cls(Value.of(p), p.dtype, master_weights)
 
     def put_elsewhere(self, dtype: torch.dtype) -> None:
         """The parameter has memory of its own now, maybe of another dtype."""
         self.theta = Value.of(self.theta.v.to(dtype))
         self.dtype = dtype
-        self.arithmetic = Arithmetic(dtype)
 
     @property
     def mastered(self) -> bool:
@@ -48,6 +48,11 @@ class Member:
     def kept(self) -> torch.dtype:
         """The dtype of momentum and of what a step works on."""
         return F32 if self.mastered else self.dtype
+
+    @property
+    def rules_state(self) -> dict[str, Value]:
+        """What the rule keeps: empty until the first step that keeps something."""
+        return {k: value for k, (value, _) in self.state.items() if k not in (AVERAGE, MASTER)}
 
     def weights(self) -> Value:
         """What a step works on: the parameter, or its master where the parameter is that, rounded.
@@ -62,40 +67,21 @@ class Member:
         return Value(
             torch.where(known & near, master, theta.v),
             torch.where(near & ~known, theta.off.maximum((master - theta.v).abs()), theta.off),
+            theta.arithmetic,
         )
 
     def keep(self, name: str, value: Value, dtype: torch.dtype) -> None:
-        self.state[name] = self.arithmetic.stored(value, dtype), dtype
+        self.state[name] = value.stored(dtype), dtype
 
-    def move(self, rule: str, group: Group, theta: Value, gradient: Value) -> Value:
-        """Lines (1)-(3) for a gradient that is unscaled and has its sign."""
-        options, linear = group.options, self.arithmetic.linear
-        lr, beta = float(options["lr"]), float(options["momentum"])
-        g = linear((1.0, gradient), (float(options["weight_decay"]), theta))
-        if beta == 0.0:
-            return linear((1.0, theta), (-lr, g))
-        zero = Value.of(torch.zeros_like(g.v))
-        first = MOMENTUM not in self.state
-        held = {name: value for name, (value, _) in self.state.items()}
-        old = held.get(MOMENTUM, zero)
-        new: dict[str, Value] = {}
-        if rule == "sgd":
-            m = g if first else linear((beta, old), (1.0 - options["dampening"], g))
-            direction = linear((1.0, g), (beta, m)) if options["nesterov"] else m
-        elif rule == "sgdm":
-            m = direction = linear((beta, old), (1.0 - beta, g))
-        elif rule == "implicit":  # the buffer never sees the first gradient (docs/equivalences.md)
-            m = zero if first else linear((beta, old), (1.0 - beta, g))
-            direction = linear((1.0 - beta, g), (beta, m))
-        else:
-            m = linear((beta, old), (1.0 - beta, g))
-            difference = zero if first else linear((1.0, g), (-1.0, held[PREVIOUS]))
-            z = linear((beta, held.get(DIFFERENCE, zero)), (1.0 - beta, difference))
-            direction = linear((1.0, m), (beta, z))
-            new = {DIFFERENCE: z, PREVIOUS: g}
-        for name, value in {MOMENTUM: m, **new}.items():
-            self.keep(name, value, self.kept)
-        return linear((1.0, theta), (-lr, direction))
+    def move(self, rule: Rule, group: Group, theta: Value, gradient: Value) -> Value:
+        """Lines (1)-(3) for a gradient that is unscaled."""
+        before = self.rules_state
+        after = dict(before)
+        x = rule.literal(after, theta, gradient, group.numbers)
+        for name, value in after.items():
+            if value is not before.get(name):
+                self.keep(name, value, self.kept)
+        return x
 
 
 @dataclass(eq=False)
@@ -104,7 +90,12 @@ class Group:
     policy: rf.Average | None
     members: list[Member]
     samples: int = 0
-    beta: float | None = None  # of implicit RSGDM, from its first step on
+    beta: float | None = None  # the momentum that must stay, from the first step on
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The hyperparameters, with the value of what is a tensor."""
+        return {k: float(v) if isinstance(v, Tensor) else v for k, v in self.options.items()}
 
     @property
     def averaged(self) -> int:
@@ -146,13 +137,23 @@ class Group:
             epoch = (step - 1) // weight.steps_per_epoch + 1
             batch = (step - 1) % weight.steps_per_epoch
             return 1.0 / ((epoch - weight.start_epoch) * batch + 1)
-        return weight(self.samples, step)
+        return float(weight(self.samples, step))
 
 
 class Twin:
     """The optimizer: a rule, groups, and the count of steps taken."""
 
-    def __init__(self, rule: str, master_weights: bool) -> None:
+    @classmethod
+    def of(
+        cls, rule: Rule, params: Sequence[Tensor], policy: rf.Average | None, **more: Any
+    ) -> Twin:
+        """Of one group; `more` are hyperparameters that differ from the rule's."""
+        twin = cls(rule, rule.master)
+        members = [Member.of(p, rule.master) for p in params]
+        twin.groups.append(Group({**rule.hyperparameters, **more}, policy, members))
+        return twin
+
+    def __init__(self, rule: Rule, master_weights: bool) -> None:
         self.rule = rule
         self.master_weights = master_weights
         self.groups: list[Group] = []
@@ -178,7 +179,8 @@ class Twin:
                         member.state[name] = Value.of(value.v.to(wanted)), wanted
 
     def forget_skipped(self) -> None:
-        """Averages that only skipped steps have made are made again by the first that is taken."""
+        """Averages that only skipped steps have made are in no state dict, and are made again by
+        the first step that is taken."""
         if self.steps == 0:
             for member in self.members:
                 member.state.pop(AVERAGE, None)
@@ -203,8 +205,7 @@ class Twin:
         return any(wanted is not None and wanted != dtype for dtype, wanted in kept)
 
     def start(self, gradients: Sequence[Tensor | None]) -> None:
-        """What a step gives before it computes: averages, masters, and the beta that implicit RSGDM
-        keeps.
+        """What a step gives before it computes: averages, masters, and a momentum that must stay.
 
         An average starts as the parameter, which it may have been until a conversion. A
         master starts with the first gradient, or where a conversion left momentum to go on with.
@@ -215,11 +216,11 @@ class Twin:
                 dtype = group.average_dtype(member)
                 if dtype is not None and AVERAGE not in member.state:
                     member.state[AVERAGE] = Value.of(member.theta.v.to(dtype)), dtype
-                momentum = float(group.options["momentum"])
-                present, started = next(given) is not None, MOMENTUM in member.state
+                present, started = next(given) is not None, bool(member.rules_state)
                 if member.mastered and MASTER not in member.state and (present or started):
-                    member.state[MASTER] = Value.of(member.theta.v), F32
-                if self.rule == "implicit" and momentum != 0.0 and present and not started:
+                    member.state[MASTER] = Value.of(member.theta.v.to(F32)), F32
+                momentum = group.numbers["momentum"] if self.rule.constant_momentum else 0.0
+                if momentum != 0.0 and present and not started:
                     group.beta = momentum
 
     def step(self, gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
@@ -231,7 +232,6 @@ class Twin:
         given = iter(gradients)
         for group in self.groups:
             current, weight, back = group.sampling(self.steps)
-            sign = -1.0 if group.options["maximize"] else 1.0
             for member in group.members:
                 g = next(given)
                 sampled = (current or weight is not None) and AVERAGE in member.state
@@ -239,13 +239,12 @@ class Twin:
                     continue
                 x = theta = member.weights()
                 if g is not None:
-                    signed = member.arithmetic.linear((sign / scale, Value.of(g)))
-                    x = member.move(self.rule, group, theta, signed)
+                    x = member.move(self.rule, group, theta, (1.0 / scale) * Value.of(g))
                 x = self._average(group, member, theta, x, current, weight, back)
                 if MASTER in member.state:
                     member.keep(MASTER, x, F32)
                     self.rounded.append(member)
-                theta = member.arithmetic.stored(x, member.dtype)
+                theta = x.stored(member.dtype)
                 member.theta.v.copy_(theta.v)
                 member.theta.off.copy_(theta.off)
 
@@ -265,18 +264,16 @@ class Twin:
         dtype = group.average_dtype(member)
         beside = dtype is not None and not current
         a = member.state[AVERAGE][0] if beside else theta
-        arithmetic = member.arithmetic
-        if weight is not None and arithmetic.round(weight) == 1.0:
-            a = x
-        elif weight is not None:
-            a = arithmetic.linear((1.0, a), (weight, arithmetic.linear((1.0, x), (-1.0, a))))
+        whole = weight is not None and x.arithmetic.round(weight) == 1.0
+        if weight is not None:
+            a = x if whole else a + weight * (x - a)
         if dtype is not None:
             member.keep(AVERAGE, a, dtype)
-            if back or (weight is not None and arithmetic.round(weight) == 1.0):
+            if back or whole:
                 self.copied.append(member)
         return a if back else x
 
-    def unscaled(self, member: Member, gradient: Tensor, scale: float) -> Value:
-        """What AMP's contract wants in `grad` after a step."""
-        divided = member.arithmetic.linear((1.0 / scale, Value.of(gradient)))
-        return member.arithmetic.stored(divided, member.dtype)
+
+def unscaled(gradient: Tensor, scale: float) -> Value:
+    """What AMP's contract wants in `grad` after a step."""
+    return ((1.0 / scale) * Value.of(gradient)).stored(gradient.dtype)

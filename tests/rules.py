@@ -1,0 +1,273 @@
+"""Every optimizer rule, declared once; whatever tests "every rule" takes it from RULES.
+
+A rule is added by one more value in RULES. Its literal algorithm is written as its source prints
+it, with nothing of rbwa_fused, for float64 tensors and for the numbers of bounds.py alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import torch
+from bounds import Value
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+import rbwa_fused as rf
+
+Options = dict[str, Any]
+Numbers = dict[str, float]
+N = TypeVar("N", Tensor, Value)
+
+
+class Literal(Protocol):
+    """An algorithm: the weights after a step with gradient `g`.
+
+    `state` is what the parameter keeps between steps, empty before the first. The algorithm puts
+    its new values there. `o` has every hyperparameter, as a plain number.
+    """
+
+    __name__: str
+
+    def __call__(self, state: dict[str, N], theta: N, g: N, o: Numbers) -> N: ...
+
+
+# ---- the algorithms, by the names that checkpoints know them by ----------------------------------
+
+
+def sgd(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
+    """torch.optim.SGD, as its documentation prints it."""
+    if o["maximize"]:
+        g = -g
+    if o["weight_decay"] != 0:
+        g = g + o["weight_decay"] * theta
+    if o["momentum"] != 0:
+        b = g
+        if "momentum_buffer" in state:
+            b = o["momentum"] * state["momentum_buffer"] + (1 - o["dampening"]) * g
+        state["momentum_buffer"] = b
+        g = g + o["momentum"] * b if o["nesterov"] else b
+    return theta - o["lr"] * g
+
+
+def _of_paper(theta: N, g: N, o: Numbers) -> N:
+    """The gradient of the loss that a paper minimises: with torch's sign and coupled weight decay,
+    which papers leave out."""
+    if o["maximize"]:
+        g = -g
+    return g + o["weight_decay"] * theta
+
+
+def sgdm(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
+    """SGDM, the baseline of the RSGDM paper: m_0 = 0.
+
+    Without momentum it is SGD, which keeps nothing; so it is in the two below.
+    """
+    g = _of_paper(theta, g, o)
+    beta = o["momentum"]
+    if beta == 0:
+        return theta - o["lr"] * g
+    m = beta * state.get("momentum_buffer", 0.0 * g) + (1 - beta) * g
+    state["momentum_buffer"] = m
+    return theta - o["lr"] * m
+
+
+def rsgdm_explicit(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
+    """Algorithm 1 of the RSGDM paper: m_0 = z_0 = 0, and the first difference is 0."""
+    g = _of_paper(theta, g, o)
+    beta = o["momentum"]
+    if beta == 0:
+        return theta - o["lr"] * g
+    difference = g - state["previous_gradient"] if "previous_gradient" in state else 0.0 * g
+    m = beta * state.get("momentum_buffer", 0.0 * g) + (1 - beta) * g
+    z = beta * state.get("difference_buffer", 0.0 * g) + (1 - beta) * difference
+    state.update(momentum_buffer=m, difference_buffer=z, previous_gradient=g)
+    return theta - o["lr"] * (m + beta * z)
+
+
+def rsgdm_implicit(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
+    """RSGDM with one buffer, as docs/equivalences.md has it: u_1 = 0."""
+    g = _of_paper(theta, g, o)
+    beta = o["momentum"]
+    if beta == 0:
+        return theta - o["lr"] * g
+    u = 0.0 * g
+    if "momentum_buffer" in state:
+        u = beta * state["momentum_buffer"] + (1 - beta) * g
+    state["momentum_buffer"] = u
+    return theta - o["lr"] * (beta * u + (1 - beta) * g)
+
+
+# ---- their hyperparameters -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a hyperparameter may be.
+
+    Attributes:
+        usual: the values of a grid.
+        others: further values to draw.
+        up_to: where any number from 0 on may be drawn, the largest.
+    """
+
+    usual: tuple[Any, ...]
+    others: tuple[Any, ...] = ()
+    up_to: float | None = None
+
+
+OF_PAPER = {
+    "lr": Domain((0.2,), (0.1, 0.0, 0.5), up_to=0.5),
+    "momentum": Domain((0.0, 0.9), (0.5, 0.0), up_to=0.5),
+    "weight_decay": Domain((0.0, 0.1), up_to=0.5),
+    "maximize": Domain((False, True)),
+}
+OF_SGD = {
+    **OF_PAPER,
+    "dampening": Domain((0.0, 0.3), (1.0, -0.5, 1.5)),
+    "nesterov": Domain((False, True)),
+}
+
+
+def _as_given(options: Options) -> Options:
+    return options
+
+
+def _nesterov_alone(options: Options) -> Options:
+    """torch refuses Nesterov's momentum without a momentum and with a dampening."""
+    nesterov = options["nesterov"] and options["momentum"] > 0
+    return {**options, "nesterov": nesterov, **({"dampening": 0.0} if nesterov else {})}
+
+
+# ---- the rules -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule, with hyperparameters away from their defaults.
+
+    Attributes:
+        cls: the optimizer.
+        options: of its constructor.
+        literal: the algorithm.
+        domain: the hyperparameters; all else in `options` is the constructor's alone.
+        allowed: hyperparameters, without what the class refuses together.
+        torchs: the class of torch that takes the same steps and exchanges checkpoints with it.
+        constant_momentum: whether a group must go on with the momentum of its first step.
+    """
+
+    cls: Callable[..., Any]
+    options: Options
+    literal: Literal
+    domain: dict[str, Domain]
+    allowed: Callable[[Options], Options] = _as_given
+    torchs: Callable[..., Any] | None = None
+    constant_momentum: bool = False
+
+    def made(self, params: ParamsT, **more: Any) -> Any:
+        """The optimizer."""
+        return self.cls(params, **{**self.options, **more})
+
+    @property
+    def master(self) -> bool:
+        """Whether 16-bit parameters have float32 masters."""
+        return bool(self.options.get("master_weights"))
+
+    @property
+    def constructor(self) -> Options:
+        """The options that are no hyperparameters."""
+        return {k: v for k, v in self.options.items() if k not in self.domain}
+
+    @property
+    def hyperparameters(self) -> Options:
+        """All of them, defaults included."""
+        defaults = inspect.signature(self.cls).parameters
+        return {k: self.options.get(k, defaults[k].default) for k in self.domain}
+
+    @cached_property
+    def keeps(self) -> tuple[str, ...]:
+        """What a parameter has in its state after a step, beside its average and its master."""
+        state: dict[str, Tensor] = {}
+        one = torch.ones((), dtype=torch.float64)
+        self.literal(state, one, one, self.hyperparameters)
+        return tuple(state)
+
+    def kept(self, dtype: torch.dtype) -> torch.dtype:
+        """What a step works on: a float32 master of a 16-bit parameter, if there is one."""
+        return torch.float32 if self.master and dtype.itemsize == 2 else dtype
+
+    def grid(self) -> Iterator[Options]:
+        """Every usual combination of hyperparameters."""
+        seen = []
+        for values in itertools.product(*(domain.usual for domain in self.domain.values())):
+            options = self.allowed(dict(zip(self.domain, values, strict=True)))
+            if options not in seen:
+                seen.append(options)
+                yield options
+
+
+def _sgd(**options: Any) -> Rule:
+    return Rule(rf.FusedSGD, options, sgd, OF_SGD, _nesterov_alone, torch.optim.SGD)
+
+
+def _with_masters(**options: Any) -> Rule:
+    """FusedSGD with float32 masters, which torch's has not."""
+    return Rule(rf.FusedSGD, {**options, "master_weights": True}, sgd, OF_SGD, _nesterov_alone)
+
+
+RULES: dict[str, Rule] = {
+    "sgd": _sgd(lr=0.3),
+    "decay-maximize": _sgd(lr=0.2, weight_decay=0.1, maximize=True),
+    "momentum": _sgd(lr=0.1, momentum=0.8, weight_decay=0.05),
+    "dampening": _sgd(lr=0.1, momentum=0.7, dampening=0.4, maximize=True),
+    "nesterov": _sgd(lr=0.1, momentum=0.6, nesterov=True, weight_decay=0.1),
+    "sgdm": Rule(rf.RSGDM, {"lr": 0.3, "momentum": 0.8, "difference": None}, sgdm, OF_PAPER),
+    "rsgdm implicit": Rule(
+        rf.RSGDM,
+        {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.1},
+        rsgdm_implicit,
+        OF_PAPER,
+        constant_momentum=True,
+    ),
+    "rsgdm explicit": Rule(
+        rf.RSGDM,
+        {
+            "lr": 0.3,
+            "momentum": 0.7,
+            "weight_decay": 0.05,
+            "maximize": True,
+            "difference": "explicit",
+        },
+        rsgdm_explicit,
+        OF_PAPER,
+    ),
+    "master": _with_masters(lr=0.1, momentum=0.7, nesterov=True, weight_decay=0.05),
+    "master sgd": _with_masters(lr=0.3, weight_decay=0.1),
+    "master rsgdm explicit": Rule(
+        rf.RSGDM,
+        {"lr": 0.2, "momentum": 0.7, "difference": "explicit", "master_weights": True},
+        rsgdm_explicit,
+        OF_PAPER,
+    ),
+}
+
+
+def _one_of_each(key: Callable[[Rule], Any], rules: dict[str, Rule]) -> dict[str, Rule]:
+    """The first rule with each value of the key."""
+    found: dict[Any, str] = {}
+    for name, rule in rules.items():
+        found.setdefault(key(rule), name)
+    return {name: rules[name] for name in found.values()}
+
+
+# Parts of the table, for what does not need all of it.
+PLAIN = {name: rule for name, rule in RULES.items() if not rule.master}
+OF_TORCH = {name: rule for name, rule in RULES.items() if rule.torchs is not None}
+WITH_STATE = {name: rule for name, rule in PLAIN.items() if rule.keeps}
+ALGORITHMS = _one_of_each(lambda rule: rule.literal, WITH_STATE)
+KERNELS = _one_of_each(lambda rule: (rule.keeps, rule.master), RULES)
