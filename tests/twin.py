@@ -179,8 +179,7 @@ class Twin:
                         member.state[name] = Value.of(value.v.to(wanted)), wanted
 
     def forget_skipped(self) -> None:
-        """Averages that only skipped steps have made are in no state dict, and are made again by
-        the first step that is taken."""
+        """Averages that only skipped steps have made are made again by the first that is taken."""
         if self.steps == 0:
             for member in self.members:
                 member.state.pop(AVERAGE, None)

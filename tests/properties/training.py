@@ -89,6 +89,7 @@ class Training(SideBySide):
             case AddGroup():
                 if self.opt.engine.device_counters is not None:
                     self.twin.follow()  # counters come back from the device, and all is made anew
+                    self.twin.forget_skipped()
                 self.opt.add_param_group(self.group(event.group))
             case Change():
                 self.change(event)
@@ -169,7 +170,6 @@ class Training(SideBySide):
             ):
                 self.twin.follow()  # the device counts, and the host sees to everything else first
                 self.twin.start(before)
-                self.twin.forget_skipped()
         for i, (p, g) in enumerate(zip(self.model, before, strict=True)):
             if self.case.in_backward:
                 continue  # freed, but of parameters that no hook may step
