@@ -261,20 +261,17 @@ RBWA_INLINE void run(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, cons
   for (int64_t i = done + thread; i < chunk.n; i += kThreads) one<kind, averaged>(chunk, k, u, i);
 }
 
-// The branch of a segment's kind, which is the same for a whole block, among those up to `most`.
+// The branch of a segment's kind, which is the same for a whole block, among those up to `most`. A
+// segment without a gradient is touched only where it is sampled.
 template <Kind most, bool averaged, typename S, typename W, typename A, typename T>
 RBWA_INLINE void run_kind(Kind kind, const Chunk<S, W, A>& chunk, const Coefficients<T>& k,
                           const Unscale<T>& u, int thread) {
-  if constexpr (averaged) {
-    if (kind == Kind::kSample) return run<Kind::kSample, true>(chunk, k, u, thread);
+#define RBWA_RUN(name)                                                             \
+  if constexpr (Kind::name <= most && (averaged || Kind::name != Kind::kSample)) { \
+    if (kind == Kind::name) return run<Kind::name, averaged>(chunk, k, u, thread); \
   }
-  if constexpr (most >= Kind::kDifference) {
-    if (kind == Kind::kDifference) return run<Kind::kDifference, averaged>(chunk, k, u, thread);
-  }
-  if constexpr (most >= Kind::kMomentum) {
-    if (kind == Kind::kMomentum) return run<Kind::kMomentum, averaged>(chunk, k, u, thread);
-  }
-  if (kind == Kind::kPlain) run<Kind::kPlain, averaged>(chunk, k, u, thread);
+  RBWA_KINDS(RBWA_RUN)
+#undef RBWA_RUN
 }
 
 template <typename X>
@@ -282,7 +279,7 @@ RBWA_INLINE X* place(void* stream, int64_t element) {
   return stream != nullptr ? static_cast<X*>(stream) + element : nullptr;
 }
 
-// The work of one thread. `most` is the kind with most streams among the launch's segments.
+// The work of one thread. `most` is the last kind among the launch's segments.
 template <typename S, typename W, typename A, Kind most, bool averaged, typename T, int bytes>
 RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int thread) {
   if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
