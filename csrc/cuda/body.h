@@ -196,21 +196,21 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
     Vectors<A, sizeof(A) / sizeof(S)> a[flight];
 #pragma unroll
     for (int f = 0; f < flight; ++f) {
-      const int64_t v = first + f * kThreads;
-      if (v >= whole) continue;
-      theta[f].load(chunk.theta, v);
-      if constexpr (kHasMaster<S, W>) param[f].load(chunk.param, v);
-      if constexpr (kind != Kind::kSample) load_gradient(chunk.g + v * count, g_bytes, g[f]);
+      const int64_t vector = first + f * kThreads;
+      if (vector >= whole) continue;
+      theta[f].load(chunk.theta, vector);
+      if constexpr (kHasMaster<S, W>) param[f].load(chunk.param, vector);
+      if constexpr (kind != Kind::kSample) load_gradient(chunk.g + vector * count, g_bytes, g[f]);
 #define RBWA_LOAD(stream, when) \
-  if constexpr (keeps_##stream(kind)) stream[f].load(chunk.stream, v);
+  if constexpr (keeps_##stream(kind)) stream[f].load(chunk.stream, vector);
       RBWA_KEPT(RBWA_LOAD)
 #undef RBWA_LOAD
-      if constexpr (averaged) a[f].load(chunk.a, v);
+      if constexpr (averaged) a[f].load(chunk.a, vector);
     }
 #pragma unroll
     for (int f = 0; f < flight; ++f) {
-      const int64_t v = first + f * kThreads;
-      if (v >= whole) continue;
+      const int64_t vector = first + f * kThreads;
+      if (vector >= whole) continue;
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         Chunk<S, W, A> element;
@@ -222,19 +222,19 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
         one<kind, averaged>(element, k, u, 0);
       }
       if constexpr (kHasMaster<S, W>) {
-        theta[f].store(chunk.theta, v);
-        if (writes_weight<kind>(k)) param[f].store(chunk.param, v);
+        theta[f].store(chunk.theta, vector);
+        if (writes_weight<kind>(k)) param[f].store(chunk.param, vector);
       } else {
-        if (writes_weight<kind>(k)) theta[f].store(chunk.theta, v);
+        if (writes_weight<kind>(k)) theta[f].store(chunk.theta, vector);
       }
       if constexpr (kind != Kind::kSample) {
-        if (u.scaled) store_gradient(chunk.g + v * count, g_bytes, g[f]);
+        if (u.scaled) store_gradient(chunk.g + vector * count, g_bytes, g[f]);
       }
 #define RBWA_STORE(stream, when) \
-  if constexpr (keeps_##stream(kind)) stream[f].store(chunk.stream, v);
+  if constexpr (keeps_##stream(kind)) stream[f].store(chunk.stream, vector);
       RBWA_KEPT(RBWA_STORE)
 #undef RBWA_STORE
-      if constexpr (averaged) a[f].store(chunk.a, v);
+      if constexpr (averaged) a[f].store(chunk.a, vector);
     }
   }
 }
