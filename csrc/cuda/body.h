@@ -182,7 +182,7 @@ template <Kind kind, bool averaged, typename S, typename W, typename A, typename
 RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                          int thread) {
   constexpr int count = kVectorBytes / sizeof(S);
-  constexpr int flight = sizeof(S) == 2 ? 1 : 2;
+  constexpr int flight = kNarrow<S> ? 1 : 2;
   using Kept = Vectors<W, sizeof(W) / sizeof(S)>;
   const int64_t whole = chunk.n / count;
   const int g_bytes = kind == Kind::kSample ? 0 : widest(chunk.g);
