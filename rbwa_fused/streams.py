@@ -20,5 +20,5 @@ STREAMS = (AVERAGE, MASTER, *KEPT.values())  # all keys, in the order of csrc/ta
 
 
 def working_dtype(dtype: torch.dtype, master_weights: bool) -> torch.dtype:
-    """The dtype of what is kept and of what the step works on: float32 where there is a master."""
+    """What momentum and the step are kept in: float32 where there is a master, else the dtype."""
     return torch.float32 if master_weights and dtype in NARROW else dtype
