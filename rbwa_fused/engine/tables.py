@@ -187,8 +187,7 @@ class Tables:
                 group = self.plan.groups[table.groups[i]]
                 gone = {AVERAGE: not group.has_buffer(p), MASTER: not group.has_master(p)}
                 if stream in held and (gone.get(stream) or value is None):
-                    # After model.float() a parameter needs no master, or no average of its own.
-                    changes.append((held, stream, None))
+                    changes.append((held, stream, None))  # after model.float(): no master
                 elif value is not None:
                     dtype = group.dtype_of(stream, p)
                     own = local(value)
