@@ -56,9 +56,13 @@ RBWA_INLINE void narrow(double x, double& to) { to = x; }
 
 // Name, storage, and how DLPack (kind and bits) and torch call it; rbwa_fused/streams.py has the
 // same list in the same order.
-#define RBWA_DTYPES(dtype)                                                                         \
-  dtype(kFloat32, float, kDLFloat, 32, Float) dtype(kFloat64, double, kDLFloat, 64, Double) dtype( \
-      kBfloat16, Bfloat16, kDLBfloat, 16, BFloat16) dtype(kFloat16, Float16, kDLFloat, 16, Half)
+// clang-format off: a line each
+#define RBWA_DTYPES(dtype)                             \
+  dtype(kFloat32, float, kDLFloat, 32, Float)          \
+  dtype(kFloat64, double, kDLFloat, 64, Double)        \
+  dtype(kBfloat16, Bfloat16, kDLBfloat, 16, BFloat16)  \
+  dtype(kFloat16, Float16, kDLFloat, 16, Half)
+// clang-format on
 
 #define RBWA_NAME(name, ...) name,
 enum class Dtype : int32_t { RBWA_DTYPES(RBWA_NAME) };

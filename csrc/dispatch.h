@@ -25,14 +25,11 @@ RBWA_HOST auto with_storage(Dtype dtype, const Work& work) {
 template <typename Work>
 RBWA_HOST auto with_kind(Kind kind, const Work& work) {
   switch (kind) {
-    case Kind::kSample:
-      return work.template operator()<Kind::kSample>();
-    case Kind::kPlain:
-      return work.template operator()<Kind::kPlain>();
-    case Kind::kMomentum:
-      return work.template operator()<Kind::kMomentum>();
-    case Kind::kDifference:
-      return work.template operator()<Kind::kDifference>();
+#define RBWA_CASE(name) \
+  case Kind::name:      \
+    return work.template operator()<Kind::name>();
+    RBWA_KINDS(RBWA_CASE)
+#undef RBWA_CASE
   }
   __builtin_unreachable();
 }
@@ -40,7 +37,7 @@ RBWA_HOST auto with_kind(Kind kind, const Work& work) {
 // What distinguishes one compiled CUDA kernel from another: the streams of memory.
 struct KernelKey {
   Dtype dtype, theta_dtype, a_dtype;  // as in Segment
-  Kind most;                          // the kind with most streams among the segments
+  Kind most;                          // the last of the segments' kinds, but at least kPlain
   bool averaged;
 };
 
@@ -49,14 +46,10 @@ struct KernelKey {
 template <typename Work>
 auto with_kernel(const KernelKey& key, const Work& work) {
   auto with_most = [&]<typename S, typename W, typename A, bool averaged>() {
-    switch (key.most) {
-      case Kind::kDifference:
-        return work.template operator()<S, W, A, Kind::kDifference, averaged>();
-      case Kind::kMomentum:
-        return work.template operator()<S, W, A, Kind::kMomentum, averaged>();
-      default:
-        return work.template operator()<S, W, A, Kind::kPlain, averaged>();
-    }
+    return with_kind(key.most, [&]<Kind most>() {
+      constexpr Kind of_launch = most == Kind::kSample ? Kind::kPlain : most;
+      return work.template operator()<S, W, A, of_launch, averaged>();
+    });
   };
   return with_storage(key.dtype, [&]<typename S>() {
     if constexpr (kNarrow<S>) {

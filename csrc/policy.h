@@ -36,11 +36,11 @@ RBWA_INLINE double weight_of(const Policy& policy, int64_t n, int64_t step) {
 }
 
 // What the step numbered `step` (from 1) does to an average in a buffer, and to the learning rate
-// where the average is the parameter itself (`elided`). Returns the samples averaged after it.
+// where the average is the parameter itself (`itself`). Returns the samples averaged after it.
 RBWA_INLINE int64_t sampling_of(const Policy& policy, int64_t n, int64_t step, Sampling& buffered,
-                                Sampling& elided) {
+                                Sampling& itself) {
   buffered = {1, 0, 0, 0, 0};
-  elided = {1, 0, 0, 0, 0};
+  itself = {1, 0, 0, 0, 0};
   const int64_t past = step - static_cast<int64_t>(policy.start);
   if (policy.weight == 0 || past <= 0) return n;
   if (n == 0 && policy.initial_current != 0) {
@@ -50,14 +50,15 @@ RBWA_INLINE int64_t sampling_of(const Policy& policy, int64_t n, int64_t step, S
   if (past % static_cast<int64_t>(policy.every) != 0) return n;
   const int64_t write_back_every = static_cast<int64_t>(policy.write_back_every);
   buffered.sample = 1;
-  buffered.w = elided.scale = weight_of(policy, n, step);
+  buffered.w = itself.scale = weight_of(policy, n, step);
   buffered.write_back = write_back_every > 0 && past % write_back_every == 0;
   return n + 1;
 }
 
-// Counters and tables that live on a device, because only the device knows whether a step is
-// skipped. Kernels read `samplings` of the step to come; `advance` counts the step just taken.
-struct Deferred {
+// Under AMP and in captured graphs only the device knows whether a step happened, so it counts.
+// Kernels read `samplings` of the step to come; `advance` counts the step just taken.
+// engine/counters.py has the same name for the tensors.
+struct DeviceCounters {
   int64_t* counts;  // steps, then the samples of each sampler
   const Policy* policies;
   int64_t samplers;
@@ -70,7 +71,7 @@ struct Deferred {
 
 // Thread `thread` of `threads` that count a step together. `counts[0]` is written by the last
 // statement of thread 0 alone, so the caller must let all others read it first: `step` is given.
-RBWA_INLINE void advance(const Deferred& d, int64_t step, int64_t thread, int64_t threads) {
+RBWA_INLINE void advance(const DeviceCounters& d, int64_t step, int64_t thread, int64_t threads) {
   for (int64_t i = thread; i < d.segments; i += threads) {
     d.marks[2 * i] += d.marks[2 * i + 1];
     d.marks[2 * i + 1] = 0;

@@ -10,20 +10,29 @@
 #define RBWA_INLINE inline __attribute__((always_inline))
 #endif
 
-// The part of a rule that decides which streams are touched. rbwa_fused/rules.py has the same list.
-enum class Kind : int32_t {
-  kSample,      // the element has no gradient, and its average samples it where it is
-  kPlain,       // SGD without momentum
-  kMomentum,    // SGD with momentum, Nesterov, SGDM, implicit RSGDM
-  kDifference,  // explicit RSGDM
-};
+// clang-format off: a line each
 
-// The streams that line (2) keeps of each element between steps, a line each: its name, and the
-// kinds that have it. All loops, checks and tables go by this list; rbwa_fused/streams.py has the
-// same one in the same order.
-#define RBWA_KEPT(stream)                                         \
-  stream(m, kind == Kind::kMomentum || kind == Kind::kDifference) \
-      stream(z, kind == Kind::kDifference) stream(previous, kind == Kind::kDifference)
+// The kinds: the part of a rule that decides which streams are touched. Every dispatch goes by this
+// list; rbwa_fused/rules.py has the same one in the same order.
+#define RBWA_KINDS(kind)                                                               \
+  kind(kSample)      /* no gradient: the element's average samples it where it is */   \
+  kind(kPlain)       /* SGD without momentum */                                        \
+  kind(kMomentum)    /* SGD with momentum, Nesterov, SGDM, implicit RSGDM */           \
+  kind(kDifference)  /* explicit RSGDM */
+
+// The streams that line (2) keeps of each element between steps: its name, and the kinds that have
+// it. All loops, checks and tables go by this list; rbwa_fused/streams.py has the same one in the
+// same order.
+#define RBWA_KEPT(stream)                                           \
+  stream(m, kind == Kind::kMomentum || kind == Kind::kDifference)   \
+  stream(z, kind == Kind::kDifference)                              \
+  stream(previous, kind == Kind::kDifference)
+
+// clang-format on
+
+#define RBWA_NAME(name) name,
+enum class Kind : int32_t { RBWA_KINDS(RBWA_NAME) };
+#undef RBWA_NAME
 
 #define RBWA_KEEPS(name, when) \
   RBWA_INLINE constexpr bool keeps_##name(Kind kind) { return when; }

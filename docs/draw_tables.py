@@ -18,7 +18,7 @@ from torch import nn
 
 import rbwa_fused as rf
 from rbwa_fused.engine import segments
-from rbwa_fused.rules import COLUMNS, Sampling
+from rbwa_fused.rules import COLUMNS, Kind, Sampling
 from rbwa_fused.streams import STREAMS
 
 OUT = Path(__file__).parent / "tables.png"
@@ -32,7 +32,7 @@ def optimizer() -> rf.FusedSGD:
         {"params": [weight, bias], "average": rf.ema(0.99)},
         {"params": [head], "lr": 0.01, "momentum": 0.0},
     ]
-    opt = rf.FusedSGD(groups, lr=0.1, momentum=0.9, weight_decay=0.0005)
+    opt = rf.FusedSGD(groups, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.0005)
     for p in (weight, bias, head):
         p.grad = torch.ones_like(p)
     opt.step()
@@ -104,7 +104,7 @@ def main(out: Path = OUT) -> int:
         axes[2],
         "rows: two a param group, the second for a parameter's first step with momentum (age 0)",
         [name.rstrip("_") for name in COLUMNS],
-        [list(map(number, line)) for line in rows.tolist()],
+        [[Kind(int(kind)).name.lower(), *map(number, line)] for kind, *line in rows.tolist()],
         [str(i) for i in range(len(rows))],
         {"index": POINTS["row"]},
     )
@@ -116,7 +116,10 @@ def main(out: Path = OUT) -> int:
         [str(i) for i in range(len(samplings))],
         {"index": POINTS["sampling"]},
     )
-    figure.text(0.99, 0.01, "a coloured column names a line of the table of its colour", ha="right")
+    note = (
+        "a coloured column names a line of the table of its colour; ages are a table of their own"
+    )
+    figure.text(0.99, 0.01, note, ha="right")
     figure.tight_layout()
     figure.savefig(out, dpi=130)
     print(f"wrote {out}")

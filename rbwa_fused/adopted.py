@@ -21,8 +21,8 @@ from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.tables import Counts
+from rbwa_fused.streams import NARROW
 
-CAST = (torch.bfloat16, torch.float16)
 Group = dict[str, Any]
 
 
@@ -142,7 +142,7 @@ def _check_not_cast(name: str, param: Tensor, held: Mapping[str, Any], plan: Gro
     for stream in held.keys() & {"average", "master_param"}:
         value = held[stream]
         expected = torch.float32 if stream == "master_param" else plan.dtype_of(stream, param)
-        if isinstance(value, Tensor) and value.dtype in CAST and value.dtype != expected:
+        if isinstance(value, Tensor) and value.dtype in NARROW and value.dtype != expected:
             raise ValueError(
                 f"the {stream} of {name} has dtype {value.dtype} (expected {expected}): "
                 "torch.optim.Optimizer.load_state_dict casts state to its parameter's dtype; use "

@@ -23,7 +23,7 @@ import torch
 
 from rbwa_fused.fingerprint import alike, fingerprint, where
 from rbwa_fused.numbers import fraction, integer, number
-from rbwa_fused.streams import DTYPES
+from rbwa_fused.streams import DTYPES, NARROW
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ class Average:
             ValueError: where the kernels have no such pair. They have the parameter's own dtype,
                 and float32 for bfloat16 and float16.
         """
-        narrow = dtype in (torch.bfloat16, torch.float16)
+        narrow = dtype in NARROW
         if self.dtype is None:
             return torch.float32 if narrow else dtype
         if self.dtype != dtype and not (narrow and self.dtype == torch.float32):

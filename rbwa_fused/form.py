@@ -1,4 +1,7 @@
-"""What a state dict is made of, checked before anything is looked up in it."""
+"""The first half of reading a state dict: what it is made of, and whose it is.
+
+checkpoint.py has the other half, what it says.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from rbwa_fused.engine import checks
 from rbwa_fused.engine.doors import Call, Grads
 from rbwa_fused.engine.engine import Engine
-from rbwa_fused.engine.tables import Launch
+from rbwa_fused.engine.tables import Served
 
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 CONVERTED = f"a parameter was converted or moved {MIDWAY}"
@@ -45,7 +45,7 @@ class InBackward:
         self._opt = weakref.ref(opt)
         self._engine = engine
         self._make_tables = rebuild
-        self._launch_of: dict[Tensor, Launch] = {}
+        self._launch_of: dict[Tensor, Served] = {}
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._frozen: list[Tensor] = []  # autograd takes no hook for them yet
         self._lock = RLock()  # autograd has a thread for each device
@@ -144,7 +144,7 @@ class InBackward:
         engine, stepped = self._engine, self._stepped
         if stepped is None:
             return False
-        rest: list[tuple[Launch, Grads]] = []
+        rest: list[tuple[Served, Grads]] = []
         calls: list[Call] = []
         for launch in engine.tables.launches:
             table = launch[0]
@@ -163,7 +163,7 @@ class InBackward:
         self._run(rest, [*calls, (setattr, self, "_stepped", None)])
         return True
 
-    def _ready(self, launch: Launch, grads: Grads) -> list[Call]:
+    def _ready(self, launch: Served, grads: Grads) -> list[Call]:
         """Gives a launch's parameter the state that it comes to need. Returns what steps it."""
         engine, table = self._engine, launch[0]
         if not engine.tables.fit(table, grads):
@@ -172,11 +172,11 @@ class InBackward:
         calls = engine.launch(launch, grads)
         return calls + engine.finish(table, grads, grads[0] is None) + behind
 
-    def _run(self, gathered: list[tuple[Launch, Grads]], calls: list[Call]) -> None:
+    def _run(self, gathered: list[tuple[Served, Grads]], calls: list[Call]) -> None:
         if not self._engine.run(gathered, calls):
             raise RuntimeError(CONVERTED)
 
-    def _name(self, launch: Launch) -> str:
+    def _name(self, launch: Served) -> str:
         table = launch[0]
         return checks.name_of(
             self._engine.tables.plan.groups[table.groups[0]].group, table.index[0]

@@ -45,7 +45,8 @@ class FusedSGD(FusedOptimizer):
             (default: False).
         master_weights (bool): bfloat16 and float16 parameters get a float32 master and float32
             momentum in the state; each step moves the master and rounds the parameter from it.
-            What others write to a parameter, its master follows (default: False).
+            Where other code writes to a parameter, the next step takes the new value as its master
+            (default: False).
         in_backward (bool): step each parameter inside the backward pass, as soon as its gradient is
             complete, and free the gradient. `step()` then ends the step. The same bits, less
             memory; not with GradScaler, closures, accumulated gradients, DTensor parameters or

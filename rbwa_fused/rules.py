@@ -205,7 +205,7 @@ class Rule:
         """The numbers of COLUMNS, for a group that was checked."""
         s = -1.0 if group["maximize"] else 1.0
         rule = self.coefficients(group, first)
-        kind = Kind.PLAIN if rule is PLAIN else self.kind
+        kind = self.kind if group["momentum"] else Kind.PLAIN
         return kind, s, float(group["weight_decay"]), *rule, float(group["lr"])
 
 

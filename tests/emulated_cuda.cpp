@@ -86,11 +86,11 @@ const char* pull_cuda(Dtype dtype, const void* launch, int64_t blocks, void*) {
   return nullptr;
 }
 
-const char* advance_cuda(const Deferred& deferred, void*) {
-  if (deferred.found_inf != nullptr && *deferred.found_inf != 0) return nullptr;
-  const int64_t step = deferred.counts[0] + 1;
-  for (int thread = 0; thread < kThreads; ++thread) advance(deferred, step, thread, kThreads);
-  deferred.counts[0] = step;
+const char* advance_cuda(const DeviceCounters& counters, void*) {
+  if (counters.found_inf != nullptr && *counters.found_inf != 0) return nullptr;
+  const int64_t step = counters.counts[0] + 1;
+  for (int thread = 0; thread < kThreads; ++thread) advance(counters, step, thread, kThreads);
+  counters.counts[0] = step;
   return nullptr;
 }
 

@@ -77,13 +77,13 @@ def step_triton(
     params: Sequence[Tensor],
     grads: Grads,
     table: Table,
-    deferred: DeviceCounters | None = None,
+    counters: DeviceCounters | None = None,
 ) -> None:
     """`reference.step_` in one launch for each set of dtypes: of parameters, theta and averages.
 
     Args:
         params, grads, table: as `reference.step_`'s, already checked; the tables lie on the CPU.
-        deferred: None, or what the device decides by itself (engine/counters.py): samplings and
+        counters: None, or what the device decides by itself (engine/counters.py): samplings and
             ages of its own stand for the table's; a step may be skipped. Both rows of every group
             must be up to date then, and `advance_triton` follows.
 
@@ -105,10 +105,10 @@ def step_triton(
             addresses = [t.data_ptr() for t in table.state]  # others come with another table
             known = _launches[table] = _plan(table, device), addresses
         launches, addresses = known
-        first = [] if deferred is not None else [age == 0 for age in table.ages.tolist()]
+        first = [] if counters is not None else [age == 0 for age in table.ages.tolist()]
         for launch in launches:
-            launch.run(params, grads, addresses, table, first, deferred)
-    if deferred is None:
+            launch.run(params, grads, addresses, table, first, counters)
+    if counters is None:
         kinds = table.rows[table.segments[:, ROW], KIND]
         older = [
             g is not None and bool(KEPT_BY[k]) for g, k in zip(grads, kinds.tolist(), strict=True)
@@ -116,23 +116,23 @@ def step_triton(
         table.ages += torch.tensor(older, device="cpu")
 
 
-def advance_triton(deferred: DeviceCounters) -> None:
+def advance_triton(counters: DeviceCounters) -> None:
     """Counts the step just taken, unless ``found_inf`` skipped it, and packs the next samplings.
 
     Args:
-        deferred: `step_triton`'s, with all groups' counters and all segments' marks.
+        counters: `step_triton`'s, with all groups' counters and all segments' marks.
     """
     from . import advance
 
-    samplers, segments = deferred.policies.shape[0], deferred.marks.shape[0]
-    with _on(deferred.counts.device):
+    samplers, segments = counters.policies.shape[0], counters.marks.shape[0]
+    with _on(counters.counts.device):
         advance.advance_kernel[(1 + -(-segments // MARKS_BLOCK),)](
-            deferred.counts,
-            deferred.policies,
-            deferred.samplings32,
-            deferred.samplings64,
-            deferred.marks,
-            deferred.found_inf,
+            counters.counts,
+            counters.policies,
+            counters.samplings32,
+            counters.samplings64,
+            counters.marks,
+            counters.found_inf,
             samplers,
             segments,
             SAMPLERS=1 << max(samplers - 1, 0).bit_length(),
@@ -196,16 +196,16 @@ class Launch:
         addresses: list[int],
         tables: Table,
         first: list[bool],
-        deferred: DeviceCounters | None,
+        counters: DeviceCounters | None,
     ) -> None:
         """Brings the tables up to date where something changed, and launches. `first` says which
         segments are of age 0, where the host counts."""
         theta = [params[i].data_ptr() for i, _ in self.members]
         g = [None if (grad := grads[i]) is None else grad.data_ptr() for i, _ in self.members]
         rows, samplings, lrs = tables.rows, tables.samplings, None
-        if deferred is not None:
+        if counters is not None:
             samplings = samplings[:0]
-            lrs = [0 if lr is None else lr.data_ptr() for lr in deferred.lrs]
+            lrs = [0 if lr is None else lr.data_ptr() for lr in counters.lrs]
         at = theta, g, addresses, lrs, first
         values = rows.tolist(), samplings.tolist()
         capturing = _capturing(self.chunks.device)
@@ -222,7 +222,7 @@ class Launch:
         if capturing:
             self.captured.append(upload)
         if upload.kind is not None:
-            self._launch(upload, deferred)
+            self._launch(upload, counters)
 
     def _upload(self, rows: Tensor, samplings: Tensor, at: Addresses, used: Used) -> Upload:
         """Packs the table and the coefficients, and copies them to the device."""
@@ -266,15 +266,15 @@ class Launch:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return [rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)]
 
-    def _launch(self, upload: Upload, deferred: DeviceCounters | None) -> None:
+    def _launch(self, upload: Upload, counters: DeviceCounters | None) -> None:
         from . import update
 
         samplings, marks, grad_scale, found_inf = upload.samplings, None, None, None
-        if deferred is not None:
+        if counters is not None:
             wide = upload.rows.dtype == torch.float64
-            samplings = deferred.samplings64 if wide else deferred.samplings32
-            marks, grad_scale = deferred.marks, deferred.grad_scale
-            found_inf = deferred.found_inf
+            samplings = counters.samplings64 if wide else counters.samplings32
+            marks, grad_scale = counters.marks, counters.grad_scale
+            found_inf = counters.found_inf
         update.step_kernel[(self.chunks.shape[0],)](
             self.chunks,
             upload.table,
@@ -307,8 +307,8 @@ def _plan(tables: Table, device: torch.device) -> list[Launch]:
     table = tables.segments.tolist()
     for number, columns in enumerate(table):
         dtype, buffer = DTYPES[columns[DTYPE]], columns[COLUMN_OF[AVERAGE]]
-        mastered = columns[COLUMN_OF[MASTER]] != -1
-        dtypes = (dtype, torch.float32 if mastered else dtype)
+        has_master = columns[COLUMN_OF[MASTER]] != -1
+        dtypes = (dtype, torch.float32 if has_master else dtype)
         if buffer == -1:
             without.setdefault(dtypes, []).append((number, columns))
         else:

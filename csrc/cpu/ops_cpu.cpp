@@ -129,7 +129,7 @@ PYBIND11_MODULE(_C, module) {
              "Use another instruction set; False if this processor or build lacks it.");
   gradients::find();
   module.def("in_turn", &in_turn, "See engine/doors.py.");
-  module.def("gradients", &gradients::gather, "See ops.gradients.");
+  module.def("gradients", &gradients::gather, "See engine/doors.py.");
   py::class_<held::State>(module, "HeldState", "See engine/held.py.")
       .def(py::init<py::dict, const py::list&, int64_t>())
       .def("stands", &held::State::stands);

@@ -182,7 +182,7 @@ template <Kind kind, bool averaged, typename S, typename W, typename A, typename
 RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                          int thread) {
   constexpr int count = kVectorBytes / sizeof(S);
-  constexpr int flight = sizeof(S) == 2 ? 1 : 2;
+  constexpr int flight = kNarrow<S> ? 1 : 2;
   using Kept = Vectors<W, sizeof(W) / sizeof(S)>;
   const int64_t whole = chunk.n / count;
   const int g_bytes = kind == Kind::kSample ? 0 : widest(chunk.g);
@@ -196,21 +196,21 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
     Vectors<A, sizeof(A) / sizeof(S)> a[flight];
 #pragma unroll
     for (int f = 0; f < flight; ++f) {
-      const int64_t v = first + f * kThreads;
-      if (v >= whole) continue;
-      theta[f].load(chunk.theta, v);
-      if constexpr (kHasMaster<S, W>) param[f].load(chunk.param, v);
-      if constexpr (kind != Kind::kSample) load_gradient(chunk.g + v * count, g_bytes, g[f]);
+      const int64_t vector = first + f * kThreads;
+      if (vector >= whole) continue;
+      theta[f].load(chunk.theta, vector);
+      if constexpr (kHasMaster<S, W>) param[f].load(chunk.param, vector);
+      if constexpr (kind != Kind::kSample) load_gradient(chunk.g + vector * count, g_bytes, g[f]);
 #define RBWA_LOAD(stream, when) \
-  if constexpr (keeps_##stream(kind)) stream[f].load(chunk.stream, v);
+  if constexpr (keeps_##stream(kind)) stream[f].load(chunk.stream, vector);
       RBWA_KEPT(RBWA_LOAD)
 #undef RBWA_LOAD
-      if constexpr (averaged) a[f].load(chunk.a, v);
+      if constexpr (averaged) a[f].load(chunk.a, vector);
     }
 #pragma unroll
     for (int f = 0; f < flight; ++f) {
-      const int64_t v = first + f * kThreads;
-      if (v >= whole) continue;
+      const int64_t vector = first + f * kThreads;
+      if (vector >= whole) continue;
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         Chunk<S, W, A> element;
@@ -222,19 +222,19 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
         one<kind, averaged>(element, k, u, 0);
       }
       if constexpr (kHasMaster<S, W>) {
-        theta[f].store(chunk.theta, v);
-        if (writes_weight<kind>(k)) param[f].store(chunk.param, v);
+        theta[f].store(chunk.theta, vector);
+        if (writes_weight<kind>(k)) param[f].store(chunk.param, vector);
       } else {
-        if (writes_weight<kind>(k)) theta[f].store(chunk.theta, v);
+        if (writes_weight<kind>(k)) theta[f].store(chunk.theta, vector);
       }
       if constexpr (kind != Kind::kSample) {
-        if (u.scaled) store_gradient(chunk.g + v * count, g_bytes, g[f]);
+        if (u.scaled) store_gradient(chunk.g + vector * count, g_bytes, g[f]);
       }
 #define RBWA_STORE(stream, when) \
-  if constexpr (keeps_##stream(kind)) stream[f].store(chunk.stream, v);
+  if constexpr (keeps_##stream(kind)) stream[f].store(chunk.stream, vector);
       RBWA_KEPT(RBWA_STORE)
 #undef RBWA_STORE
-      if constexpr (averaged) a[f].store(chunk.a, v);
+      if constexpr (averaged) a[f].store(chunk.a, vector);
     }
   }
 }
@@ -261,20 +261,17 @@ RBWA_INLINE void run(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, cons
   for (int64_t i = done + thread; i < chunk.n; i += kThreads) one<kind, averaged>(chunk, k, u, i);
 }
 
-// The branch of a segment's kind, which is the same for a whole block, among those up to `most`.
+// The branch of a segment's kind, which is the same for a whole block, among those up to `most`. A
+// segment without a gradient is touched only where it is sampled.
 template <Kind most, bool averaged, typename S, typename W, typename A, typename T>
 RBWA_INLINE void run_kind(Kind kind, const Chunk<S, W, A>& chunk, const Coefficients<T>& k,
                           const Unscale<T>& u, int thread) {
-  if constexpr (averaged) {
-    if (kind == Kind::kSample) return run<Kind::kSample, true>(chunk, k, u, thread);
+#define RBWA_RUN(name)                                                             \
+  if constexpr (Kind::name <= most && (averaged || Kind::name != Kind::kSample)) { \
+    if (kind == Kind::name) return run<Kind::name, averaged>(chunk, k, u, thread); \
   }
-  if constexpr (most >= Kind::kDifference) {
-    if (kind == Kind::kDifference) return run<Kind::kDifference, averaged>(chunk, k, u, thread);
-  }
-  if constexpr (most >= Kind::kMomentum) {
-    if (kind == Kind::kMomentum) return run<Kind::kMomentum, averaged>(chunk, k, u, thread);
-  }
-  if (kind == Kind::kPlain) run<Kind::kPlain, averaged>(chunk, k, u, thread);
+  RBWA_KINDS(RBWA_RUN)
+#undef RBWA_RUN
 }
 
 template <typename X>
@@ -282,7 +279,7 @@ RBWA_INLINE X* place(void* stream, int64_t element) {
   return stream != nullptr ? static_cast<X*>(stream) + element : nullptr;
 }
 
-// The work of one thread. `most` is the kind with most streams among the launch's segments.
+// The work of one thread. `most` is the last kind among the launch's segments.
 template <typename S, typename W, typename A, Kind most, bool averaged, typename T, int bytes>
 RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int thread) {
   if (launch.found_inf != nullptr && *launch.found_inf != 0) return;

@@ -22,8 +22,8 @@ T* on_device(const View& view, DLDevice device, DLDataType type, int64_t element
 
 void step_on(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables,
              const DeviceTables& own, DLDevice device, void* stream) {
-  const bool deferred = own.marks.dtype.bits != 0;
-  const std::vector<Segment> segments = resolve(params, grads, tables, device, deferred);
+  const bool device_counts = own.marks.dtype.bits != 0;
+  const std::vector<Segment> segments = resolve(params, grads, tables, device, device_counts);
   const int64_t group_count = numel_of(tables.rows) / kRowColumns / kRowsPerGroup;
   CudaStep step{};
   step.rows = static_cast<const Row*>(tables.rows.data);
@@ -46,19 +46,19 @@ void step_on(const std::vector<View>& params, const std::vector<View>& grads, co
   step.marks = on_device<int32_t>(own.marks, device, kInt32, marks, "marks");
   step.grad_scale = on_device<const float>(own.grad_scale, device, kFloat, 1, "grad_scale");
   step.found_inf = on_device<const float>(own.found_inf, device, kFloat, 1, "found_inf");
-  STD_TORCH_CHECK(deferred == (step.device_samplings != nullptr) &&
-                      deferred == (step.device_samplings_float != nullptr),
+  STD_TORCH_CHECK(device_counts == (step.device_samplings != nullptr) &&
+                      device_counts == (step.device_samplings_float != nullptr),
                   "step_: `samplings64`, `samplings32` and `marks` go together");
   step.stream = stream;
   const char* error = step_in_launches(segments, step);
   STD_TORCH_CHECK(error == nullptr, "step_: ", error);
-  if (!deferred) grow(segments, tables);
+  if (!device_counts) grow(segments, tables);
 }
 
 void advance_on(const CountTables& tables, DLDevice device, void* stream) {
   const int64_t samplers = numel_of(tables.policies) / kPolicyColumns;
   const int64_t samplings = 2 * samplers * kSamplingColumns;
-  Deferred d{};
+  DeviceCounters d{};
   d.samplers = samplers;
   d.segments = numel_of(tables.marks) / 2;
   d.counts = on_device<int64_t>(tables.counts, device, kInt64, 1 + samplers, "counts");

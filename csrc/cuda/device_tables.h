@@ -11,12 +11,12 @@ struct DeviceTables {
   std::vector<View> lrs;  // one a param group, in place of its row's eta, or absent
   View samplings;         // float64 (2 samplers, 5): struct Sampling of this step
   View samplings_float;   // the same, in float32
-  View marks;             // int32 (segments, 2), see struct Deferred
+  View marks;             // int32 (segments, 2), see struct DeviceCounters
   View grad_scale;        // float32, or absent
   View found_inf;         // float32, or absent
 };
 
-// What `advance_on` counts; see struct Deferred.
+// What `advance_on` counts; see struct DeviceCounters.
 struct CountTables {
   View counts, policies, samplings, samplings_float, marks, found_inf;
 };

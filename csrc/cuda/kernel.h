@@ -56,7 +56,7 @@ struct CudaSampling {
 template <typename T, int table_bytes = kTableBytes>
 struct Launch {
   const T* samplings;       // the device's rows of CudaSampling, or null: the launch has them
-  int32_t* marks;           // as in Deferred, or null: `first` says it
+  int32_t* marks;           // as in DeviceCounters, or null: `first` says it
   const float* grad_scale;  // null: 1
   const float* found_inf;   // not zero: nothing happens; null: never
   int64_t chunk;            // elements
@@ -79,5 +79,5 @@ constexpr bool kHasSmall = sizeof(S) == 4 && sizeof(W) == 4 && sizeof(A) == 4;
 // Each returns null, or CUDA's words for what went wrong. `launch` is a Launch<float>, or a
 // Launch<double> for float64.
 const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void* stream);
-const char* advance_cuda(const Deferred& deferred, void* stream);
+const char* advance_cuda(const DeviceCounters& counters, void* stream);
 int cuda_toolkit();  // the version it was compiled with, 13000 for 13.0

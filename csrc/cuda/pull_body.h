@@ -101,7 +101,7 @@ RBWA_INLINE void pull_thread(const PullLaunch<T>& launch, int64_t block, int thr
   const int replicas = launch.replicas;
 
   constexpr int count = kVectorBytes / sizeof(S);
-  constexpr int flight = sizeof(S) == 2 ? 1 : 2;
+  constexpr int flight = kNarrow<S> ? 1 : 2;
   constexpr int64_t stride = count * kThreads;
   int64_t done = begin;
   if (p.vectors != 0) {

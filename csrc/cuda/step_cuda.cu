@@ -14,12 +14,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    advance_kernel(const __grid_constant__ Deferred deferred) {
-  if (deferred.found_inf != nullptr && *deferred.found_inf != 0) return;
-  const int64_t step = deferred.counts[0] + 1;
-  advance(deferred, step, threadIdx.x, kThreads);
+    advance_kernel(const __grid_constant__ DeviceCounters counters) {
+  if (counters.found_inf != nullptr && *counters.found_inf != 0) return;
+  const int64_t step = counters.counts[0] + 1;
+  advance(counters, step, threadIdx.x, kThreads);
   __syncthreads();  // every thread has read the count
-  if (threadIdx.x == 0) deferred.counts[0] = step;
+  if (threadIdx.x == 0) counters.counts[0] = step;
 }
 
 template <typename S, typename W, typename A, Kind most, bool averaged>
@@ -43,8 +43,8 @@ const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, 
   });
 }
 
-const char* advance_cuda(const Deferred& deferred, void* stream) {
-  return launch_kernel(advance_kernel, 1, stream, deferred);
+const char* advance_cuda(const DeviceCounters& counters, void* stream) {
+  return launch_kernel(advance_kernel, 1, stream, counters);
 }
 
 int cuda_toolkit() { return CUDART_VERSION; }

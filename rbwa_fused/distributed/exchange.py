@@ -36,7 +36,7 @@ def explained(what: str, state: str, errors: type[Exception] = RuntimeError) -> 
         ) from error
 
 
-class Mean:
+class GroupMean:
     """The mean of a flat tensor over the K processes of a group, under way.
 
     Args:
@@ -77,7 +77,7 @@ class Mean:
             self._work.wait()
 
 
-class BackendMean(Mean):
+class BackendMean(GroupMean):
     """The same by one all-reduce of the backend's, in the order of its sum; it may know which
     processes share a node."""
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rbwa_fused import reference
-from rbwa_fused.distributed.exchange import BackendMean, Group, Mean
+from rbwa_fused.distributed.exchange import BackendMean, Group, GroupMean
 
 
 class Pull:
@@ -39,7 +39,7 @@ class Pull:
         with torch.no_grad():
             for start, p in zip(self._apart(self._starts), params, strict=True):
                 start.copy_(p)
-        kind = Mean if exact else BackendMean
+        kind = GroupMean if exact else BackendMean
         self._means = [kind(flat, group) for flat in self._starts]
 
     def turn(self) -> None:

@@ -1,9 +1,8 @@
-"""Counters on the device, where only the device knows whether a step was skipped.
+"""Counters on the device: under AMP and in captured graphs only the GPU knows whether it stepped.
 
-Under AMP a step is skipped if a gradient overflowed, and a captured CUDA graph steps without
-Python. In both cases the steps taken, the samples of each average and the marks of first steps live
-in tensors that a kernel advances behind the step (csrc/policy.h); the host reads them back only
-where somebody asks.
+GradScaler skips a step if a gradient overflowed, and a captured CUDA graph steps without Python.
+Then the steps taken, the samples of each average and the segments' ages live in tensors that a
+kernel advances behind the step (csrc/policy.h). The host reads them back only where somebody asks.
 """
 
 from __future__ import annotations

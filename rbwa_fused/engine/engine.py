@@ -23,7 +23,7 @@ from rbwa_fused.engine.doors import Call, Grads
 from rbwa_fused.engine.on_device import OnDevice
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.segments import Segments
-from rbwa_fused.engine.tables import Counts, Group, Launch, Options, State, Tables
+from rbwa_fused.engine.tables import Counts, Group, Options, Served, State, Tables
 
 ALL = slice(None)
 
@@ -132,7 +132,7 @@ class Engine:
         if not tables.describes(groups, state):
             return False
         plan, launches = tables.plan, tables.launches
-        gathered: list[tuple[Launch, Grads]] = []
+        gathered: list[tuple[Served, Grads]] = []
         absent = present = negated = False
         if len(launches) > 1:
             plan.state_is_due = True
@@ -151,12 +151,12 @@ class Engine:
             gathered.append((launch, grads))
         if not present:
             return True
-        deferring = not tables.lost and (
+        on_device = not tables.lost and (
             self.device_counters is not None
             or (tables.device_may_count and (self.options.capturable or found_inf is not None))
         )
         scale = 1.0
-        if deferring:
+        if on_device:
             plan.update(scale, lr_on_device=self.options.capturable)
             if self.device_counters is None:
                 self.device_counters = OnDevice(tables)
@@ -174,7 +174,7 @@ class Engine:
                 behind += tables.give_state(table, grads)
             behind.append((setattr, plan, "state_is_due", tables.lost))
         calls: list[Call] = []
-        if self.device_counters is not None and deferring:
+        if self.device_counters is not None and on_device:
             told = self.options.capturable, grad_scale, found_inf
             calls += self.device_counters.calls(gathered, self.launch, *told)
         else:
@@ -192,7 +192,7 @@ class Engine:
         plan.update(scale)
 
     def launch(
-        self, launch: Launch, grads: Grads, counters: DeviceCounters | None = None
+        self, launch: Served, grads: Grads, counters: DeviceCounters | None = None
     ) -> list[Call]:
         """What steps one table."""
         table, backend = launch
@@ -208,7 +208,7 @@ class Engine:
         plan = self.tables.plan
         return setitem, plan.counts, ALL, plan.next_counts
 
-    def run(self, gathered: Sequence[tuple[Launch, Grads]], calls: list[Call]) -> bool:
+    def run(self, gathered: Sequence[tuple[Served, Grads]], calls: list[Call]) -> bool:
         """Makes the calls, the launches first. False, with nothing changed, where a parameter was
         converted."""
         for (table, _), _ in gathered:

@@ -15,9 +15,9 @@ from rbwa_fused import rules
 from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.engine.doors import Call, Grads
 from rbwa_fused.engine.sharded import local
-from rbwa_fused.engine.tables import Launch, Tables
+from rbwa_fused.engine.tables import Served, Tables
 
-Launching = Callable[[Launch, Grads, DeviceCounters | None], list[Call]]
+Launching = Callable[[Served, Grads, DeviceCounters | None], list[Call]]
 
 
 class OnDevice:
@@ -37,7 +37,7 @@ class OnDevice:
 
     def calls(
         self,
-        gathered: Sequence[tuple[Launch, Grads]],
+        gathered: Sequence[tuple[Served, Grads]],
         launch: Launching,
         capturable: bool,
         grad_scale: Tensor | None,

@@ -147,8 +147,8 @@ class GroupPlan:
 
     def is_the_weights(self, param: Tensor) -> bool:
         """Whether the average of a parameter is the parameter itself, or its master."""
-        kept = streams.working_dtype(param.dtype, self.master_weights)
-        return self.policy is not None and self.policy.elided_for(kept)
+        working = streams.working_dtype(param.dtype, self.master_weights)
+        return self.policy is not None and self.policy.elided_for(working)
 
     def has_buffer(self, param: Tensor) -> bool:
         """Whether a parameter has an average in a buffer of its own."""
@@ -156,10 +156,10 @@ class GroupPlan:
 
     def dtype_of(self, stream: str, param: Tensor) -> torch.dtype:
         """The dtype of one of a parameter's state tensors (streams.STREAMS)."""
-        kept = streams.working_dtype(param.dtype, self.master_weights)
+        working = streams.working_dtype(param.dtype, self.master_weights)
         if stream == "average" and self.policy is not None:
-            return self.policy.dtype_for(kept)
-        return kept
+            return self.policy.dtype_for(working)
+        return working
 
     @property
     def row(self) -> int:
@@ -231,7 +231,8 @@ class Plan:
         on a device is not read if the kernel reads it there."""
         for plan in self.groups:
             if plan.group["average"] is False and plan.policy is None:
-                plan.group["average"] = None  # as ZeroRedundancyOptimizer writes it anew
+                # torch's ZeroRedundancyOptimizer copies the groups that it was given over ours.
+                plan.group["average"] = None
             if plan.group["average"] is not plan.policy:
                 raise ValueError(
                     f"Invalid average: {plan.group['average']!r} was assigned to a group that was "

@@ -28,7 +28,7 @@ from rbwa_fused.streams import AVERAGE, MASTER, STREAMS
 
 Group = dict[str, Any]
 State = MutableMapping[Tensor, Any]
-Launch = tuple[Segments, Backend]
+Served = tuple[Segments, Backend]  # segments, and the backend that steps them
 Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
 
 
@@ -71,7 +71,7 @@ class Tables:
     def __init__(self, rule: Rule, options: Options, state: State, steps: int = 0) -> None:
         self.plan = Plan(rule, options.master_weights)
         self.plan.counts[0] = steps
-        self.launches: list[Launch] = []
+        self.launches: list[Served] = []
         self.alone: set[Tensor] = set()
         self.backend = ""
         self.device_may_count = self.kernels_check = True
@@ -118,7 +118,7 @@ class Tables:
                 table.add(p, group_plan.index, index, group_plan.row, group_plan.sampling(p))
         if not new:
             self.backend = backends.choose(options.backend, torch.device("cpu")).name
-        launches: list[Launch] = []
+        launches: list[Served] = []
         held: list[Change] = []
         taken = memory.Spans(map(local, known + new))
         for (device, _), table in self._segments.items():  # a turn's comes after those before it
@@ -187,7 +187,7 @@ class Tables:
                 group = self.plan.groups[table.groups[i]]
                 gone = {AVERAGE: not group.has_buffer(p), MASTER: not group.has_master(p)}
                 if stream in held and (gone.get(stream) or value is None):
-                    changes.append((held, stream, None))  # model.float() leaves no need of a master
+                    changes.append((held, stream, None))  # after model.float(): no master
                 elif value is not None:
                     dtype = group.dtype_of(stream, p)
                     own = local(value)
@@ -226,18 +226,19 @@ class Tables:
 
         for i, p in enumerate(table.params):
             group = self.plan.groups[table.groups[i]]
-            if group.policy is not None:  # or torch.distributed.checkpoint takes a step to fill it
+            if group.policy is not None:
+                # torch.distributed.checkpoint takes a step with an optimizer without any state.
                 self._state.setdefault(p, {})
             held = _of(self._state, p)
-            moving = group.kind != Kind.PLAIN and self._rule.streams[0] not in held
-            mastering = group.has_master(p) and MASTER not in held
-            if mastering and (grads[i] is not None or self._rule.streams[0] in held):
+            lacks_kept = group.kind != Kind.PLAIN and self._rule.streams[0] not in held
+            lacks_master = group.has_master(p) and MASTER not in held
+            if lacks_master and (grads[i] is not None or self._rule.streams[0] in held):
                 give(MASTER, i, local(p).detach())
-                mastering = False
+                lacks_master = False
             if grads[i] is None:
-                if moving or mastering:
+                if lacks_kept or lacks_master:
                     lacking.append(i)
-            elif moving:
+            elif lacks_kept:
                 for stream in self._rule.streams:
                     give(stream, i, None)
             takes_momentum = grads[i] is not None and group.kind != Kind.PLAIN
@@ -284,7 +285,9 @@ class Tables:
         averages, before the first step."""
         found = []
         for table, _ in self.launches:
-            for p, age in zip(table.params, table.ages, strict=False):  # one may be half added
+            for p, age in zip(
+                table.params, table.ages, strict=False
+            ):  # `add` may have failed midway
                 streams = () if age > 0 else self._rule.streams
                 for stream in (*streams, AVERAGE) if averages else streams:
                     tensor = _of(self._state, p).get(stream)

@@ -26,7 +26,7 @@ memory = [ctypes.create_string_buffer(1 << 16) for _ in range(2)]
 some = [address + -address % 16 for address in map(ctypes.addressof, memory)]
 calls = {
     "step": (kernels._Z9step_cudaRK9KernelKeyPKvlPv, (some[0], some[1], 1, None)),
-    "advance": (kernels._Z12advance_cudaRK8DeferredPv, (some[0], None)),
+    "advance": (kernels._Z12advance_cudaRK14DeviceCountersPv, (some[0], None)),
     "pull": (kernels._Z9pull_cuda5DtypePKvlPv, (0, some[0], 1, None)),
 }
 for name, (function, arguments) in calls.items():
