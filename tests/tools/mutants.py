@@ -270,7 +270,7 @@ TABLES_OF_GROUPS: Mutants = [
     ("streams = () if age > 0 else self._rule.streams", "streams = self._rule.streams"),
     ("streams = () if age > 0 else self._rule.streams", "streams = ()"),
     (" and id(local(tensor)) in self._made", ""),
-    ("if moving or mastering:", "if moving:"),
+    ("if lacks_kept or lacks_master:", "if lacks_kept:"),
 ]
 FUSED: Mutants = [
     ("            self.param_groups.pop()\n", ""),
