@@ -159,7 +159,7 @@ class InBackward:
                 rest.append((launch, grads))
                 calls += own
         plan, tables = engine.tables.plan, engine.tables
-        calls += engine.end(), (setattr, plan, "state_is_due", tables.lost)
+        calls += engine.end(), (setattr, plan, "state_is_due", tables.state.lost)
         self._run(rest, [*calls, (setattr, self, "_stepped", None)])
         return True
 
@@ -168,7 +168,7 @@ class InBackward:
         engine, table = self._engine, launch[0]
         if not engine.tables.fit(table, grads):
             raise RuntimeError(CONVERTED)
-        behind = engine.tables.give_state(table, grads)
+        behind = engine.tables.state.give(table, grads)
         calls = engine.launch(launch, grads)
         return calls + engine.finish(table, grads, grads[0] is None) + behind
 

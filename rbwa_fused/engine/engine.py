@@ -23,7 +23,8 @@ from rbwa_fused.engine.doors import Call, Grads
 from rbwa_fused.engine.on_device import OnDevice
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.segments import Segments
-from rbwa_fused.engine.tables import Counts, Group, Options, Served, State, Tables
+from rbwa_fused.engine.state import State
+from rbwa_fused.engine.tables import Counts, Group, Options, Served, Tables
 
 ALL = slice(None)
 
@@ -151,7 +152,7 @@ class Engine:
             gathered.append((launch, grads))
         if not present:
             return True
-        on_device = not tables.lost and (
+        on_device = not tables.state.lost and (
             self.device_counters is not None
             or (tables.device_may_count and (self.options.capturable or found_inf is not None))
         )
@@ -169,10 +170,10 @@ class Engine:
         if plan.state_is_due or negated or not tables.kernels_check:
             if not all(tables.fit(table, grads) for (table, _), grads in gathered):
                 return False
-            tables.lost = False
+            tables.state.lost = False
             for (table, _), grads in gathered:
-                behind += tables.give_state(table, grads)
-            behind.append((setattr, plan, "state_is_due", tables.lost))
+                behind += tables.state.give(table, grads)
+            behind.append((setattr, plan, "state_is_due", tables.state.lost))
         calls: list[Call] = []
         if self.device_counters is not None and on_device:
             told = self.options.capturable, grad_scale, found_inf

@@ -1,0 +1,202 @@
+"""The state of some parameters: what is taken over, what is given, what no step has followed yet.
+
+`opt.state` belongs to everybody. A tensor in it that a kernel can step is stepped where it lies.
+What a parameter comes to need is given before the step that needs it; whatever fails then, another
+attempt comes to the same, because allocation fails before anything is changed, and because what was
+given and not used is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from operator import setitem
+from typing import Any
+
+from torch import Tensor
+
+from rbwa_fused.engine import memory
+from rbwa_fused.engine.doors import Call, Grads
+from rbwa_fused.engine.held import NOTHING, Held, Standing
+from rbwa_fused.engine.rows import GroupPlan, Plan
+from rbwa_fused.engine.segments import Segments
+from rbwa_fused.engine.sharded import beside, is_sharded_as, local, shard_of
+from rbwa_fused.rules import Kind, Rule
+from rbwa_fused.streams import AVERAGE, MASTER, STREAMS
+
+State = MutableMapping[Tensor, Any]
+Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
+Given = dict[str, dict[int, Tensor]]  # by streams and segments
+
+
+class ParameterState:
+    """The state of the parameters of some tables.
+
+    Attributes:
+        held: what stood in the state when the tables were made for it.
+        lost: whether some average was removed that had samples, and has not started again.
+    """
+
+    def __init__(self, plan: Plan, rule: Rule, state: State) -> None:
+        self.held: Standing = Held(state)
+        self.lost = False
+        self._plan = plan
+        self._rule = rule
+        self._state = state
+        self._made: dict[int, Tensor] = {}  # by their ids, the tensors that `give` has made
+
+    def of(self, param: Tensor) -> dict[str, Any]:
+        """A parameter's state, or an empty one."""
+        held = self._state.get(param)
+        return {} if held is None else held
+
+    # ---- taken over ----------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Until `hold`, no state is what the tables were made for."""
+        self.held = NOTHING
+
+    def hold(self, changes: Iterable[Change]) -> None:
+        """Makes the changes; from now on the state is what it is then."""
+        for held, stream, tensor in changes:
+            if tensor is None:
+                held.pop(stream, None)
+            else:
+                held[stream] = tensor
+        plans = self._plan.groups
+        self.lost = any(self._is_lost(plan, p) for plan in plans for p in plan.params)
+        self.held = Held(self._state)
+
+    def take_over(self, table: Segments, new: set[Tensor], taken: memory.Spans) -> list[Change]:
+        """Gives a table the state that there is of new parameters.
+
+        A tensor that no kernel can step is replaced by a copy that can be. Returns what the state
+        is to hold instead of what it holds.
+        """
+        changes: list[Change] = []
+        for stream in STREAMS:
+            tensors: dict[int, Tensor] = {}
+            for i, p in enumerate(table.params):
+                held = self.of(p) if p in new else {}
+                value = held.get(stream)
+                group = self._plan.groups[table.groups[i]]
+                gone = {AVERAGE: not group.has_buffer(p), MASTER: not group.has_master(p)}
+                if stream in held and (gone.get(stream) or value is None):
+                    changes.append((held, stream, None))  # after model.float(): no master
+                elif value is not None:
+                    dtype = group.dtype_of(stream, p)
+                    own = local(value)
+                    if not (
+                        type(own) is Tensor
+                        and own.dtype == dtype
+                        and is_sharded_as(value, p)
+                        and memory.lies_as(own, table.memory[i])
+                        and taken.add(own)
+                    ):
+                        own = memory.laid_out(table.memory[i], dtype)
+                        own.copy_(shard_of(value, p))
+                        changes.append((held, stream, beside(own, p)))
+                    tensors[i] = own
+            table.attach(stream, tensors)
+            if stream in self._rule.streams[:1]:
+                ages = table.ages
+                for i in tensors:
+                    ages[i] = 1
+                table.set_ages(ages)
+        return changes
+
+    # ---- given ---------------------------------------------------------------------------------
+
+    def give(self, table: Segments, grads: Grads) -> list[Call]:
+        """Gives parameters what they come to need. Returns what is to be done behind the step."""
+        given: Given = {stream: {} for stream in STREAMS}
+        lacking: list[int] = []
+        behind: list[Call] = []
+        for i, p in enumerate(table.params):
+            group = self._plan.groups[table.groups[i]]
+            if group.policy is not None:
+                # torch.distributed.checkpoint takes a step with an optimizer without any state.
+                self._state.setdefault(p, {})
+            if self._allocate(table, i, group, grads[i] is not None, given):
+                lacking.append(i)
+            takes_momentum = grads[i] is not None and group.kind != Kind.PLAIN
+            if takes_momentum and self._rule.constant_momentum and group.beta is None:
+                behind.append((setattr, group, "beta", float(group.group["momentum"])))
+            if self._is_lost(group, p):
+                self.lost = True
+                if group.sampler.due:
+                    behind += self._started_again(table, i, group, given)
+        self._put(table, given)
+        table.lacking = lacking
+        return behind
+
+    def _allocate(
+        self, table: Segments, i: int, group: GroupPlan, moves: bool, given: Given
+    ) -> bool:
+        """Makes what a segment lacks, as far as this step needs it. Returns whether it will lack
+        something once it has a gradient."""
+        p = table.params[i]
+        held = self.of(p)
+
+        def give(stream: str, value: Tensor | None) -> None:
+            tensor = memory.laid_out(table.memory[i], group.dtype_of(stream, p))
+            given[stream][i] = tensor.zero_() if value is None else tensor.copy_(value)
+
+        lacks_kept = group.kind != Kind.PLAIN and self._rule.streams[0] not in held
+        lacks_master = group.has_master(p) and MASTER not in held
+        if lacks_master and (moves or self._rule.streams[0] in held):
+            give(MASTER, local(p).detach())
+            lacks_master = False
+        if moves and lacks_kept:
+            for stream in self._rule.streams:
+                give(stream, None)
+        if group.has_buffer(p) and AVERAGE not in held and not self._is_lost(group, p):
+            give(AVERAGE, local(p).detach())
+        return not moves and (lacks_kept or lacks_master)
+
+    def _started_again(self, table: Segments, i: int, group: GroupPlan, given: Given) -> list[Call]:
+        """A lost average is a copy of the weights as the step leaves them."""
+        p = table.params[i]
+        held = self.of(p)
+        average = memory.laid_out(table.memory[i], group.dtype_of(AVERAGE, p))
+        master = given[MASTER].get(i, held.get(MASTER))
+        weights = local(p if master is None else master).detach()
+        return [(average.copy_, weights), (setitem, held, AVERAGE, beside(average, p))]
+
+    def _put(self, table: Segments, given: Given) -> None:
+        """Puts what was made into the state, and then into the table."""
+        for tensors in given.values():
+            self._made.update((id(tensor), tensor) for tensor in tensors.values())
+        for stream, tensors in given.items():
+            for i, tensor in tensors.items():
+                p = table.params[i]
+                held = self.of(p)
+                held[stream] = beside(tensor, p)
+                self._state[p] = held
+        for stream, tensors in given.items():
+            table.attach(stream, tensors)
+        if any(given.values()) or not self.held.stands(self._state):
+            self.held = Held(self._state)
+
+    def _is_lost(self, group: GroupPlan, param: Tensor) -> bool:
+        """Whether an average is missing that its group has taken samples of: it starts again, as a
+        copy, at the next one. One that is written back at each sample is what the weights are."""
+        return (
+            group.n_averaged > 0
+            and group.has_buffer(param)
+            and group.policy is not None
+            and group.policy.write_back_every != 1
+            and AVERAGE not in self.of(param)
+        )
+
+    def untouched(self, tables: Iterable[Segments], *, averages: bool) -> list[tuple[Tensor, str]]:
+        """Parameters and their streams that `give` has made and no step has followed; with
+        averages, before the first step."""
+        found = []
+        for table in tables:
+            for p, age in zip(table.params, table.ages, strict=False):  # one may be half added
+                streams = () if age > 0 else self._rule.streams
+                for stream in (*streams, AVERAGE) if averages else streams:
+                    tensor = self.of(p).get(stream)
+                    if isinstance(tensor, Tensor) and id(local(tensor)) in self._made:
+                        found.append((p, stream))
+        return found
