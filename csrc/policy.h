@@ -1,5 +1,5 @@
 // The named averaging policies as numbers, and what becomes of the sample of one step: the mirror
-// of `Sampler.update` (engine/rows.py) and of each weight's `of` (average.py), for counters that
+// of `Sampler.update` (engine/samplers.py) and of each weight's `of` (average.py), for counters that
 // live on a device. No torch, no CUDA header.
 #pragma once
 

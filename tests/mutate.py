@@ -197,10 +197,12 @@ AVERAGE = [
     ("(step - self.start) % self.write_back_every == 0", "step % self.write_back_every == 0"),
     ("self.write_back_every == 1 and", "self.write_back_every >= 1 and"),
 ]
-PLAN = [
+SAMPLER = [
     ("scale=w if due else 1.0", "scale=1.0"),
     ("due or current, current,", "due, current,"),
     ("                n = 1\n", ""),
+]
+PLAN = [
     ("s / scale, *rest", "s, *rest"),
     ("next_counts.append(sampler.update(", "next_counts.append(0 * sampler.update("),
     ("        self.next_counts = next_counts\n", ""),
@@ -269,6 +271,7 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     ("rbwa_fused/rules.py", RULES, PYTHON, False),
     ("rbwa_fused/average.py", AVERAGE, PYTHON, False),
     ("rbwa_fused/engine/rows.py", PLAN, PYTHON, False),
+    ("rbwa_fused/engine/samplers.py", SAMPLER, PYTHON, False),
     *mutants.CASES,
     *mutants_distributed.CASES,
 ]

@@ -26,7 +26,7 @@ def number(policy, column, mask):
 
 @triton.jit
 def sample(policy, n, step, mask):
-    """`Sampler.update` in engine/rows.py and each weight's `of` in average.py, for all samplers.
+    """`Sampler.update` in engine/samplers.py and each weight's `of` in average.py, for all samplers.
 
     Returns the samples averaged after the step, and of the step w, whether a sample is due, the
     average starts at theta, and is written back.
@@ -113,7 +113,7 @@ def advance_kernel(
     SAMPLERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Counts the step just taken, if it was; see `Sampler` in engine/rows.py.
+    """Counts the step just taken, if it was; see `Sampler` in engine/samplers.py.
 
     The first program counts and the others advance the marks, by functions of their own: what both
     branches of an `if` assign must have one shape. One warp runs it: all lanes have read a counter

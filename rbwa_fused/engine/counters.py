@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.average import Average, Named
-from rbwa_fused.engine.rows import Sampler
+from rbwa_fused.engine.samplers import Sampler
 
 WEIGHT_NUMBERS = 2  # of a policy row, at most
 POLICY_COLUMNS = 5 + WEIGHT_NUMBERS

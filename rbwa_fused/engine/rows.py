@@ -2,13 +2,11 @@
 
 Rules and averages change for different reasons, so each has a table of its own, and a segment names
 its row in both (segments.py). A param group's rows change when a hyperparameter does, which is
-seldom. An average's rows change with the weight of its samples, for a mean at every step, and serve
-all groups that share the policy and have averaged as many samples.
+seldom; those of averages are in samplers.py.
 """
 
 from __future__ import annotations
 
-import struct
 from operator import is_
 from typing import Any
 
@@ -16,87 +14,12 @@ import torch
 from torch import Tensor
 
 from rbwa_fused import rules, streams
-from rbwa_fused.average import Average, weight_of
+from rbwa_fused.engine.packed import RowTable
+from rbwa_fused.engine.samplers import ROWS_PER_SAMPLER, Sampler
 
 Group = dict[str, Any]
 
 ROWS_PER_GROUP = 2  # the usual row, and that of a parameter of age 0, at its first step
-NUMBER = struct.Struct("d")
-ROWS_PER_SAMPLER = 2  # averages in a buffer, and averages that are the parameter itself
-
-
-class RowTable:
-    """Rows of one format, packed into memory that a float64 tensor of shape (rows, columns) sees.
-
-    An element written into a tensor costs microseconds, a packed row tenths of one.
-    """
-
-    def __init__(self, row: struct.Struct) -> None:
-        self.tensor = torch.empty(0, row.size // 8, dtype=torch.float64, device="cpu")
-        self._row = row
-        self._bytes = bytearray()
-
-    def __len__(self) -> int:
-        return len(self._bytes) // self._row.size
-
-    def grow(self, rows: int) -> None:
-        """Appends rows of zeros; the tensor is another one then."""
-        grown = self._bytes + bytearray(rows * self._row.size)
-        self.tensor = torch.frombuffer(grown, dtype=torch.float64).reshape(-1, self._row.size // 8)
-        self._bytes = grown
-
-    def pack(self, row: int, *values: float) -> None:
-        """Writes a row."""
-        self._row.pack_into(self._bytes, row * self._row.size, *values)
-
-    def pack_last(self, row: int, value: float) -> None:
-        """Writes the last number of a row."""
-        NUMBER.pack_into(self._bytes, (row + 1) * self._row.size - NUMBER.size, value)
-
-
-class Sampler:
-    """One policy at one count of samples, for the groups that share both.
-
-    Attributes:
-        index: of its count in `Plan.counts`, behind the steps.
-        first_row: of its two in the table of samplings.
-        due, written_back: whether this step takes a sample, and writes the average to the weights.
-    """
-
-    def __init__(self, policy: Average | None, index: int, first_row: int) -> None:
-        self.policy = policy
-        self.index = index
-        self.first_row = first_row
-        self.due = self.written_back = False
-        self._packed: tuple[float, bool, bool, bool] | None = None
-
-    def update(self, step: int, n: int, table: RowTable) -> int:
-        """Brings its rows up to date for a step, before which there are n samples. Returns how many
-        there are behind it."""
-        policy = self.policy
-        if policy is None and self._packed is not None:
-            return n
-        w = 0.0
-        current = due = self.written_back = False
-        if policy is not None and step > policy.start:
-            if n == 0 and policy.initial == "current":
-                current = True
-                n = 1
-            due = policy.due(step)
-            if due:
-                w = weight_of(policy.weight, n, step)
-                self.written_back = policy.written_back(step)
-                n += 1
-        self.due = due
-        sampling = (w, due or current, current, self.written_back)
-        if sampling != self._packed:
-            self._packed = None  # until both rows hold it
-            table.pack(self.first_row, *rules.Sampling(1.0, *sampling))
-            # Where the average is the parameter itself, the sample's weight multiplies the learning
-            # rate and that is all (docs/equivalences.md).
-            table.pack(self.first_row + 1, *rules.Sampling(scale=w if due else 1.0))
-            self._packed = sampling
-        return n
 
 
 class GroupPlan:

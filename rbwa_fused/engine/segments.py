@@ -31,7 +31,7 @@ class Table:
         shapes: 1-d int64, of each segment its sizes, then its strides.
         ages: (n,) int64, how many steps each has taken with what its rule keeps. A step of age 0
             reads its group's first-step row. Whoever takes the step counts.
-        rows, samplings: the coefficient tables (rows.py).
+        rows, samplings: the coefficient tables (rows.py, samplers.py).
         views: all these for the compiled modules, made by the first step with them.
     """
 

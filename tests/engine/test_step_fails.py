@@ -12,7 +12,7 @@ from runs import METHODS, STEPS, build, feed, result, train
 from torch import nn
 
 import rbwa_fused as rf
-from rbwa_fused.engine import rows
+from rbwa_fused.engine import packed
 
 
 class Failing:
@@ -34,7 +34,7 @@ class Failing:
 def pack(monkeypatch: pytest.MonkeyPatch) -> Failing:
     failing = Failing()
     for name in ("pack", "pack_last"):
-        monkeypatch.setattr(rows.RowTable, name, failing.of(getattr(rows.RowTable, name)))
+        monkeypatch.setattr(packed.RowTable, name, failing.of(getattr(packed.RowTable, name)))
     return failing
 
 

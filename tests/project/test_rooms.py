@@ -23,7 +23,7 @@ FLOORS: dict[str, Sequence[str]] = {
         "rbwa_fused.triton_kernels",
         *(
             f"rbwa_fused.engine.{name}"
-            for name in ("rows", "counters", "doors", "backends", "checks")
+            for name in ("packed", "samplers", "rows", "counters", "doors", "backends", "checks")
         ),
         "rbwa_fused.engine",
         *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate")),

@@ -197,8 +197,8 @@ SWAP: Mutants = [
     ("    taken.add(shard.data_ptr())\n", ""),
     ("        if not self.over:", "        if True:"),
 ]
+SAMPLER: Mutants = [("            self._packed = None  # until both rows hold it\n", "")]
 PLAN: Mutants = [
-    ("            self._packed = None  # until both rows hold it\n", ""),
     ("        plan.rule_inputs = None  # until both rows hold them\n", ""),
     ("        plan.rule_inputs = None  # until both rows hold it\n", ""),
 ]
@@ -524,6 +524,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ),
     ("rbwa_fused/swap.py", SHARDS_IN_SWAP, SHARDS, False),
     ("rbwa_fused/engine/rows.py", PLAN, ("engine/test_step_fails.py",), False),
+    ("rbwa_fused/engine/samplers.py", SAMPLER, ("engine/test_step_fails.py",), False),
     (
         "rbwa_fused/checkpoint.py",
         CHECKPOINT,
