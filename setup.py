@@ -100,6 +100,7 @@ def extensions() -> list:
     names = [
         "cpu/ops_cpu.cpp",
         "tables.cpp",
+        "views.cpp",
         "cpu/step_cpu.cpp",
         "replica_tables.cpp",
         "cpu/pull_cpu.cpp",
@@ -124,6 +125,7 @@ def extensions() -> list:
         names = [
             "cuda/ops_cuda.cpp",
             "tables.cpp",
+            "views.cpp",
             "cuda/device_tables.cpp",
             "cuda/packer.cpp",
             "cuda/step_cuda.cu",

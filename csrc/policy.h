@@ -1,6 +1,6 @@
 // The named averaging policies as numbers, and what becomes of the sample of one step: the mirror
-// of `Sampler.update` (engine/samplers.py) and of each weight's `of` (average.py), for counters that
-// live on a device. No torch, no CUDA header.
+// of `Sampler.update` (engine/samplers.py) and of each weight's `of` (average.py), for counters
+// that live on a device. No torch, no CUDA header.
 #pragma once
 
 #include <cstdint>

@@ -2,21 +2,10 @@
 // them into segments with addresses. A kernel trusts the segments it is given.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 #include <vector>
 
-#include "dlpack.h"
 #include "step.h"
-
-// A tensor as the checks see it. dtype.bits is 0 for an absent one.
-using View = DLTensor;
-
-constexpr DLDataType kInt32{kDLInt, 32, 1};
-constexpr DLDataType kInt64{kDLInt, 64, 1};
-constexpr DLDataType kFloat{kDLFloat, 32, 1};
-constexpr DLDataType kDouble{kDLFloat, 64, 1};
+#include "views.h"
 
 // Columns of the segment table, which engine/segments.py writes. A stream's column says which of
 // the `state` tensors it is, -1 where the segment has none.
@@ -43,24 +32,6 @@ struct Tables {
   View rows, samplings;
 };
 
-bool same(DLDataType a, DLDataType b);
-bool same(DLDevice a, DLDevice b);
-int64_t numel_of(const View& view);
-
-// A parameter's dtype, or an error.
-Dtype dtype_of(DLDataType type);
-
-// Whether the elements fill a range of memory in the order of the dimensions.
-bool is_contiguous(const View& view);
-
-// Whether a tensor has the device, dtype, shape and layout that its segment was made for: `sizes`,
-// then strides. A size of 1 has no meaningful stride, a tensor without elements no layout.
-bool fits(const View& view, DLDevice device, DLDataType type, const int64_t* sizes, int64_t dims,
-          int64_t length);
-
-// Whether two tensors have the same device, dtype, shape and layout, and fill the memory they span.
-bool alike(const View& a, const View& b);
-
 // The memory of a contiguous table on the CPU, or an error that names it.
 template <typename T>
 const T* table_of(const View& view, DLDataType type, const char* name);
@@ -73,14 +44,3 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
 
 // Counts the step for the segments that took it with their kept streams.
 void grow(const std::vector<Segment>& segments, const Tables& tables);
-
-View view_of(const torch::stable::Tensor& tensor);
-View view_of(const std::optional<torch::stable::Tensor>& tensor);
-
-template <typename T>
-std::vector<View> views_of(const std::vector<T>& tensors) {
-  std::vector<View> views;
-  views.reserve(tensors.size());
-  for (const T& tensor : tensors) views.push_back(view_of(tensor));
-  return views;
-}

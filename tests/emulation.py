@@ -18,7 +18,12 @@ from rbwa_fused.engine.counters import DeviceCounters
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["tests/emulated_cuda.cpp", "csrc/cuda/device_tables.cpp", "csrc/cuda/packer.cpp"]
-SOURCES += ["csrc/tables.cpp", "csrc/replica_tables.cpp", "csrc/cuda/pull_packer.cpp"]
+SOURCES += [
+    "csrc/tables.cpp",
+    "csrc/views.cpp",
+    "csrc/replica_tables.cpp",
+    "csrc/cuda/pull_packer.cpp",
+]
 FLAGS = ["-O1", "-g0", "-std=c++20", "-ffp-contract=off"]
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 

@@ -26,7 +26,7 @@ def number(policy, column, mask):
 
 @triton.jit
 def sample(policy, n, step, mask):
-    """`Sampler.update` in engine/samplers.py and each weight's `of` in average.py, for all samplers.
+    """`Sampler.update` in engine/samplers.py, and each weight's `of`, for all samplers.
 
     Returns the samples averaged after the step, and of the step w, whether a sample is due, the
     average starts at theta, and is written back.

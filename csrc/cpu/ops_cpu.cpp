@@ -15,6 +15,7 @@
 
 #include "gradients.h"
 #include "held.h"
+#include "in_turn.h"
 #include "python_tensors.h"
 #include "replica_tables.h"
 #include "step.h"
@@ -57,43 +58,6 @@ void step_python(const PythonTables& fixed, const py::list& params, const py::li
   step(of_params, of_grads, fixed.tables);
 }
 
-// Autograd records nothing for as long as it lives.
-class NoGrad {
- public:
-  NoGrad() : enabled_(enabled()().ptr() == Py_True) { enable()(false); }
-  ~NoGrad() {
-    const py::error_scope raised;  // by whoever leaves
-    enable()(enabled_);
-  }
-
- private:
-  static const py::object& enabled() {
-    static const py::object* function =
-        new py::object(py::module_::import("torch").attr("is_grad_enabled"));
-    return *function;
-  }
-  static const py::object& enable() {
-    static const py::object* function =
-        new py::object(py::module_::import("torch._C").attr("_set_grad_enabled"));
-    return *function;
-  }
-  bool enabled_;
-};
-
-// Calls one function after the other, each given as a tuple with its arguments, without autograd.
-// Python runs signal handlers between its own instructions only, so an interrupt comes before the
-// first call or behind the last, if all of them are functions in C.
-void in_turn(const py::list& calls) {
-  const NoGrad no_grad;
-  for (py::handle call : calls) {
-    PyObject* const* items = &PyTuple_GET_ITEM(call.ptr(), 0);
-    const auto count = static_cast<size_t>(PyTuple_GET_SIZE(call.ptr()));
-    PyObject* result = PyObject_Vectorcall(items[0], items + 1, count - 1, nullptr);
-    if (result == nullptr) throw py::error_already_set();
-    Py_DECREF(result);
-  }
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(rbwa_fused, library) {
@@ -128,7 +92,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),
              "Use another instruction set; False if this processor or build lacks it.");
   gradients::find();
-  module.def("in_turn", &in_turn, "See engine/doors.py.");
+  module.def("in_turn", &in_turn::call, "See engine/doors.py.");
   module.def("gradients", &gradients::gather, "See engine/doors.py.");
   py::class_<held::State>(module, "HeldState", "See engine/held.py.")
       .def(py::init<py::dict, const py::list&, int64_t>())

@@ -74,7 +74,7 @@ def _in_turn(calls: Sequence[Call]) -> None:
 
 
 # Makes one call after the other, without autograd. Where all of them are functions in C no
-# interrupt comes between (csrc/cpu/ops_cpu.cpp).
+# interrupt comes between (csrc/in_turn.h).
 in_turn: Callable[[list[Call]], None] = getattr(_C, "in_turn", _in_turn)
 
 

@@ -44,6 +44,8 @@ STEP_CPU: Mutants = [
 OPS: Mutants = [
     ("const py::gil_scoped_release release;", ""),
     ("  grow(segments, tables);\n", ""),
+]
+IN_TURN: Mutants = [
     ("  const NoGrad no_grad;\n", ""),
     ("enable()(enabled_);", ""),
 ]
@@ -54,8 +56,7 @@ GRADIENTS: Mutants = [
     ("if (grad == nullptr || !exact(param))", "if (grad == nullptr)"),
     ("if (is_neg == nullptr || !exact(gradient.ptr()))", "if (is_neg == nullptr)"),
 ]
-TABLES: Mutants = [
-    ("      same(view.dtype, type) && view.device.device_type", "      view.device.device_type"),
+VIEWS: Mutants = [
     ("expected *= view.shape[d]", "expected = view.shape[d]"),
     ("if (!same(view.dtype, type) || !same", "if (!same"),
     (" || view.ndim != dims", ""),
@@ -66,6 +67,9 @@ TABLES: Mutants = [
     ("if (a.shape[d] != b.shape[d]) return false;", ""),
     ("numel == 0 || last + 1 == numel", "true"),
     ("numel == 0 || last + 1 == numel", "last + 1 == numel"),
+]
+TABLES: Mutants = [
+    ("      same(view.dtype, type) && view.device.device_type", "      view.device.device_type"),
     ("grads.size()) == count &&", "grads.size()) <= count &&"),
     (" && numel_of(tables.ages) == count", ""),
     ("row < row_count - 1", "row <= row_count"),
@@ -473,8 +477,20 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         True,
     ),
     (
+        "csrc/in_turn.h",
+        IN_TURN,
+        ("optimizer/test_optimizer.py", "engine/test_interrupted.py", "engine/test_step_fails.py"),
+        True,
+    ),
+    (
         "csrc/tables.cpp",
         TABLES,
+        ("update/test_ops.py", "engine/test_outside_edits.py", "optimizer/test_optimizer.py"),
+        True,
+    ),
+    (
+        "csrc/views.cpp",
+        VIEWS,
         ("update/test_ops.py", "engine/test_outside_edits.py", "optimizer/test_optimizer.py"),
         True,
     ),
