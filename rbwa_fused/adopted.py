@@ -127,7 +127,7 @@ def _policy(engine: Engine, defaults: Group, group: Group) -> Any:
 
 
 def _counted(engine: Engine, group: Group, kept: Mapping[Any, Any]) -> Counts:
-    """A group's samples and beta, as the engine has counted them."""
+    """What the engine has counted for a group, and what its first step has left."""
     known = engine.tables.known(group)
     if known is None:
         return Counts()
@@ -135,7 +135,7 @@ def _counted(engine: Engine, group: Group, kept: Mapping[Any, Any]) -> Counts:
     buffered = any(map(known.has_buffer, group["params"]))
     averaged = not buffered or any("average" in held for held in streams)
     moved = any("momentum_buffer" in held for held in streams)
-    return Counts(known.n_averaged if averaged else 0, known.beta if moved else None)
+    return Counts(known.n_averaged if averaged else 0, dict(known.memory) if moved else None)
 
 
 def _check_not_cast(name: str, param: Tensor, held: Mapping[str, Any], plan: GroupPlan) -> None:

@@ -18,7 +18,7 @@ from rbwa_fused.engine.memory import lies_as
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.tables import Counts
 from rbwa_fused.numbers import integer
-from rbwa_fused.rules import Rule
+from rbwa_fused.rules import MEMORY, Rule
 from rbwa_fused.streams import DTYPES, STREAMS
 
 Group = dict[str, Any]
@@ -26,7 +26,7 @@ Group = dict[str, Any]
 # What `export` adds to a group. A checkpoint of torch.optim.SGD has none of them. Live groups have
 # the keys too, with None for a value: torch.distributed.checkpoint, taking a flattened state dict
 # apart, looks for the keys of live groups and no others.
-OURS = ("rule", "step", "n_averaged", "implicit_momentum")
+OURS = ("rule", "step", "n_averaged", *MEMORY)
 # What torch.optim.SGD has in the groups of its checkpoints, and ours never have: they mean nothing
 # here. torch keeps what it does not know, so a checkpoint with these and with ours is one of ours
 # that torch went on with.
@@ -59,14 +59,15 @@ def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Grou
     waiting = engine.waiting()
     groups = saved["param_groups"]
     counts = engine.counts(live_groups, state)
-    for live, group, (n_averaged, beta) in zip(live_groups, groups, counts, strict=True):
+    for live, group, (n_averaged, memory) in zip(live_groups, groups, counts, strict=True):
         policy = group["average"]
         group["average"] = policy.describe() if isinstance(policy, Average) else policy
         for key in OURS:
             if group.get(key) is not None:
                 live.setdefault(OWN + key, None)  # where torch.distributed.checkpoint looks for it
                 group[OWN + key] = group[key]
-        group.update(zip(OURS, (engine.rule.name, engine.steps, n_averaged, beta), strict=True))
+        left = map((memory or {}).get, MEMORY)
+        group.update(zip(OURS, (engine.rule.name, engine.steps, n_averaged, *left), strict=True))
         for key in TORCHS:
             group.pop(key, None)
     params = chain.from_iterable(group["params"] for group in live_groups)
@@ -147,7 +148,8 @@ def keep_tensors(loaded: Mapping[Any, Any], before: Mapping[Any, Any]) -> None:
 
 def counted(saved: Mapping[str, Any]) -> Counts:
     """What a saved group says of its counters; torch.optim.SGD's says nothing."""
-    return Counts(saved.get("n_averaged") or 0, saved.get("implicit_momentum"))
+    left = {key: saved[key] for key in MEMORY if saved.get(key) is not None}
+    return Counts(saved.get("n_averaged") or 0, left)
 
 
 def live_keys(saved: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
-from rbwa_fused.rules import RULES
+from rbwa_fused.rules import IMPLICIT, RSGDM_IMPLICIT, RULES
 from rbwa_fused.streams import STREAMS
 
 # What torch.optim.SGD has had in its groups from its first version on, and no other class of torch
@@ -105,8 +105,8 @@ def _numbers(group: Mapping[str, Any]) -> None:
         count = group.get(key)
         if isinstance(count, bool) or (isinstance(count, int) and count >= 2**63):
             raise ValueError(f"Invalid {key} in the checkpoint: {short(count)} (expected a count)")
-    beta = group.get("implicit_momentum")
-    implicit = group.get("rule") == "rsgdm_implicit"
+    beta = group.get(IMPLICIT)
+    implicit = group.get("rule") == RSGDM_IMPLICIT.name
     if beta is not None and not (implicit and isinstance(beta, float) and 0.0 <= beta < 1.0):
         raise ValueError(
             f"Invalid implicit_momentum in the checkpoint: {short(beta)} (expected None, or the "

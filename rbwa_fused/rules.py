@@ -25,6 +25,9 @@ from rbwa_fused.numbers import flag, number
 from rbwa_fused.streams import KEPT
 
 Group = dict[str, Any]
+Memory = dict[str, float]
+
+IMPLICIT = "implicit_momentum"
 
 
 class Kind(IntEnum):
@@ -170,6 +173,28 @@ def implementation(foreach: Any, differentiable: Any, fused: Any) -> None:
         )
 
 
+def remember_momentum(group: Group) -> Memory:
+    """Implicit RSGDM's one buffer is that of this momentum (docs/equivalences.md)."""
+    return {IMPLICIT: float(group["momentum"])}
+
+
+def check_same_momentum(group: Group, memory: Memory) -> None:
+    """Raise ValueError for another momentum than that of the group's first step."""
+    momentum = float(group["momentum"])
+    if momentum != memory.get(IMPLICIT, momentum):
+        raise ValueError(
+            f"Invalid momentum value: {momentum} (implicit RSGDM holds for a constant momentum "
+            f'only, and this group started with {memory[IMPLICIT]}; use difference="explicit")'
+        )
+
+
+def _nothing(group: Group) -> Memory:
+    return {}
+
+
+def _no_memory(group: Group, memory: Memory) -> None: ...
+
+
 @dataclass(frozen=True)
 class Rule:
     """How an optimizer moves a parameter, as a value.
@@ -181,7 +206,10 @@ class Rule:
         kind: of its rows, where momentum is not 0; else they are plain.
         coefficients: of a group's row; ``first`` is a parameter's first step with momentum.
         check: raises for a group with a hyperparameter out of range.
-        constant_momentum: whether a group must go on with the momentum of its first step.
+        memory: what a group's first step with momentum leaves to its later ones, by the keys that
+            checkpoints have for it.
+        remember: makes that, of a group that was checked.
+        check_memory: raises for a group that contradicts what it has left.
         inputs: the hyperparameters of a group, as a tuple.
     """
 
@@ -190,7 +218,9 @@ class Rule:
     kind: Kind
     coefficients: Callable[[Group, bool], Coefficients]
     check: Callable[[Group], None] = check
-    constant_momentum: bool = False
+    memory: tuple[str, ...] = ()
+    remember: Callable[[Group], Memory] = _nothing
+    check_memory: Callable[[Group, Memory], None] = _no_memory
     inputs: Callable[[Group], tuple[Any, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -214,7 +244,15 @@ OF_PAPER = ("lr", "momentum", "weight_decay", "maximize")
 SGD = Rule("sgd", OF_TORCH, Kind.MOMENTUM, sgd)
 SGDM = Rule("sgdm", OF_PAPER, Kind.MOMENTUM, sgdm, check_decay)
 RSGDM_IMPLICIT = Rule(
-    "rsgdm_implicit", OF_PAPER, Kind.MOMENTUM, rsgdm_implicit, check_decay, constant_momentum=True
+    "rsgdm_implicit",
+    OF_PAPER,
+    Kind.MOMENTUM,
+    rsgdm_implicit,
+    check_decay,
+    memory=(IMPLICIT,),
+    remember=remember_momentum,
+    check_memory=check_same_momentum,
 )
 RSGDM_EXPLICIT = Rule("rsgdm_explicit", OF_PAPER, Kind.DIFFERENCE, rsgdm_explicit, check_decay)
 RULES = {rule.name: rule for rule in (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT)}
+MEMORY = tuple(key for rule in RULES.values() for key in rule.memory)

@@ -24,6 +24,7 @@ from torch.distributed.algorithms.join import JoinHook
 from rbwa_fused.checkpoint import OURS, OWN
 from rbwa_fused.distributed.exchange import explained
 from rbwa_fused.fused import FusedOptimizer
+from rbwa_fused.rules import MEMORY
 
 LIVE = "Weights of other ranks are their averages or their training weights on this rank."
 
@@ -205,8 +206,8 @@ def averaged(opt: optim.ZeroRedundancyOptimizer) -> Iterator[None]:
 
 
 def _progress(group: dict[str, Any]) -> tuple[int, int, bool]:
-    """How far a rank's parameters of a group have come; beta is known from their first step on."""
-    return group["step"], group["n_averaged"], group["implicit_momentum"] is not None
+    """How far a rank's parameters of a group have come; their first step leaves a memory."""
+    return group["step"], group["n_averaged"], any(group[key] is not None for key in MEMORY)
 
 
 def _without(key: str, group: dict[str, Any]) -> dict[str, Any]:

@@ -276,7 +276,7 @@ class Engine:
                 continue
             starts_again = cleared and any(plan.has_buffer(p) for p in plan.params)
             n_averaged = 0 if starts_again else plan.n_averaged
-            counts.append(Counts(n_averaged, None if cleared else plan.beta))
+            counts.append(Counts(n_averaged, None if cleared else dict(plan.memory)))
         return counts
 
     def read_back(self) -> None:

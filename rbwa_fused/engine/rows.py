@@ -31,7 +31,7 @@ class GroupPlan:
         index: int,
         sampler: Sampler,
         counts: list[int],
-        beta: float | None,
+        memory: rules.Memory,
         master_weights: bool,
     ) -> None:
         self.group = group
@@ -39,7 +39,7 @@ class GroupPlan:
         self.index = index
         self.sampler = sampler
         self.policy = sampler.policy
-        self.beta = beta  # of implicit RSGDM, fixed at the group's first step
+        self.memory = memory  # that its first step has left, see rules.Rule
         self.kind = rules.Kind.PLAIN  # of its rows
         self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
         self.master_weights = master_weights
@@ -119,7 +119,9 @@ class Plan:
         self._rule = rule
         self._master_weights = master_weights
 
-    def add(self, group: Group, n_averaged: int = 0, beta: float | None = None) -> GroupPlan:
+    def add(
+        self, group: Group, n_averaged: int = 0, memory: rules.Memory | None = None
+    ) -> GroupPlan:
         """Appends a group's rows, and those of its policy where no other group has them."""
         policy = group["average"]
         for sampler in self.samplers:
@@ -130,7 +132,8 @@ class Plan:
             self._samplings.grow(ROWS_PER_SAMPLER)
             self.samplers.append(sampler)
             self.counts.append(n_averaged)
-        plan = GroupPlan(group, len(self.groups), sampler, self.counts, beta, self._master_weights)
+        own = dict(memory or {})
+        plan = GroupPlan(group, len(self.groups), sampler, self.counts, own, self._master_weights)
         self._rows.grow(ROWS_PER_GROUP)
         self.groups.append(plan)
         return plan
@@ -188,12 +191,7 @@ class Plan:
         if lr_on_device and rules.lr_on_device(group) is not None:
             group = {**group, "lr": 0.0}
         self._rule.check(group)
-        momentum = float(group["momentum"])
-        if plan.beta is not None and momentum != plan.beta:
-            raise ValueError(
-                f"Invalid momentum value: {momentum} (implicit RSGDM holds for a constant momentum "
-                f'only, and this group started with {plan.beta}; use difference="explicit")'
-            )
+        self._rule.check_memory(group, plan.memory)
         plan.rule_inputs = None  # until both rows hold them
         for first in (False, True):
             kind, s, *rest = self._rule.row(group, first)

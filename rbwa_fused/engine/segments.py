@@ -148,7 +148,7 @@ class Segments:
     def table(self, rows: Tensor, samplings: Tensor) -> Table:
         """The table of all these, with the coefficient tables."""
         known = self._table
-        if known is None or known.rows is not rows or known.samplings is not samplings:
+        if known is None or known.rows is not rows:  # which grow with each group
             self._change()
             # On the host, whatever torch.set_default_device says.
             columns = torch.tensor(self._columns, dtype=torch.int64, device="cpu")

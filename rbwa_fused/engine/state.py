@@ -118,9 +118,8 @@ class ParameterState:
                 self._state.setdefault(p, {})
             if self._allocate(table, i, group, grads[i] is not None, given):
                 lacking.append(i)
-            takes_momentum = grads[i] is not None and group.kind != Kind.PLAIN
-            if takes_momentum and self._rule.constant_momentum and group.beta is None:
-                behind.append((setattr, group, "beta", float(group.group["momentum"])))
+            if grads[i] is not None and group.kind != Kind.PLAIN and not group.memory:
+                behind.append((group.memory.update, self._rule.remember(group.group)))
             if self._is_lost(group, p):
                 self.lost = True
                 if group.sampler.due:

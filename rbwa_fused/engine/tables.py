@@ -22,7 +22,7 @@ from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import local
 from rbwa_fused.engine.state import Change, ParameterState, State
-from rbwa_fused.rules import Rule
+from rbwa_fused.rules import Memory, Rule
 
 Group = dict[str, Any]
 Served = tuple[Segments, Backend]  # segments, and the backend that steps them
@@ -42,7 +42,7 @@ class Counts(NamedTuple):
     """What is counted for a param group beside the steps."""
 
     n_averaged: int = 0
-    beta: float | None = None  # of implicit RSGDM, the momentum of its first step
+    memory: Memory | None = None  # that its first step has left, see rules.Rule
 
 
 class Tables:

@@ -336,6 +336,18 @@ def test_a_group_added_over_parameters_that_overlapped_before_is_stepped_after_t
     torch.testing.assert_close(*ends)
 
 
+def test_a_group_that_is_added_to_one_launch_leaves_the_others_their_learning_rates() -> None:
+    base, alone = torch.arange(12.0), nn.Parameter(torch.ones(3))
+    ps = [nn.Parameter(base[:8]), nn.Parameter(base[4:])]  # two launches
+    opt = rf.FusedSGD(ps, lr=1.0)
+    train(opt, range(1, 3))
+    opt.add_param_group({"params": [alone]})
+    opt.param_groups[0]["lr"] = 0.0
+    before = base.clone()
+    train(opt, range(3, 5))
+    assert torch.equal(base, before) and not torch.equal(alone, torch.ones(3))
+
+
 def test_a_gradient_that_does_not_fit_is_found_before_any_of_several_launches() -> None:
     base = torch.arange(12.0)
     opt = rf.FusedSGD([nn.Parameter(base[:8]), nn.Parameter(base[4:])], lr=0.1, momentum=0.9)

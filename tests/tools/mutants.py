@@ -113,8 +113,6 @@ SEGMENTS: Mutants = [
     ("= len(self._state)\n", "= 0\n"),
     ("self.set_ages(self.ages)", "pass"),
     ("        self._ages = list(ages)\n", ""),
-    ("known is None or known.rows is not rows or ", "known is None or "),
-    (" or known.samplings is not samplings", ""),
 ]
 CHECKPOINT: Mutants = [
     (
@@ -138,7 +136,7 @@ CHECKPOINT: Mutants = [
     ("saved.update(average=None, n_averaged=None)", "pass"),
     ("            group.pop(key, None)\n", "            pass\n"),
     ("(*OURS, *TORCHS, ", "(*OURS, "),
-    ('saved.get("implicit_momentum"))', "None)"),
+    ("for key in MEMORY if saved.get(key) is not None}", "for key in ()}"),
     ("if theirs != rule.name:", "if False:"),
     ("or count < 0)", "or count < -1)"),
     ("not isinstance(count, int) or ", ""),
@@ -221,7 +219,7 @@ MODEL_STATE: Mutants = [
 ENGINE: Mutants = [
     ("0 if starts_again else plan.n_averaged", "plan.n_averaged"),
     ("cleared and any(plan.has_buffer(p) for p in plan.params)", "cleared"),
-    ("None if cleared else plan.beta", "plan.beta"),
+    ("None if cleared else dict(plan.memory)", "dict(plan.memory)"),
     ("group.sampler.written_back and group.has_buffer(param)", "group.has_buffer(param)"),
     ("group.sampler.written_back and group.has_buffer(param)", "group.sampler.written_back"),
     ("if self.swapped is not None:", "if False:"),
@@ -266,7 +264,8 @@ STATE: Mutants = [
     ("give(AVERAGE, local(p).detach())", "give(AVERAGE, None)"),
     ("                lacking.append(i)\n", "                pass\n"),
     ("                    ages[i] = 1\n", "                    pass\n"),
-    ('behind.append((setattr, group, "beta", float(group.group["momentum"])))', "pass"),
+    ("behind.append((group.memory.update, self._rule.remember(group.group)))", "pass"),
+    (" and not group.memory:", ":"),
     ("give(MASTER, local(p).detach())", "give(MASTER, None)"),
     ("and (moves or self._rule.streams[0] in held)", "and moves"),
     ("(lacks_kept or lacks_master)", "lacks_kept"),
@@ -325,7 +324,7 @@ ADOPTED: Mutants = [
     ("            del group[key]\n", "            pass\n"),
     ("known.n_averaged if averaged else 0", "known.n_averaged"),
     ("not buffered or any(", "any("),
-    ("known.beta if moved else None", "None"),
+    ("dict(known.memory) if moved else None", "None"),
     ("if v is not None and not (k", "if not (k"),
 ]
 IN_BACKWARD: Mutants = [
@@ -559,6 +558,11 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
 ]
 # Edits that change no result, with the reason; they are printed and not run.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "rbwa_fused/engine/segments.py",
+        "known is None or known.rows is not rows:",
+        "known is None:",
+    ): ("rows grow with a group, for which `ParameterState.take_over` sets all tables' ages anew"),
     ("csrc/tables.cpp", "dims <= shape_count / 2 &&", ""): (
         "the product overflows then, and wraps to what is refused; `make sanitize` finds it"
     ),
