@@ -283,6 +283,8 @@ class Training(SideBySide):
             p.data = laid_out(p, wanted, layout)
             member.put_elsewhere(wanted)
             self.shares.pop(i, None)
+            if self.opt.engine.device_counters is not None:
+                self.twin.forget_skipped()  # the next step makes all anew
 
     def copy(self, event: Copy) -> None:
         self.opt.zero_grad()
