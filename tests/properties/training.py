@@ -65,6 +65,7 @@ class Training(SideBySide):
         super().__init__(case, backend)
         self.frozen: set[int] = set()
         self.cleared = False
+        self.converted = False  # or moved, since the last step
         self.abandoned: list[tuple[Tensor, Tensor]] = []
         for event in case.events:
             self.tried.add(type(event).__name__)
@@ -149,6 +150,7 @@ class Training(SideBySide):
         if overflow and present:
             next(g for g in kept if g is not None).fill_(math.inf)
         before = [None if g is None else g.clone() for g in kept]
+        counted = self.opt.engine.device_counters is not None  # by the device, so far
         if event.found_inf is not None:  # as torch.amp.GradScaler does
             scale = None if event.scale is None else torch.tensor(event.scale)
             self.opt.grad_scale, self.opt.found_inf = scale, torch.tensor(event.found_inf)
@@ -158,6 +160,9 @@ class Training(SideBySide):
         if event.found_inf is not None:
             del self.opt.grad_scale, self.opt.found_inf
         scaled = event.scale or 1.0
+        if present and self.converted and counted:
+            self.twin.forget_skipped()  # all was made anew
+        self.converted = self.converted and not present
         if not present:
             self.tried.add("no gradient")
         elif not overflow:
@@ -283,8 +288,7 @@ class Training(SideBySide):
             p.data = laid_out(p, wanted, layout)
             member.put_elsewhere(wanted)
             self.shares.pop(i, None)
-            if self.opt.engine.device_counters is not None:
-                self.twin.forget_skipped()  # the next step makes all anew
+            self.converted = True
 
     def copy(self, event: Copy) -> None:
         self.opt.zero_grad()

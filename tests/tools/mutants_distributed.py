@@ -71,7 +71,7 @@ ZERO: Mutants = [
     ("        if sizes != [", "        if False and sizes != ["),
     ("        if len(steps) > 1:", "        if False:"),
     ("self._counters.append(max(", "self._counters.append(min("),
-    ('any(group[key] is not None for key in MEMORY)', "True"),
+    ("any(group[key] is not None for key in MEMORY)", "True"),
     ('key_of[p] for p in group["params"]]', 'key_of[p] for p in reversed(group["params"])]'),
 ]
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
