@@ -37,10 +37,11 @@ mutants: .venv/dev
 sanitize: .venv/dev
 	$(BIN)/python tests/sanitize.py
 
-# What takes long: thousands of random training runs, a comparison killed at random moments, and
-# every variant of Triton's kernels compiled.
+# What takes long: thousands of random training runs, steps interrupted everywhere, a comparison killed
+# at random moments, and every variant of Triton's kernels compiled.
 soak: .venv/dev
 	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/properties/test_properties.py
+	RBWA_PROFILE=long $(BIN)/python -m pytest -q tests/engine/test_interrupted.py
 	RBWA_PROFILE=long $(BIN)/python -m pytest -q tests/update/test_triton_compiled.py
 	RBWA_KILLS=50 $(BIN)/python -m pytest -q -s tests/studies/test_crash.py
 
