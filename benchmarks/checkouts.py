@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -114,16 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from benchmarks.rows.shapes import MODELS
 
-    told = {"shapes": MODELS["resnet18"]().parameters, "threads": args.threads}
+    shapes, only = MODELS["resnet18"]().parameters, args.only or ["*"]
+    told = {"shapes": shapes, "threads": args.threads, "only": only}
     both = []
     try:
         for folder, interpreter in ((ROOT, sys.executable), (other, python)):
             both.append(Checkout(folder, interpreter, told))
         names = [name for name in both[0].digests if name in both[1].digests]
-        if args.only:
-            names = [name for name in names if any(fnmatch(name, p) for p in args.only)]
         if not names:
-            parser.error(f"no row is named {' or '.join(args.only)}")
+            parser.error(f"no row is named {' or '.join(only)}")
         here, there = both
         print(report(compared(here, there, names, args.rounds), here, there))
         return int(any(here.digests[name] != there.digests[name] for name in names))

@@ -1,8 +1,9 @@
 """One checkout's rows, for ``python -m benchmarks.checkouts``: run as a file, by the Python of that
 checkout, which must find its own rbwa_fused. It imports nothing of this project but that.
 
-Reads a JSON object a line: "shapes" and "threads" first, answered with a digest of each row's
-weights after a few steps; then names of rows, each answered with the median seconds of a step.
+Reads a JSON object a line: "shapes", "threads" and patterns of rows ("only") first, answered with a
+digest of each row's weights after a few steps; then names of rows, each answered with the median
+seconds of a step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -117,6 +119,8 @@ def main() -> None:
     steps = {}
     digests = {}
     for name, make in rows(told["shapes"]).items():
+        if not any(fnmatch(name, pattern) for pattern in told["only"]):
+            continue
         steps[name] = step = make()
         for _ in range(FEW):
             step()
