@@ -98,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m benchmarks.checkouts", description=(__doc__ or "").split(":")[0]
     )
-    parser.add_argument("other", type=Path, metavar="OTHER", help="folder of another checkout")
+    parser.add_argument(
+        "other", type=Path, metavar="OTHER", nargs="?", help="folder of another checkout"
+    )
     parser.add_argument("--python", help="the other's Python (default: OTHER/.venv/bin/python)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
@@ -106,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.threads < 1:
         parser.error("--rounds must be at least 2 and --threads at least 1")
+    if args.other is None:
+        parser.error("OTHER is the folder of another checkout")
     other = args.other.resolve()
     python = args.python or str(other / ".venv" / "bin" / "python")
     if not (other / "rbwa_fused").is_dir():
