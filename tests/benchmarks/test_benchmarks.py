@@ -761,7 +761,7 @@ def test_the_smoke_test_fails_where_one_element_differs(
     monkeypatch.setattr(rf.engine.backends, "CPU", right._replace(call=wrong))
     monkeypatch.setattr(gpu_smoke, "DTYPES", [torch.float32])
     assert gpu_smoke.main(["--device", "cpu", "--backend", "cpu"]) == 1
-    assert "WRONG: torch.float32, plain, none: 1 tensors differ" in capsys.readouterr().out
+    assert "WRONG: torch.float32, sgd, none: 1 tensors differ" in capsys.readouterr().out
 
 
 def test_results_name_the_gpu_and_the_versions_but_no_path(monkeypatch: pytest.MonkeyPatch) -> None:

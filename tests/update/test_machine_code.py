@@ -24,11 +24,11 @@ ARCHITECTURES = [
     if f"{name[-2]}.{name[-1]}" in backends._C_cuda.ARCHITECTURES
 ]
 # As g++ mangles it: storage of the parameter, of theta, of the average, where
-# S1_ repeats the first; rule, averaged, arithmetic; bytes of tables.
-NAME = r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)(f|d|S1_)L4Rule(\d)ELb(\d)E[fd]Li(\d+)E"
+# S1_ repeats the first; kind, averaged, arithmetic; bytes of tables.
+NAME = r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)(f|d|S1_)L4Kind(\d)ELb(\d)E[fd]Li(\d+)E"
 TABLE_BYTES, SMALL_TABLE_BYTES = 32688, 8128
 SIZES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
-PLAIN, MOMENTUM, DIFFERENCE = 1, 2, 3  # enum Rule
+PLAIN, MOMENTUM, DIFFERENCE = 1, 2, 3  # enum Kind
 THREADS = 256
 REGISTERS = 65536  # of a multiprocessor, handed out to a thread by eights
 MOST_THREADS = 2048
@@ -37,12 +37,12 @@ IN_FLIGHT = 64 * 1024  # bytes of loads a multiprocessor needs to hide the memor
 
 class Kernel(NamedTuple):
     """One compiled step: storage of the parameter, of theta (another for a master) and of the
-    average, enum Rule, averaged, bytes of the launch's tables, registers, code."""
+    average, enum Kind, averaged, bytes of the launch's tables, registers, code."""
 
     storage: str
     theta: str
     average: str
-    rule: int
+    kind: int
     averaged: bool
     table_bytes: int
     registers: int
@@ -50,10 +50,10 @@ class Kernel(NamedTuple):
 
     @property
     def bytes_in_flight(self) -> int:
-        """What a thread has loaded before it uses the first of it (step_cuda_body.h)."""
+        """What a thread has loaded before it uses the first of it (csrc/cuda/body.h)."""
         size = SIZES[self.storage]
         kept = SIZES[self.theta] // size  # vectors of theta, m, z, previous
-        vectors = 1 + kept * (1 + (self.rule >= MOMENTUM) + 2 * (self.rule == DIFFERENCE))
+        vectors = 1 + kept * (1 + (self.kind >= MOMENTUM) + 2 * (self.kind == DIFFERENCE))
         vectors += self.theta != self.storage  # the parameter beside its master
         if self.averaged:
             vectors += SIZES[self.average] // size
