@@ -124,7 +124,7 @@ def test_a_kernel_for_small_launches_is_the_same_with_less_to_hand_over(architec
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memory_is_read_and_written_by_128_bits(architecture: str) -> None:
     for kernel in kernels(architecture):
-        streams = 1 + (kernel.rule >= MOMENTUM) + 2 * (kernel.rule == DIFFERENCE) + kernel.averaged
+        streams = 1 + (kernel.kind >= MOMENTUM) + 2 * (kernel.kind == DIFFERENCE) + kernel.averaged
         streams *= SIZES[kernel.theta] // SIZES[kernel.storage]
         streams += kernel.theta != kernel.storage  # the parameter beside its master
         loads = len(re.findall(r"\bLDG\.E[.A-Z]*\.128\b", kernel.code))
