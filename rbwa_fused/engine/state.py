@@ -93,7 +93,7 @@ class ParameterState:
                         and taken.add(own)
                     ):
                         own = memory.laid_out(table.memory[i], dtype)
-                        own.copy_(shard_of(value, p))
+                        own.copy_(shard_of(value, p).detach())
                         changes.append((held, stream, beside(own, p)))
                     tensors[i] = own
             table.attach(stream, tensors)
@@ -113,9 +113,9 @@ class ParameterState:
         behind: list[Call] = []
         for i, p in enumerate(table.params):
             group = self._plan.groups[table.groups[i]]
-            if group.policy is not None:
+            if group.policy is not None and self._state.get(p) is None:
                 # torch.distributed.checkpoint takes a step with an optimizer without any state.
-                self._state.setdefault(p, {})
+                self._state[p] = {}
             if self._allocate(table, i, group, grads[i] is not None, given):
                 lacking.append(i)
             if grads[i] is not None and group.kind != Kind.PLAIN and not group.memory:

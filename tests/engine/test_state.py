@@ -224,3 +224,41 @@ def test_loading_is_refused_before_anything_changes_where_a_parameter_cannot_be_
         opt.load_state_dict(saved)
     assert opt.param_groups[0]["lr"] == 0.5
     assert all(torch.equal(opt.state[p][STREAM], value) for p, value in before.items())
+
+
+def unaveraged(opt: Any) -> None:
+    opt.state[first(opt)].pop("average")
+
+
+@pytest.mark.parametrize("edit", [all_none, empty, unaveraged])
+def test_an_average_that_is_taken_away_is_a_copy_at_its_next_sample(
+    edit: Callable[[Any], None], asked: None
+) -> None:
+    opt, _ = pair(average=rf.ema(0.5, every=2))
+    train(opt, 3, 4)
+    edit(opt)
+    train(opt, 5, 5)  # takes no sample
+    assert "average" not in opt.state[first(opt)] and opt.n_averaged == 2
+    train(opt, 6, 6)
+    copy_ = first(opt).detach().clone()
+    assert torch.equal(opt.state[first(opt)]["average"], copy_) and opt.n_averaged == 3
+    train(opt, 7, 8)
+    expected = copy_ + 0.5 * (first(opt).detach() - copy_)
+    assert torch.equal(opt.state[first(opt)]["average"], expected)
+
+
+@pytest.mark.parametrize("edit", [all_none, empty, unaveraged])
+def test_an_average_that_is_taken_away_is_a_copy_at_once_where_a_sample_is_due(
+    edit: Callable[[Any], None], asked: None
+) -> None:
+    opt, _ = pair(average=rf.ema(0.5))
+    edit(opt)
+    train(opt, 3, 3)
+    assert torch.equal(opt.state[first(opt)]["average"], first(opt).detach())
+
+
+def test_a_tensor_that_requires_gradients_becomes_state_that_does_not(asked: None) -> None:
+    opt, _ = pair()
+    opt.state[first(opt)][STREAM] = torch.ones(7, requires_grad=True)
+    train(opt, 3, 4)
+    assert not opt.state[first(opt)][STREAM].requires_grad
