@@ -170,16 +170,16 @@ class FusedOptimizer(Optimizer):
         counting = engine.device_counters is not None
         if built and (counting or not tables.describes_state(self.state)):
             self._rebuild()
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        before = len(self.param_groups)
         try:
-            self._check(group)
+            super().add_param_group(param_group)
+            self._check(self.param_groups[-1])
+            if built:
+                engine.add(self.param_groups[before:], move=engine.options.flatten)
+                self._laid_out()
         except BaseException:
-            self.param_groups.pop()
+            del self.param_groups[before:]  # so that it can be added again
             raise
-        if built:
-            engine.add([group], move=engine.options.flatten)
-            self._laid_out()
 
     def _check(self, group: Group) -> None:
         """Raises for a new group that cannot be stepped."""
