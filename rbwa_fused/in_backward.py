@@ -141,9 +141,17 @@ class InBackward:
     def finish(self) -> bool:
         """The rest of a step that has begun, if one has: parameters whose gradient, if any, no hook
         has seen, and the counters."""
-        engine, stepped = self._engine, self._stepped
-        if stepped is None:
+        if self._stepped is None:
             return False
+        try:
+            self._finish(self._stepped)
+        except Exception:  # the next backward pass begins another step; an interrupt is none
+            self._stepped = None
+            raise
+        return True
+
+    def _finish(self, stepped: set[Tensor]) -> None:
+        engine = self._engine
         rest: list[tuple[Served, Grads]] = []
         calls: list[Call] = []
         for launch in engine.tables.launches:
@@ -161,7 +169,6 @@ class InBackward:
         plan, tables = engine.tables.plan, engine.tables
         calls += engine.end(), (setattr, plan, "state_is_due", tables.state.lost)
         self._run(rest, [*calls, (setattr, self, "_stepped", None)])
-        return True
 
     def _ready(self, launch: Served, grads: Grads) -> list[Call]:
         """Gives a launch's parameter the state that it comes to need. Returns what steps it."""

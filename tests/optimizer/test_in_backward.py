@@ -382,6 +382,10 @@ def test_a_model_converted_midway_is_an_error() -> None:
     model.conv.data = model.conv.data.double()
     with pytest.raises(RuntimeError, match="converted or moved between a backward pass"):
         opt.step()
+    opt.state_dict()  # the step is over, and the next one follows the conversion
+    before = model.conv.detach().clone()
+    train_in_backward(model, opt, 9, 10)
+    assert not torch.equal(model.conv, before)
 
 
 def test_a_parameter_with_hooks_of_two_optimizers_is_stepped_by_none_until_one_is_gone() -> None:
