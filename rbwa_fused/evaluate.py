@@ -27,6 +27,8 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
         self._averaging, self._model = opt, model
 
     def __enter__(self) -> None:
+        if self._swap is not None and not self._swap.left:
+            raise RuntimeError("averaged(): this context is entered already (expected another one)")
         engine = self._averaging.engine
         before = engine.swapped
         if before is not None:

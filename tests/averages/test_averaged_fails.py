@@ -250,6 +250,20 @@ def test_a_context_that_is_dropped_or_closed_brings_the_weights_back() -> None:
     same_as_undisturbed(model, opt)
 
 
+def test_one_context_cannot_be_entered_twice_at_a_time_but_again() -> None:
+    model, opt = started()
+    before, context = result(opt), opt.averaged()
+    with context:
+        inside = result(opt)
+        with pytest.raises(RuntimeError, match="entered already"), context:
+            pass
+        assert result(opt) == inside != before
+    assert result(opt) == before
+    with context:
+        assert result(opt) == inside
+    same_as_undisturbed(model, opt)
+
+
 # ---- what is written inside --------------------------------------------------------------------
 
 
