@@ -82,6 +82,7 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
     segment.theta_dtype = dtype_of(theta_type);
     STD_TORCH_CHECK(!master || (same(theta_type, kFloat) && is_narrow(segment.dtype)),
                     "step_: the master of segment ", i, " must be float32, of a 16-bit parameter");
+    STD_TORCH_CHECK(has_kind(rows[row]), "step_: the row of segment ", i, " is of no kind");
     const Kind kind = kind_of(rows[row]);
     segment.kind = moves ? kind : Kind::kSample;
     segment.row = row;

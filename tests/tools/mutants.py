@@ -87,6 +87,7 @@ TABLES: Mutants = [
     ("(same(theta_type, kFloat) && is_narrow(segment.dtype))", "same(theta_type, kFloat)"),
     ("static_cast<int64_t>(segment.dtype) == column[kDtype] &&", ""),
     ("segment.row = row + (ages[i] == 0);", ""),
+    ("STD_TORCH_CHECK(has_kind(rows[row])", "STD_TORCH_CHECK(true"),
     ("if (keeps_##name(kind)) {", "if (true) {"),
     ("ages[i] += keeps_any(segments[i].kind)", "ages[i] += 1"),
     ("std::vector<Segment> result(count);", "auto& result = *new std::vector<Segment>(count);"),
@@ -251,13 +252,14 @@ TABLES_OF_GROUPS: Mutants = [
 ]
 STATE: Mutants = [
     ("self.of(p) if p in new else {}", "self.of(p)"),
-    ("own.copy_(shard_of(value, p))", "own.zero_()"),
+    ("own.copy_(shard_of(value, p).detach())", "own.zero_()"),
+    ("own.copy_(shard_of(value, p).detach())", "own.copy_(shard_of(value, p))"),
+    ("                self._state[p] = {}\n", "                pass\n"),
     ("changes.append((held, stream, beside(own, p)))", "pass"),
     ("                        and own.dtype == dtype\n", ""),
     ("                        and taken.add(own)\n", ""),
     ("                        and memory.lies_as(own, table.memory[i])\n", ""),
     ("held[stream] = beside(tensor, p)", "held[stream] = tensor"),
-    ("                self._state.setdefault(p, {})\n", "                pass\n"),
     ("tensor.zero_() if value is None", "tensor.fill_(1) if value is None"),
     ("if any(given.values()) or not self.held.stands(self._state):", "if False:"),
     ("held.pop(stream, None)", "pass"),
@@ -282,7 +284,7 @@ STATE: Mutants = [
     (" and id(local(tensor)) in self._made", ""),
 ]
 FUSED: Mutants = [
-    ("            self.param_groups.pop()\n", ""),
+    ("            del self.param_groups[before:]  #", "            #"),
     ("            checks.state(group, self.state)\n", ""),
     ("            or _global_optimizer_post_hooks\n", ""),
     ("            or torch.autograd._profiler_enabled()\n", ""),
