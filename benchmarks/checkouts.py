@@ -1,8 +1,9 @@
 """Two checkouts side by side: ``python -m benchmarks.checkouts OTHER`` (see docs/benchmarks.md).
 
 OTHER is the folder of another checkout of this project, built in its own .venv. Each row is run by
-both, in one process each, in turn; the figure is the ratio of the medians, this checkout's over the
-other's. Weights and state after a few steps are compared first.
+both, in one process each, in turn; a pair of processes gives one ratio of medians, this checkout's
+over the other's, and the figure is the median over fresh pairs, since a process keeps the placement
+of its tensors. Weights and state after a few steps are compared first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -27,7 +28,7 @@ class Checkout:
     """A process with one checkout's rows.
 
     Raises:
-        RuntimeError: for a folder without a built checkout in it.
+        RuntimeError: for a folder without a built checkout in it, or where no row is chosen.
     """
 
     def __init__(self, folder: Path, python: str, told: dict[str, Any]) -> None:
@@ -44,6 +45,8 @@ class Checkout:
         if Path(answer["where"]) != folder:
             raise RuntimeError(f"{python} finds rbwa_fused in {answer['where']}, not in {folder}")
         self.digests: dict[str, str] = answer["rows"]
+        if not self.digests:
+            raise RuntimeError(f"no row is named {' or '.join(told['only'])}")
 
     def ask(self, what: Any) -> Any:
         """The answer to one line."""
@@ -66,30 +69,65 @@ class Checkout:
         self._process.wait()
 
 
+Pair = tuple[float, float]  # seconds of a step here and in the other checkout
+
+
 def compared(
+    start: Callable[[bool], Checkout], processes: int, rounds: int
+) -> tuple[dict[str, list[Pair]], set[str]]:
+    """Of each row: the medians of each pair of processes; and the rows whose bits differ.
+
+    ``start(True)`` starts this checkout's process, ``start(False)`` the other's.
+    """
+    found: dict[str, list[Pair]] = {}
+    differing: set[str] = set()
+    with bar(processes, "pair") as progress:
+        for i in range(processes):
+            both: dict[bool, Checkout] = {}
+            try:
+                for ours in (True, False) if i % 2 else (False, True):
+                    both[ours] = start(ours)
+                here, other = both[True], both[False]
+                for name in here.digests.keys() & other.digests.keys():
+                    if here.digests[name] != other.digests[name]:
+                        differing.add(name)
+                names = [name for name in here.digests if name in other.digests]
+                for name, pair in timed_in_turn(here, other, names, rounds).items():
+                    found.setdefault(name, []).append(pair)
+            finally:
+                for checkout in both.values():
+                    checkout.close()
+            progress.update()
+    return found, differing
+
+
+def timed_in_turn(
     here: Checkout, other: Checkout, names: Sequence[str], rounds: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of a step here and there, of each row and round."""
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    with bar(rounds * len(names), "row") as progress:
-        for i in range(rounds):
-            for name in names:
-                first, second = (here, other) if i % 2 else (other, here)
-                a, b = first.ask(name), second.ask(name)
-                pairs[name].append((a, b) if i % 2 else (b, a))
-                progress.update()
-    return pairs
+) -> dict[str, Pair]:
+    """The medians of each row over the rounds of one pair of processes."""
+    taken: dict[str, list[Pair]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names:
+            if i % 2:
+                a, b = here.ask(name), other.ask(name)
+            else:
+                b, a = other.ask(name), here.ask(name)
+            taken[name].append((a, b))
+    return {
+        name: (median(a for a, _ in pairs), median(b for _, b in pairs))
+        for name, pairs in taken.items()
+    }
 
 
-def report(pairs: dict[str, list[tuple[float, float]]], here: Checkout, other: Checkout) -> str:
-    """A line a row: medians, their ratio and its quartiles over rounds, and whether bits agree."""
+def report(found: dict[str, list[Pair]], differing: set[str]) -> str:
+    """A line a row: medians over processes, quartiles of the ratio, and whether bits agree."""
     lines = []
-    for name, own in pairs.items():
-        ours, theirs = (median(column) for column in zip(*own, strict=True))
-        low, _, high = quantiles([a / b for a, b in own], n=4)
-        same = "yes" if here.digests[name] == other.digests[name] else "NO"
-        micro = [f"{1e6 * seconds:,.1f}" for seconds in (ours, theirs)]
-        lines.append([name, *micro, f"{ours / theirs:.3f}", f"{low:.3f}-{high:.3f}", same])
+    for name, pairs in found.items():
+        micro = [f"{1e6 * median(column):,.1f}" for column in zip(*pairs, strict=True)]
+        ratios = [a / b for a, b in pairs]
+        low, _, high = quantiles(ratios, n=4)
+        same = "NO" if name in differing else "yes"
+        lines.append([name, *micro, f"{median(ratios):.3f}", f"{low:.3f}-{high:.3f}", same])
     return table(["row", "here, us", "other, us", "ratio", "quartiles", "same bits"], lines)
 
 
@@ -102,12 +140,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "other", type=Path, metavar="OTHER", nargs="?", help="folder of another checkout"
     )
     parser.add_argument("--python", help="the other's Python (default: OTHER/.venv/bin/python)")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=8, help="pairs of them (default: 8)")
+    parser.add_argument("--rounds", type=int, default=6, help="of a pair (default: 6)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="rows")
     args = parser.parse_args(argv)
-    if args.rounds < 2 or args.threads < 1:
-        parser.error("--rounds must be at least 2 and --threads at least 1")
+    if args.processes < 2 or args.rounds < 1 or args.threads < 1:
+        parser.error("--processes must be at least 2, --rounds and --threads at least 1")
     if args.other is None:
         parser.error("OTHER is the folder of another checkout")
     other = args.other.resolve()
@@ -119,21 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     shapes, only = MODELS["resnet18"]().parameters, args.only or ["*"]
     told = {"shapes": shapes, "threads": args.threads, "only": only}
-    both = []
+    folders = {True: (ROOT, sys.executable), False: (other, python)}
     try:
-        for folder, interpreter in ((ROOT, sys.executable), (other, python)):
-            both.append(Checkout(folder, interpreter, told))
-        names = [name for name in both[0].digests if name in both[1].digests]
-        if not names:
-            parser.error(f"no row is named {' or '.join(only)}")
-        here, there = both
-        print(report(compared(here, there, names, args.rounds), here, there))
-        return int(any(here.digests[name] != there.digests[name] for name in names))
+        found, differing = compared(
+            lambda ours: Checkout(*folders[ours], told), args.processes, args.rounds
+        )
     except (RuntimeError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
-    finally:
-        for checkout in both:
-            checkout.close()
+    print(report(found, differing))
+    return int(bool(differing))
 
 
 if __name__ == "__main__":
