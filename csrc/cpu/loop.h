@@ -18,22 +18,44 @@ inline void narrow(const float* from, S* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) ::narrow(from[i], to[i]);
 }
 
-#if defined(RBWA_F16C)  // g++ does not vectorise the conversion of float16 by itself
+// g++ does not vectorise the conversion of float16 by itself. As wide as the loop's loads: a vector
+// that was stored as two halves has to reach the cache before it can be loaded whole.
+#if defined(RBWA_AVX512)
+constexpr int64_t kHalves = 16;
+
+inline void widen_vector(const Float16* from, float* to) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  _mm512_storeu_ps(to, _mm512_cvtph_ps(halves));
+}
+
+inline void narrow_vector(const float* from, Float16* to) {
+  const __m256i halves = _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+#elif defined(RBWA_F16C)
+constexpr int64_t kHalves = 8;
+
+inline void widen_vector(const Float16* from, float* to) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(halves));
+}
+
+inline void narrow_vector(const float* from, Float16* to) {
+  const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+}
+#endif
+
+#if defined(RBWA_F16C)
 inline void widen(const Float16* from, float* to, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
-  }
+  for (; i + kHalves <= n; i += kHalves) widen_vector(from + i, to + i);
   for (; i < n; ++i) to[i] = _cvtsh_ss(from[i].bits);
 }
 
 inline void narrow(const float* from, Float16* to, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
-  }
+  for (; i + kHalves <= n; i += kHalves) narrow_vector(from + i, to + i);
   for (; i < n; ++i) to[i].bits = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
 }
 #endif
