@@ -10,6 +10,8 @@ CPU_LOOP: Mutants = [
     ("for (; i < n; ++i) to[i] = _cvtsh", "for (; i + 1 < n; ++i) to[i] = _cvtsh"),
     ("for (; i < n; ++i) to[i].bits = _cvtss", "for (; i + 1 < n; ++i) to[i].bits = _cvtss"),
     ("_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
+    ("i += kHalves) widen_vector", "i += 2 * kHalves) widen_vector"),
+    ("i += kHalves) narrow_vector", "i += 2 * kHalves) narrow_vector"),
     ("at.theta[i] = e.theta;", ";"),
     ("if (writes_weight<kind>(k)) at.theta[i] = e.theta;", "at.theta[i] = e.theta;"),
     ("if (!writes_weight<kind>(k)) continue;", ""),
