@@ -1,6 +1,6 @@
 // The dtypes that parameters may have, a line each, and conversions of one element to the
-// arithmetic and back, on the device and on the host. cpu/loop.h converts many at a time where the
-// compiler would not.
+// arithmetic and back, on the device and on the host. cpu/narrow_loop.h converts many at a time
+// where the compiler would not.
 #pragma once
 
 #include <cstdint>

@@ -93,7 +93,7 @@ def adopt(
         checks.refuse_uncounted(held)
 
     if notes:
-        warnings.warn("; ".join(notes), stacklevel=backends._user_level())
+        warnings.warn("; ".join(notes), stacklevel=backends.user_level())
     for group, full in zip(groups, completed, strict=True):
         for key in group.keys() - full.keys():
             del group[key]

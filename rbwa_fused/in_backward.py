@@ -19,10 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from rbwa_fused.engine import checks
 from rbwa_fused.engine.doors import Call, Grads
-from rbwa_fused.engine.engine import Engine
+from rbwa_fused.engine.engine import MIDWAY, Engine
 from rbwa_fused.engine.tables import Served
 
-MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 CONVERTED = f"a parameter was converted or moved {MIDWAY}"
 # All hooks by their ids, to find two optimizers that step the same parameter. Not a WeakSet: one
 # cannot be gone through while another thread makes an optimizer.
@@ -41,7 +40,6 @@ class InBackward:
     def __init__(
         self, opt: Optimizer, engine: Engine, rebuild: weakref.WeakMethod[Callable[[], None]]
     ) -> None:
-        self._stepped: set[Tensor] | None = None  # by the step under way; None outside of one
         self._opt = weakref.ref(opt)
         self._engine = engine
         self._make_tables = rebuild
@@ -56,7 +54,7 @@ class InBackward:
     @property
     def midway(self) -> bool:
         """Whether a backward pass has begun a step that `finish` must end."""
-        return self._stepped is not None
+        return self._engine.stepped is not None
 
     def attach(self) -> None:
         """Hooks the parameters of the engine's launches, once each; those that share memory wait
@@ -92,13 +90,13 @@ class InBackward:
     def move(self, param: Tensor) -> None:
         """Steps one parameter and frees its gradient."""
         with self._lock, torch.no_grad():
-            if self._stepped is None:
-                self._begin()
-            assert self._stepped is not None
+            stepped = self._engine.stepped
+            if stepped is None:
+                stepped = self._begin()
             launch = self._launch_of.get(param)
             if launch is None:
                 return  # no longer the optimizer's
-            if param in self._stepped:
+            if param in stepped:
                 raise RuntimeError(
                     f"a second gradient of parameter {self._name(launch)} before step(): with "
                     "in_backward=True every backward pass is a step, so gradients cannot be "
@@ -106,11 +104,11 @@ class InBackward:
                 )
             grads = [param.grad]
             calls = self._ready(launch, grads)
-            calls += (setattr, param, "grad", None), (self._stepped.add, param)
+            calls += (setattr, param, "grad", None), (stepped.add, param)
             self._run([(launch, grads)], calls)
 
-    def _begin(self) -> None:
-        """What a step looks at before its launches."""
+    def _begin(self) -> set[Tensor]:
+        """What a step looks at before its launches. Returns the parameters that it has stepped."""
         engine, opt = self._engine, self._opt()
         assert opt is not None
         engine.refuse_inside_averaged("backward")
@@ -124,7 +122,9 @@ class InBackward:
             assert rebuild is not None
             rebuild()
         engine.begin()
-        self._stepped = set()
+        stepped: set[Tensor] = set()
+        engine.stepped = stepped
+        return stepped
 
     def check(self, closure: object, found_inf: Tensor | None) -> None:
         """Looks after the hooks at a step(), and raises for what comes too late."""
@@ -141,12 +141,13 @@ class InBackward:
     def finish(self) -> bool:
         """The rest of a step that has begun, if one has: parameters whose gradient, if any, no hook
         has seen, and the counters."""
-        if self._stepped is None:
+        engine = self._engine
+        if engine.stepped is None:
             return False
         try:
-            self._finish(self._stepped)
+            self._finish(engine.stepped)
         except Exception:  # the next backward pass begins another step; an interrupt is none
-            self._stepped = None
+            engine.stepped = None
             raise
         return True
 
@@ -168,7 +169,7 @@ class InBackward:
                 calls += own
         plan, tables = engine.tables.plan, engine.tables
         calls += engine.end(), (setattr, plan, "state_is_due", tables.state.lost)
-        self._run(rest, [*calls, (setattr, self, "_stepped", None)])
+        self._run(rest, [*calls, (setattr, engine, "stepped", None)])
 
     def _ready(self, launch: Served, grads: Grads) -> list[Call]:
         """Gives a launch's parameter the state that it comes to need. Returns what steps it."""

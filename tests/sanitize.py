@@ -50,6 +50,7 @@ class Canary(NamedTuple):
 
 
 LOOP = "csrc/cpu/loop.h"
+NARROW_LOOP = "csrc/cpu/narrow_loop.h"
 BODY = "csrc/cuda/body.h"
 TABLES = "csrc/tables.cpp"
 FLOAT32_ALONE: tuple[Edit, ...] = (  # which compiles in a fraction of the time
@@ -67,7 +68,7 @@ CANARIES = (
     ),
     Canary(
         "a last tile that is as long as the others",
-        ((LOOP, "n - at < kTile ? n - at : kTile", "kTile"),),
+        ((NARROW_LOOP, "n - at < kTile ? n - at : kTile", "kTile"),),
         ("update/test_update.py", "-k", "literal and decay and none and float16"),
         "heap-buffer-overflow",
     ),

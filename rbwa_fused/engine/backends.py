@@ -117,10 +117,10 @@ def warn_of_reference(device: torch.device) -> None:
     """Says why ``"auto"`` came down to the reference."""
     asked = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ("triton",))
     why = "; ".join(str(unavailable(name, device)) for name in asked)
-    warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=_user_level())
+    warnings.warn(f"rbwa_fused runs its slow PyTorch reference: {why}", stacklevel=user_level())
 
 
-def _user_level() -> int:
+def user_level() -> int:
     """The stack level, for the caller, of the first frame outside this package and torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in OWN:

@@ -27,6 +27,7 @@ from rbwa_fused.engine.state import State
 from rbwa_fused.engine.tables import Counts, Group, Options, Served, Tables
 
 ALL = slice(None)
+MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 
 
 class Swapped(Protocol):
@@ -50,10 +51,13 @@ class Engine:
         tables: of the groups as they were built, or rebuilt, with what is counted.
         device_counters: where the devices count; else None.
         swapped: inside averaged(), or after one that could not be undone; else None.
+        stepped: the parameters that a backward pass has stepped (in_backward.py), up to the end of
+            that step; else None.
     """
 
     device_counters: OnDevice | None = None
     swapped: Swapped | None = None
+    stepped: set[Tensor] | None = None
     _warned = False  # that the reference runs
 
     def __init__(self, rule: rules.Rule, options: Options, steps: int = 0) -> None:
@@ -261,6 +265,11 @@ class Engine:
         """Raises inside averaged(), and after one that could not bring back all weights."""
         if self.swapped is not None:
             self.swapped.refuse(what)
+
+    def refuse_midway(self, what: str) -> None:
+        """Raises where a step has begun in the backward pass and not ended."""
+        if self.stepped is not None:
+            raise RuntimeError(f"{what}() {MIDWAY}")
 
     # ---- counters ------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ FOREIGN = {"torch", "nn", "sys", "gc"}
 # By these names torch asks an optimizer.
 TORCHS = {"_step_supports_amp_scaling"}
 # export() is a hook: for its optimizer it may get a wrapper that has taken on its class.
-ARGUED = {"fused.py: _itself", "fused.py: _refuse_midway"}
+ARGUED = {"saved.py: _itself"}
 
 
 def private(name: str) -> bool:

@@ -7,18 +7,23 @@ from __future__ import annotations
 Mutants = list[tuple[str, str]]
 
 CPU_LOOP: Mutants = [
+    ("at.theta[i] = e.theta;", ";"),
+    ("if (writes_weight<kind>(k)) at.theta[i] = e.theta;", "at.theta[i] = e.theta;"),
+    ("if constexpr (keeps_##stream(kind)) at.stream[i] = e.stream;", ""),
+    ("if constexpr (averaged) at.a[i] = e.a;", ""),
+    ("static_cast<T*>(stream) + begin", "static_cast<T*>(stream)"),
+    ("static_cast<const T*>(s.g) + begin", "static_cast<const T*>(s.g)"),
+    ("k.eta *= T(sampling.scale);", ""),
+    ("k.eta *= T(sampling.scale);", "k.eta = T(row.numbers.eta * sampling.scale);"),
+    ("sampling.current != 0,", "sampling.write_back != 0,"),
+]
+NARROW_LOOP: Mutants = [
     ("for (; i < n; ++i) to[i] = _cvtsh", "for (; i + 1 < n; ++i) to[i] = _cvtsh"),
     ("for (; i < n; ++i) to[i].bits = _cvtss", "for (; i + 1 < n; ++i) to[i].bits = _cvtss"),
     ("_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
     ("i += kHalves) widen_vector", "i += 2 * kHalves) widen_vector"),
     ("i += kHalves) narrow_vector", "i += 2 * kHalves) narrow_vector"),
-    ("at.theta[i] = e.theta;", ";"),
-    ("if (writes_weight<kind>(k)) at.theta[i] = e.theta;", "at.theta[i] = e.theta;"),
     ("if (!writes_weight<kind>(k)) continue;", ""),
-    ("if constexpr (keeps_##stream(kind)) at.stream[i] = e.stream;", ""),
-    ("if constexpr (averaged) at.a[i] = e.a;", ""),
-    ("static_cast<T*>(stream) + begin", "static_cast<T*>(stream)"),
-    ("static_cast<const T*>(s.g) + begin", "static_cast<const T*>(s.g)"),
     ("static_cast<S*>(start) + begin", "static_cast<S*>(start)"),
     ("at += kTile", "at += 2 * kTile"),
     ("return wide + at;", "return wide;"),
@@ -26,9 +31,6 @@ CPU_LOOP: Mutants = [
     ("if (param != nullptr) follow(places.theta, param + at, size);", ""),
     ("if (param != nullptr) narrow(places.theta, param + at, size);", ""),
     ("if constexpr (keeps_##stream(kind)) stream.store(at, size);", ""),
-    ("k.eta *= T(sampling.scale);", ""),
-    ("k.eta *= T(sampling.scale);", "k.eta = T(row.numbers.eta * sampling.scale);"),
-    ("sampling.current != 0,", "sampling.write_back != 0,"),
 ]
 CONVERT: Mutants = [
     ("(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "(bits + 0x8000u) >> 16"),
@@ -297,6 +299,8 @@ FUSED: Mutants = [
     ("            if self._watched:\n", "            if False:\n"),
     ("                self._watched = False\n", "                pass\n"),
     ("            self._early.detach()\n", "            pass\n"),
+]
+SAVED: Mutants = [
     ("if export not in self._optimizer_state_dict_post_hooks.values():", "if True:"),
     ("engine.options.flatten and not live", "engine.options.flatten"),
     (
@@ -307,11 +311,11 @@ FUSED: Mutants = [
     ("        self.register_state_dict_post_hook(export)\n", ""),
     ('"counts": engine.counts(self.param_groups, self.state),', '"counts": None,'),
     ("state_dict = hook_result", "pass"),
-    ("post_hook(opt)", "pass"),
+    ("post_hook(self)", "pass"),
     ("if loaded.notes:", "if False:"),
     (
-        "if not engine.tables.describes_groups(opt.param_groups):\n            opt",
-        "if False:\n            opt",
+        "if not engine.tables.describes_groups(self.param_groups):\n            self",
+        "if False:\n            self",
     ),
     ("        engine.swapped = None  #", "        #"),
 ]
@@ -333,8 +337,8 @@ ADOPTED: Mutants = [
 ]
 IN_BACKWARD: Mutants = [
     ('(setattr, param, "grad", None), ', ""),
-    (", (self._stepped.add, param)", ","),
-    ("if param in self._stepped:", "if False:"),
+    (", (stepped.add, param)", ","),
+    ("if param in stepped:", "if False:"),
     ("calls += engine.end(), (setattr,", "calls += ((setattr,"),
     ("        engine.begin()\n", ""),
     ("self._launch_of.keys() & self._engine.tables.alone", "self._launch_of.keys()"),
@@ -461,6 +465,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/compiled.py", COMPILED, ("project/test_compiled.py",), False),
     ("rbwa_fused/__main__.py", CHECKED, ("project/test_compiled.py",), False),
     ("csrc/cpu/loop.h", CPU_LOOP, BITS, True),
+    ("csrc/cpu/narrow_loop.h", NARROW_LOOP, BITS, True),
     ("csrc/convert.h", CONVERT, BITS, True),
     ("csrc/cpu/step_cpu.cpp", STEP_CPU, BITS, True),
     (
@@ -510,6 +515,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/engine/tables.py", TABLES_OF_GROUPS, STEPS, False),
     ("rbwa_fused/engine/state.py", STATE, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
+    ("rbwa_fused/saved.py", SAVED, STEPS, False),
     ("rbwa_fused/engine/engine.py", AFTER_A_LAUNCH, ("update/test_cuda.py", "-k", "failed"), False),
     (
         "rbwa_fused/in_backward.py",

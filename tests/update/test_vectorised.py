@@ -13,7 +13,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("cpu/loop.h", "cpu/pull_loop.h")
+FILES = ("cpu/loop.h", "cpu/narrow_loop.h", "cpu/pull_loop.h")
 ELEMENTS = re.compile(r"for \(int64_t i = 0; i < (n|size); \+\+i\)")
 SIZES = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes of a vector
 

@@ -1,0 +1,133 @@
+"""Saved: what state dicts, pickle and deepcopy see of an optimizer, and take back."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch.optim import Optimizer
+
+from rbwa_fused import adopted, checkpoint, form, rules
+from rbwa_fused.averages import Averages
+from rbwa_fused.engine import backends, checks
+from rbwa_fused.engine.engine import Engine
+from rbwa_fused.engine.tables import Options
+
+
+class Saved(Averages, Optimizer):
+    """Base of FusedOptimizer, which has the step."""
+
+    _rule = rules.SGD  # of a state that names none, such as torch.optim.Optimizer's
+
+    def _begin(self, engine: Engine) -> None:
+        """Another engine is the optimizer's; its tables are made next."""
+        raise NotImplementedError
+
+    def _laid_out(self) -> None:
+        """The engine has new tables."""
+        raise NotImplementedError
+
+    def _rebuild(self) -> None:
+        """Follows parameters that were converted, groups and state that were replaced."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
+        """Loads a checkpoint of this class or of torch.optim.SGD; tensors are copied.
+
+        Where torch.optim.SGD went on with a checkpoint of this class, the averages in it are older
+        than the weights: they are left out, with a warning, and start again.
+
+        Args:
+            step (int, steps, >= 0): how many were taken when the checkpoint was written. Ours say
+                it themselves; torch's do not, and without it counting starts at 0, with a warning
+                where a policy goes by the step (default: None).
+
+        Raises:
+            ValueError: for another optimizer's checkpoint, another rule, another kind of policy,
+                write-back, ``initial`` or dtype, other shapes or groups, or another ``step`` than
+                the checkpoint's. The optimizer is as it was then.
+        """
+        if self is not self._itself:
+            self._itself.load_state_dict(state_dict, step=step)
+            return
+        engine = self.engine
+        if engine.swapped is not None and not engine.swapped.over:
+            engine.refuse_inside_averaged("load_state_dict")
+        engine.refuse_midway("load_state_dict")
+        form.mapping("state_dict", state_dict)
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            hook_result = pre_hook(self, state_dict)
+            if hook_result is not None:
+                state_dict = hook_result
+        if not engine.tables.describes_groups(self.param_groups):
+            self._rebuild()
+        for group in self.param_groups:
+            checks.params(group, engine.options.master_weights)
+        loaded = checkpoint.read(engine, self.param_groups, state_dict, step)
+        if loaded.notes:
+            warnings.warn("; ".join(loaded.notes), stacklevel=backends.user_level())
+        for group, new in zip(self.param_groups, loaded.groups, strict=True):
+            group.update(new)
+        checkpoint.keep_tensors(loaded.state, self.state)
+        self.state = loaded.state
+        engine.build(self.param_groups, loaded.state, loaded.steps, loaded.counts)
+        self._laid_out()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+        engine.swapped = None  # what averaged() could not bring back is given up
+
+    def __getstate__(self) -> dict[str, Any]:
+        engine = self.engine
+        engine.refuse_inside_averaged("pickle or deepcopy")
+        engine.refuse_midway("pickle or deepcopy")
+        held = self.state.copy()
+        for p, streams in engine.waiting().items():
+            held[p] = {k: v for k, v in held[p].items() if k not in streams}
+        return {
+            **super().__getstate__(),
+            "state": held,
+            "engine": (engine.rule.name, engine.options._asdict(), engine.steps),
+            "counts": engine.counts(self.param_groups, self.state),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over what `__getstate__` returned, or part of it, as torch.optim.Optimizer's does:
+        its own `load_state_dict`, which a program may call by the class, ends here.
+
+        Raises:
+            ValueError, TypeError: as `load_state_dict`, also for averages that torch has cast. The
+                optimizer is as it was then.
+        """
+        live = "engine" in self.__dict__
+        if live:
+            self.engine.refuse_inside_averaged("__setstate__")
+            self.engine.refuse_midway("__setstate__")
+        state = {**self.__dict__, **state}
+        counts = state.pop("counts", None)
+        engine = state.pop("engine", None)
+        if not isinstance(engine, Engine):
+            rule, options, steps = engine or (self._rule.name, {}, 0)
+            engine = Engine(rules.RULES[rule], Options(**options), steps)
+        steps = engine.steps
+        if counts is None:
+            loaded = state["state"] is not self.__dict__.get("state")
+            self.defaults = state["defaults"]
+            held, steps, counts = adopted.adopt(
+                engine, self.defaults, state["param_groups"], state["state"], loaded=loaded
+            )
+            state["state"] = held
+        super().__setstate__(state)
+        self._begin(engine)
+        if export not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(export)
+        move = engine.options.flatten and not live
+        engine.build(self.param_groups, self.state, steps, counts, move=move)
+        self._laid_out()
+
+
+def export(opt: Any, state_dict: dict[str, Any]) -> None:
+    """The first hook behind ``state_dict()``; see checkpoint.export."""
+    opt = opt._itself
+    opt.engine.refuse_midway("state_dict")
+    checkpoint.export(opt.engine, opt.param_groups, opt.state, state_dict)
