@@ -1,21 +1,9 @@
 """The SGD step and the weight average in one pass over memory. See README.md."""
 
-from rbwa_fused.average import (
-    Algorithm2,
-    Average,
-    Ema,
-    Mean,
-    ema,
-    lookahead,
-    mean,
-    rbwa,
-    rbwa_e,
-    rswa,
-    swa,
-    switch_ema,
-)
+from rbwa_fused.average import Algorithm2, Average, Ema, Mean
 from rbwa_fused.evaluate import averaged_model
 from rbwa_fused.optimizer import RSGDM, FusedSGD
+from rbwa_fused.policies import ema, lookahead, mean, rbwa, rbwa_e, rswa, swa, switch_ema
 from rbwa_fused.replicas import Elastic, pull_
 
 __version__ = "0.1.0"
