@@ -174,7 +174,6 @@ class Engine:
         if plan.state_is_due or negated or not tables.kernels_check:
             if not all(tables.fit(table, grads) for (table, _), grads in gathered):
                 return False
-            tables.state.lost = False
             for (table, _), grads in gathered:
                 behind += tables.state.give(table, grads)
             behind.append((setattr, plan, "state_is_due", tables.state.lost))

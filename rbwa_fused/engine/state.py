@@ -33,7 +33,8 @@ class ParameterState:
 
     Attributes:
         held: what stood in the state when the tables were made for it.
-        lost: whether some average was removed that had samples, and has not started again.
+        lost: whether some average was missing then that had samples. It starts again as a copy,
+            which is a change of the state.
     """
 
     def __init__(self, plan: Plan, rule: Rule, state: State) -> None:
@@ -118,12 +119,10 @@ class ParameterState:
                 self._state[p] = {}
             if self._allocate(table, i, group, grads[i] is not None, given):
                 lacking.append(i)
-            if grads[i] is not None and group.kind != Kind.PLAIN and not group.memory:
+            if grads[i] is not None and group.kind != Kind.PLAIN:
                 behind.append((group.memory.update, self._rule.remember(group.group)))
-            if self._is_lost(group, p):
-                self.lost = True
-                if group.sampler.due:
-                    behind += self._started_again(table, i, group, given)
+            if group.sampler.due and self._is_lost(group, p):
+                behind += self._started_again(table, i, group, given)
         self._put(table, given)
         table.lacking = lacking
         return behind

@@ -12,7 +12,7 @@ from runs import METHODS, STEPS, build, feed, result, train
 from torch import nn
 
 import rbwa_fused as rf
-from rbwa_fused.engine import packed
+from rbwa_fused.engine import doors, packed
 
 
 class Failing:
@@ -97,3 +97,28 @@ def test_replicas_are_looked_for_again_after_a_search_that_failed(
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
         net(torch.ones(1, 2)).sum().backward()
     assert opt.n_averaged == 0
+
+
+def test_a_group_added_behind_a_first_step_that_failed_leaves_it_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What that step was given stands in the state, and no step has followed it."""
+
+    def interrupted(calls: object) -> None:
+        raise KeyboardInterrupt
+
+    ends = []
+    for fails in (True, False):
+        p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+        opt = rf.FusedSGD([p], lr=1.0, momentum=0.5, dampening=0.5)
+        p.grad, q.grad = torch.ones(3), torch.ones(2)
+        if fails:
+            with monkeypatch.context() as patch:
+                patch.setattr(doors, "in_turn", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    opt.step()
+            assert "momentum_buffer" in opt.state[p]
+        opt.add_param_group({"params": [q]})
+        opt.step()
+        ends.append((p.tolist(), q.tolist()))
+    assert ends[0] == ends[1] == ([0.0] * 3, [0.0] * 2)

@@ -240,8 +240,6 @@ ENGINE: Mutants = [
     ("*((param.copy_, copy) for param, copy in table.copies)]", "]"),
     ("            calls += self.finish(table, grads, absent, scale)\n", ""),
     ("calls + behind", "calls"),
-    ("            tables.state.lost = False\n", ""),
-    ("not tables.state.lost and (", "("),
     ("        if absent:\n", "        if False:\n"),
     ("torch.tensor(1.0 / scale", "torch.tensor(scale"),
     ("if table.copies and not all(", "if False and not all("),
@@ -251,7 +249,6 @@ TABLES_OF_GROUPS: Mutants = [
     ("group_plan.sampling(p))\n", "group_plan.sampler.first_row)\n"),
     ("not self.state.held.stands(state) or not", "not"),
     ("or not self.describes_groups(groups)", ""),
-    ("not self._sharded or all(map(Segments.holds_shards, self._sharded))", "True"),
     ("        self.state.forget()  #", "        #"),
 ]
 STATE: Mutants = [
@@ -263,7 +260,6 @@ STATE: Mutants = [
     ("                        and own.dtype == dtype\n", ""),
     ("                        and taken.add(own)\n", ""),
     ("                        and memory.lies_as(own, table.memory[i])\n", ""),
-    ("held[stream] = beside(tensor, p)", "held[stream] = tensor"),
     ("tensor.zero_() if value is None", "tensor.fill_(1) if value is None"),
     ("if any(given.values()) or not self.held.stands(self._state):", "if False:"),
     ("held.pop(stream, None)", "pass"),
@@ -271,14 +267,16 @@ STATE: Mutants = [
     ("                lacking.append(i)\n", "                pass\n"),
     ("                    ages[i] = 1\n", "                    pass\n"),
     ("behind.append((group.memory.update, self._rule.remember(group.group)))", "pass"),
-    (" and not group.memory:", ":"),
     ("give(MASTER, local(p).detach())", "give(MASTER, None)"),
     ("and (moves or self._rule.streams[0] in held)", "and moves"),
     ("(lacks_kept or lacks_master)", "lacks_kept"),
     ("            group.n_averaged > 0\n            and ", "            "),
     ("            and group.policy.write_back_every != 1\n", ""),
     ("p if master is None else master", "p"),
-    ("                if group.sampler.due:\n", "                if True:\n"),
+    (
+        "            if group.sampler.due and self._is_lost(group, p):\n",
+        "            if self._is_lost(group, p):\n",
+    ),
     (
         "        self.lost = any(self._is_lost(plan, p)",
         "        self.lost = False and any(self._is_lost(plan, p)",
@@ -319,7 +317,10 @@ SAVED: Mutants = [
     ),
     ("        engine.swapped = None  #", "        #"),
 ]
-AFTER_A_LAUNCH: Mutants = [("if all(all(map(is_, g, r)) for", "if False and all(g is r for")]
+WHERE_DEVICES_COUNT: Mutants = [
+    ("if all(all(map(is_, g, r)) for", "if False and all(g is r for"),
+    ("not tables.state.lost and (", "("),
+]
 ADOPTED: Mutants = [
     ("if said is not None or _is_torchs(group):", "if said is not None:"),
     ("if said is not None or _is_torchs(group):", "if _is_torchs(group):"),
@@ -405,6 +406,10 @@ HELD_COMPILED: Mutants = [
     ("      next += expected->count;\n", ""),
     ("PyDict_GET_SIZE(dict) != expected.count", "false"),
 ]
+SHARDS_IN_TABLES_OF_GROUPS: Mutants = [
+    ("not self._sharded or all(map(Segments.holds_shards, self._sharded))", "True"),
+]
+SHARDS_IN_STATE: Mutants = [("held[stream] = beside(tensor, p)", "held[stream] = tensor")]
 SHARDS_IN_TABLES: Mutants = [
     ("all(local(param) is shard for param, shard in self.shards)", "True"),
     ("                if alike is not g:\n                    param.grad = alike\n", ""),
@@ -449,6 +454,7 @@ STEPS = (
     "optimizer/test_subclasses.py",
     "engine/test_plain_memory.py",
     "optimizer/test_torchs_idioms.py",
+    "engine/test_step_fails.py",
     "engine/test_interrupted.py",
 )
 BITS = (
@@ -509,6 +515,8 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("csrc/held.h", HELD_COMPILED, ("engine/test_state.py",), True),
     ("rbwa_fused/engine/sharded.py", SHARDED, SHARDS, False),
     ("rbwa_fused/engine/segments.py", SHARDS_IN_TABLES, SHARDS, False),
+    ("rbwa_fused/engine/tables.py", SHARDS_IN_TABLES_OF_GROUPS, SHARDS, False),
+    ("rbwa_fused/engine/state.py", SHARDS_IN_STATE, SHARDS, False),
     ("rbwa_fused/evaluate.py", SHARDS_IN_EVALUATION, SHARDS, False),
     ("rbwa_fused/fused.py", SHARDS_IN_GROUPS, SHARDS, False),
     ("rbwa_fused/engine/engine.py", ENGINE, STEPS, False),
@@ -516,7 +524,12 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/engine/state.py", STATE, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
     ("rbwa_fused/saved.py", SAVED, STEPS, False),
-    ("rbwa_fused/engine/engine.py", AFTER_A_LAUNCH, ("update/test_cuda.py", "-k", "failed"), False),
+    (
+        "rbwa_fused/engine/engine.py",
+        WHERE_DEVICES_COUNT,
+        ("update/test_cuda.py", "-k", "failed or taken_away"),
+        False,
+    ),
     (
         "rbwa_fused/in_backward.py",
         IN_BACKWARD,

@@ -337,6 +337,27 @@ def test_state_that_is_cleared_while_the_device_counts_starts_again() -> None:
     assert_same_bits(*ends)
 
 
+def test_an_average_taken_away_while_the_device_counts_is_a_copy_at_its_next_sample() -> None:
+    """The host counts until then: a device knows no average that is missing."""
+    p = nn.Parameter(torch.arange(-3.0, 4.0) / 8)
+    opt = rf.FusedSGD(
+        [p], 0.125, momentum=0.75, average=rf.ema(0.5, every=2), backend="cuda", capturable=True
+    )
+    copied = torch.zeros(7)
+    for step in range(1, 9):
+        p.grad = torch.full_like(p, 0.5 + step)
+        opt.step()
+        if step == 4:
+            del opt.state[p]["average"]
+        if step == 5:
+            assert "average" not in opt.state[p] and opt.n_averaged == 2
+        if step == 6:
+            copied = p.detach().clone()
+            assert torch.equal(opt.state[p]["average"], copied)
+    assert opt.n_averaged == 4 and opt.engine.device_counters is not None
+    assert torch.equal(opt.state[p]["average"], copied + 0.5 * (p.detach() - copied))
+
+
 def test_a_group_added_while_the_device_counts_is_counted_with_the_others() -> None:
     ends = []
     for backend in ("cuda", "cpu"):
