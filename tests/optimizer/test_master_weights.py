@@ -292,3 +292,16 @@ def test_a_checkpoint_with_masters_is_not_taken_without() -> None:
     theirs = torch.optim.SGD(groups(other), lr=0.1, momentum=0.9)
     theirs.load_state_dict(opt.state_dict())  # torch drops what it does not know
     train(other, theirs, 4, 5)
+
+
+def test_an_average_that_is_taken_away_starts_again_as_a_copy_of_the_master() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    opt = rf.FusedSGD([p], lr=2**-12, average=rf.ema(0.5), master_weights=True)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.state[p].pop("average")
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert p.tolist() == [1.0] * 3  # in bfloat16 nothing has moved
+    assert opt.state[p]["average"].tolist() == [1.0 - 3 * 2**-12] * 3
