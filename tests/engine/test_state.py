@@ -262,3 +262,18 @@ def test_a_tensor_that_requires_gradients_becomes_state_that_does_not(asked: Non
     opt.state[first(opt)][STREAM] = torch.ones(7, requires_grad=True)
     train(opt, 3, 4)
     assert not opt.state[first(opt)][STREAM].requires_grad
+
+
+def test_state_assigned_before_the_first_step_is_its_users(asked: None) -> None:
+    """It is saved though no step has followed it; an average without a count is refused."""
+    opt = rf.FusedSGD(params(), lr=0.125, momentum=0.75, average=rf.ema(0.5))
+    buffer, average = torch.ones(7), torch.ones(7)
+    opt.state[first(opt)][STREAM] = buffer
+    assert opt.state_dict()["state"][0][STREAM] is buffer
+    opt.state[first(opt)]["average"] = average
+    with pytest.raises(ValueError, match="counted no step"):
+        train(opt, 1, 1)
+    assert opt.state[first(opt)]["average"] is average
+    del opt.state[first(opt)]["average"]
+    train(opt, 1, 1)
+    assert opt.state[first(opt)][STREAM] is buffer
