@@ -49,8 +49,6 @@ class FusedOptimizer(Saved):
     def _begin(self, engine: Engine) -> None:
         self._weak_self = weakref.ref(self)
         self.engine = engine
-        if self._early is not None:
-            self._early.detach()
         if engine.options.in_backward:
             self._early = InBackward(self, engine, weakref.WeakMethod(self._rebuild))
 

@@ -66,11 +66,6 @@ class InBackward:
         self._frozen = [p for p in hooked if p not in self._handles]
         self._hook_unfrozen()
 
-    def detach(self) -> None:
-        """Takes the hooks away, of an optimizer that gets others."""
-        remove(self._handles)
-        self._handles.clear()
-
     def _hook_unfrozen(self) -> None:
         weak_self = weakref.ref(self)
 

@@ -296,7 +296,6 @@ FUSED: Mutants = [
     ),
     ("            if self._watched:\n", "            if False:\n"),
     ("                self._watched = False\n", "                pass\n"),
-    ("            self._early.detach()\n", "            pass\n"),
 ]
 SAVED: Mutants = [
     ("if export not in self._optimizer_state_dict_post_hooks.values():", "if True:"),
