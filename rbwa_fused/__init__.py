@@ -1,6 +1,7 @@
 """The SGD step and the weight average in one pass over memory. See README.md."""
 
 from rbwa_fused.average import Algorithm2, Average, Ema, Mean
+from rbwa_fused.averager import Averager
 from rbwa_fused.evaluate import averaged_model
 from rbwa_fused.optimizer import RSGDM, FusedSGD
 from rbwa_fused.policies import ema, lookahead, mean, rbwa, rbwa_e, rswa, swa, switch_ema
@@ -12,6 +13,7 @@ __all__ = [
     "RSGDM",
     "Algorithm2",
     "Average",
+    "Averager",
     "Elastic",
     "Ema",
     "FusedSGD",

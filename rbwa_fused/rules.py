@@ -195,6 +195,9 @@ def _nothing(group: Group) -> Memory:
 def _no_memory(group: Group, memory: Memory) -> None: ...
 
 
+def _no_check(group: Group) -> None: ...
+
+
 @dataclass(frozen=True)
 class Rule:
     """How an optimizer moves a parameter, as a value.
@@ -203,13 +206,14 @@ class Rule:
         name: by which checkpoints know it.
         hyperparameters: of a param group, all that its rows depend on; ``"lr"`` is the first, and
             the last number of a row.
-        kind: of its rows, where momentum is not 0; else they are plain.
+        kind: of its rows, unless their coefficients are PLAIN.
         coefficients: of a group's row; ``first`` is a parameter's first step with momentum.
         check: raises for a group with a hyperparameter out of range.
         memory: what a group's first step with momentum leaves to its later ones, by the keys that
             checkpoints have for it.
         remember: makes that, of a group that was checked.
         check_memory: raises for a group that contradicts what it has left.
+        moves: whether it moves the weights. Where others do, an average is never the parameter.
         inputs: the hyperparameters of a group, as a tuple.
     """
 
@@ -221,10 +225,12 @@ class Rule:
     memory: tuple[str, ...] = ()
     remember: Callable[[Group], Memory] = _nothing
     check_memory: Callable[[Group, Memory], None] = _no_memory
+    moves: bool = True
     inputs: Callable[[Group], tuple[Any, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", itemgetter(*self.hyperparameters))
+        names = self.hyperparameters
+        object.__setattr__(self, "inputs", itemgetter(*names) if names else lambda group: ())
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -233,10 +239,10 @@ class Rule:
 
     def row(self, group: Group, first: bool) -> tuple[float, ...]:
         """The numbers of COLUMNS, for a group that was checked."""
-        s = -1.0 if group["maximize"] else 1.0
-        rule = self.coefficients(group, first)
-        kind = self.kind if group["momentum"] else Kind.PLAIN
-        return kind, s, float(group["weight_decay"]), *rule, float(group["lr"])
+        numbers = self.coefficients(group, first)
+        kind = Kind.PLAIN if numbers is PLAIN else self.kind
+        s = -1.0 if group.get("maximize") else 1.0
+        return kind, s, float(group.get("weight_decay", 0)), *numbers, float(group.get("lr", 0))
 
 
 OF_TORCH = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -254,5 +260,6 @@ RSGDM_IMPLICIT = Rule(
     check_memory=check_same_momentum,
 )
 RSGDM_EXPLICIT = Rule("rsgdm_explicit", OF_PAPER, Kind.DIFFERENCE, rsgdm_explicit, check_decay)
-RULES = {rule.name: rule for rule in (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT)}
+NONE = Rule("none", (), Kind.PLAIN, lambda group, first: PLAIN, _no_check, moves=False)
+RULES = {rule.name: rule for rule in (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT, NONE)}
 MEMORY = tuple(key for rule in RULES.values() for key in rule.memory)

@@ -173,7 +173,7 @@ PULL_REFERENCE = [
     ),
 ]
 RULES = [
-    ('-1.0 if group["maximize"] else 1.0', "1.0"),
+    ('-1.0 if group.get("maximize") else 1.0', "1.0"),
     ('c = 1.0 if first else 1.0 - float(group["dampening"])', "c = 1.0"),
     (
         "Coefficients(mu, c=1.0, kappa=0.0, alpha=1.0, gamma=mu",

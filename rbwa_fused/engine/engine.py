@@ -113,7 +113,8 @@ class Engine:
             state[p].pop(stream, None)
         if self.steps == 0:
             checks.refuse_uncounted(state)
-        self.build(groups, state, self.steps, self.counts(groups, state))
+        counts = self.counts(groups, state) if self.steps > 0 else None
+        self.build(groups, state, self.steps, counts)
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -156,6 +157,33 @@ class Engine:
             gathered.append((launch, grads))
         if not present:
             return True
+        return self._take(gathered, absent, negated, grad_scale, found_inf)
+
+    def sample(
+        self, groups: Sequence[Group], state: State, found_inf: Tensor | None = None
+    ) -> bool:
+        """Counts a step that somebody else has taken; the averages sample the weights as they are.
+
+        Returns:
+            False, with nothing changed, where the tables must be rebuilt first.
+        """
+        if not self.tables.describes(groups, state):
+            return False
+        gathered: list[tuple[Served, Grads]] = [
+            (launch, [None] * len(launch[0].params)) for launch in self.tables.launches
+        ]
+        return self._take(gathered, True, False, None, found_inf)
+
+    def _take(
+        self,
+        gathered: Sequence[tuple[Served, Grads]],
+        absent: bool,
+        negated: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """`step`, or `sample`, with gradients that were gathered."""
+        tables, plan = self.tables, self.tables.plan
         on_device = not tables.state.lost and (
             self.device_counters is not None
             or (tables.device_may_count and (self.options.capturable or found_inf is not None))
@@ -188,6 +216,31 @@ class Engine:
         for (table, _), grads in gathered:
             calls += self.finish(table, grads, absent, scale)
         return self.run(gathered, calls + behind)
+
+    def starting(self) -> list[GroupPlan]:
+        """The groups whose averages begin with the weights before the step to come
+        (``initial="current"``)."""
+        return [
+            group
+            for group in self.tables.plan.groups
+            if group.policy is not None
+            and group.policy.initial == "current"
+            and group.policy.start == self.steps
+            and group.n_averaged == 0
+        ]
+
+    def take_current(self) -> None:
+        """Gives `starting` groups the weights of now as their first sample, before a step that
+        others take."""
+        groups, tables = self.starting(), self.tables
+        if not groups:
+            return
+        for table, _ in tables.launches:
+            tables.state.give(table, [None] * len(table.params))
+        for group in groups:
+            tables.state.copy_weights(group.params)
+        for group in groups:
+            tables.plan.counts[group.sampler.index] = 1
 
     def begin(self, scale: float = 1.0) -> None:
         """Brings the rows up to date for the step to come; gradients are ``scale`` times theirs."""

@@ -33,6 +33,7 @@ class GroupPlan:
         counts: list[int],
         memory: rules.Memory,
         master_weights: bool,
+        moves: bool,
     ) -> None:
         self.group = group
         self.params = list(group["params"])
@@ -43,6 +44,7 @@ class GroupPlan:
         self.kind = rules.Kind.PLAIN  # of its rows
         self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
         self.master_weights = master_weights
+        self._moves = moves
         self._counts = counts
         self._one_element = any(p.numel() == 1 for p in self.params)
 
@@ -70,8 +72,9 @@ class GroupPlan:
 
     def is_the_weights(self, param: Tensor) -> bool:
         """Whether the average of a parameter is the parameter itself, or its master."""
-        working = streams.working_dtype(param.dtype, self.master_weights)
-        return self.policy is not None and self.policy.elided_for(working)
+        if self.policy is None or not self._moves:
+            return False
+        return self.policy.elided_for(streams.working_dtype(param.dtype, self.master_weights))
 
     def has_buffer(self, param: Tensor) -> bool:
         """Whether a parameter has an average in a buffer of its own."""
@@ -132,8 +135,9 @@ class Plan:
             self._samplings.grow(ROWS_PER_SAMPLER)
             self.samplers.append(sampler)
             self.counts.append(n_averaged)
-        own = dict(memory or {})
-        plan = GroupPlan(group, len(self.groups), sampler, self.counts, own, self._master_weights)
+        options = self._master_weights, self._rule.moves
+        index, own = len(self.groups), dict(memory or {})
+        plan = GroupPlan(group, index, sampler, self.counts, own, *options)
         self._rows.grow(ROWS_PER_GROUP)
         self.groups.append(plan)
         return plan

@@ -12,6 +12,7 @@ from collections.abc import Iterable, MutableMapping
 from operator import setitem
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rbwa_fused.engine import memory
@@ -159,6 +160,12 @@ class ParameterState:
         master = given[MASTER].get(i, held.get(MASTER))
         weights = local(p if master is None else master).detach()
         return [(average.copy_, weights), (setitem, held, AVERAGE, beside(average, p))]
+
+    @torch.no_grad()
+    def copy_weights(self, params: Iterable[Tensor]) -> None:
+        """Averages that there are become the weights of now."""
+        for p in params:
+            local(self.of(p)[AVERAGE]).copy_(local(p))
 
     def _put(self, table: Segments, given: Given) -> None:
         """Puts what was made into the state, and then into the table."""

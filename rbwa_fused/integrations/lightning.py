@@ -88,7 +88,7 @@ class AveragedEvaluation(Callback):
         self._save_averaged = save_averaged
         self._loaded = False  # the averaged weights out of a checkpoint, outside fit
         self._live: ExitStack | None = None  # brings the training weights back
-        self._modules: list[nn.Module] = []
+        self._parts: list[nn.Module] = []
         self._frozen: list[nn.Module] = []  # in eval mode in training
 
     # ---- entered and left ----------------------------------------------------------------------
@@ -109,10 +109,10 @@ class AveragedEvaluation(Callback):
             opt._step_supports_amp_scaling = False
         if self._loader is None:
             return
-        self._modules = list(pl_module.modules())
+        self._parts = list(pl_module.modules())
         self._note_frozen()
         forward = getattr(pl_module.forward, "__func__", None)
-        if forward is LightningModule.forward and any(map(has_statistics, self._modules)):
+        if forward is LightningModule.forward and any(map(has_statistics, self._parts)):
             raise ValueError(
                 f"Invalid loader for AveragedEvaluation: {type(pl_module).__name__} has no forward "
                 "to estimate its BatchNorm statistics with"
@@ -124,7 +124,7 @@ class AveragedEvaluation(Callback):
         self._note_frozen()  # before an evaluation Lightning puts all modules in eval mode
 
     def _note_frozen(self) -> None:
-        self._frozen = [module for module in self._modules if not module.training]
+        self._frozen = [module for module in self._parts if not module.training]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluate(trainer, pl_module)

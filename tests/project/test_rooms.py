@@ -28,7 +28,10 @@ FLOORS: dict[str, Sequence[str]] = {
         "rbwa_fused.engine",
         *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate")),
         *(f"rbwa_fused.{name}" for name in ("averages", "form", "checkpoint", "adopted", "saved")),
-        *(f"rbwa_fused.{name}" for name in ("in_backward", "fused", "optimizer", "replicas")),
+        *(
+            f"rbwa_fused.{name}"
+            for name in ("in_backward", "fused", "members", "averager", "optimizer", "replicas")
+        ),
         *(f"rbwa_fused.{name}" for name in ("distributed", "integrations")),
         "rbwa_fused",
     ),

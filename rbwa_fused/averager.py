@@ -1,0 +1,289 @@
+"""Averager: averages beside any optimizer, sampled behind its steps in one pass over memory."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rbwa_fused import checkpoint, rules
+from rbwa_fused.average import Average
+from rbwa_fused.averages import Averages
+from rbwa_fused.engine import backends, checks
+from rbwa_fused.engine.engine import Engine
+from rbwa_fused.engine.tables import Group, Options
+from rbwa_fused.members import Followed, Params, grouped
+
+
+class Averager(Averages):
+    r"""The average of weights that any optimizer moves, in one launch behind its step.
+
+    .. math::
+        a \leftarrow a + w (x - a), \quad \theta \leftarrow a \text{ or } x
+
+    x are the weights as the step has left them. A sample reads and writes 12 bytes a float32
+    parameter. The optimizer's groups, state and state dict stay its own.
+
+    With ``optimizer`` a sample follows each of its steps, behind closures and hooks; a step that a
+    GradScaler skips is none. Without it ``update()`` says when a step has been taken: behind the
+    last of several optimizers that a program steps in turn, or behind an optimizer that is not
+    torch's.
+
+    Parameters stay where they are. A module is followed: parameters that are exchanged under their
+    names, added or removed between steps are so in the averages. DTensor parameters (FSDP2, tensor
+    parallel) are averaged as the shards that a process holds, without communication.
+
+    Args:
+        params: a module; or float32, float64, bfloat16 or float16 tensors, pairs of names and
+            tensors, or dicts of them with ``"params"`` and perhaps an ``"average"`` of their own.
+        average (Average or None): a policy such as ``rbwa_fused.ema()``, for groups that have none.
+        optimizer (torch.optim.Optimizer or a sequence of them, optional): whose steps are counted;
+            of several, those of the last (default: None).
+        exclude (sequence of str): patterns of names, as ``fnmatch`` has them, that are left out
+            (default: ()).
+        backend (str): "auto", "cpu", "cuda", "triton" or "reference" (default: "auto").
+
+    Attributes:
+        param_groups (list of dict): each with ``"params"``, ``"average"`` and perhaps
+            ``"param_names"``.
+        state (dict): of each parameter ``{"average": tensor}``, the live average.
+
+    Raises:
+        ValueError, TypeError: for a parameter that cannot be averaged, that requires gradients and
+            is none of the optimizers', for a pattern that no name fits, and for an optimizer
+            without hooks.
+
+    Example:
+        >>> opt = torch.optim.AdamW(model.parameters())
+        >>> averager = rbwa_fused.Averager(model, rbwa_fused.ema(0.999), optimizer=opt)
+        >>> for batch in loader:
+        ...     train(model, opt, batch)
+        >>> with averager.averaged():
+        ...     evaluate(model)
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Params,
+        average: Average | None,
+        *,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        exclude: Sequence[str] = (),
+        backend: str = "auto",
+    ) -> None:
+        if isinstance(exclude, str):
+            raise TypeError(f"Invalid exclude: {exclude!r} (expected a sequence of patterns)")
+        self._module: Followed | None = None
+        if isinstance(params, nn.Module):
+            self._module = Followed(params, exclude)
+            self.param_groups = grouped(self._module.named(), average)
+        else:
+            self.param_groups = grouped(params, average, exclude)
+        self.state: Any = defaultdict(dict)
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self.engine = Engine(rules.NONE, Options(backend=backend, flatten=False))
+        for group in self.param_groups:
+            self._check(group)
+        steppers = _steppers(optimizer, self.param_groups)
+        self.engine.build(self.param_groups, self.state)
+        if steppers:
+            self._hook(steppers)
+        else:
+            self.engine.take_current()
+
+    def _check(self, group: Group) -> None:
+        checks.average(group, capturable=False)
+        checks.params(group, master_weights=False)
+        for device in {p.device for p in group["params"]}:
+            backends.choose(self.engine.options.backend, device)
+
+    @property
+    def backend(self) -> str:
+        """The name of what runs: "cpu", "cuda", "triton" or "reference"."""
+        return self.engine.tables.backend
+
+    # ---- samples -------------------------------------------------------------------------------
+
+    def update(self) -> None:
+        """Counts a step that an optimizer has taken, and samples the weights if one is due.
+
+        Raises:
+            RuntimeError: inside ``averaged()``, and where ``optimizer`` calls it.
+        """
+        if self._optimizer is not None:
+            stepper = self._optimizer()
+            if stepper is None:
+                raise RuntimeError(
+                    "update(): the optimizer of this Averager is gone, so that nothing is sampled "
+                    "any more (expected one that lives as long, or optimizer=None)"
+                )
+            raise RuntimeError(
+                f"update() beside optimizer=: each step of {type(stepper).__name__} is sampled "
+                "already (expected one of the two)"
+            )
+        self._sample(None)
+        self.engine.take_current()
+
+    def _hook(self, steppers: Sequence[Optimizer]) -> None:
+        own = weakref.ref(self)
+
+        def before(stepper: Optimizer, *arguments: Any) -> None:
+            averager = own()
+            if averager is not None:
+                averager._before_step()
+
+        def behind(stepper: Optimizer, *arguments: Any) -> None:
+            averager = own()
+            if averager is not None:
+                averager._sample(getattr(stepper, "found_inf", None))
+
+        self._optimizer = weakref.ref(steppers[-1])
+        handles = [stepper.register_step_pre_hook(before) for stepper in steppers]
+        handles.append(steppers[-1].register_step_post_hook(behind))
+        for handle in handles:
+            weakref.finalize(self, handle.remove).atexit = False
+
+    def _before_step(self) -> None:
+        self.engine.refuse_inside_averaged("step")
+        if not self.engine.starting():
+            return
+        self._follow()
+        if not self.engine.tables.describes(self.param_groups, self.state):
+            self._rebuild()
+        self.engine.take_current()
+
+    def _sample(self, found_inf: Tensor | None) -> None:
+        self.engine.refuse_inside_averaged("update")
+        self._follow()
+        while not self.engine.sample(self.param_groups, self.state, found_inf):
+            self._rebuild()
+
+    # ---- parameters ----------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Takes over what has become of a module's parameters since the last look."""
+        if self._module is None or not self._module.changed():
+            return
+        group = self.param_groups[0]
+        old = dict(zip(group["param_names"], group["params"], strict=True))
+        named = self._module.named()
+        (new,) = grouped(named, group["average"])
+        self._check(new)
+        state = defaultdict(dict, self.state)
+        for name, p in old.items():
+            held = state.pop(p, None)
+            if held is not None and name in named:
+                state[named[name]] = held
+        self.state = state
+        group.update(new)
+        self._module.look()
+
+    def _rebuild(self) -> None:
+        for group in self.param_groups:
+            self._check(group)
+            checks.state(group, self.state)
+        self.engine.rebuild(self.param_groups, self.state)
+        if self._optimizer is None and self.engine.steps == 0:
+            self.engine.take_current()
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages and counters, in the form of ``torch.optim.Optimizer.state_dict``.
+
+        Tensors are the live ones. Parameters are numbered in the order of their groups.
+        """
+        numbers = {
+            p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))
+        }
+        groups = [
+            {**group, "params": [numbers[p] for p in group["params"]]}
+            for group in self.param_groups
+        ]
+        state = {numbers[p]: dict(held) for p, held in self.state.items() if p in numbers}
+        saved = {"state": state, "param_groups": groups}
+        live = [dict(group) for group in self.param_groups]
+        checkpoint.export(self.engine, live, self.state, saved)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict`` has returned; tensors are copied.
+
+        Raises:
+            ValueError, TypeError: for an optimizer's checkpoint, another kind of policy,
+                write-back, ``initial`` or dtype, other shapes or groups. The averager is as it was
+                then.
+        """
+        engine = self.engine
+        if engine.swapped is not None and not engine.swapped.over:
+            engine.refuse_inside_averaged("load_state_dict")
+        self._follow()
+        if not engine.tables.describes_groups(self.param_groups):
+            self._rebuild()
+        loaded = checkpoint.read(engine, self.param_groups, state_dict, None)
+        if loaded.notes:
+            warnings.warn("; ".join(loaded.notes), stacklevel=backends.user_level())
+        checkpoint.keep_tensors(loaded.state, self.state)
+        self.state = loaded.state
+        engine.build(self.param_groups, loaded.state, loaded.steps, loaded.counts)
+        engine.swapped = None
+
+    def __repr__(self) -> str:
+        counts = ", ".join(
+            f"{len(group['params'])} parameters: {group['average']!r}"
+            for group in self.param_groups
+        )
+        stepper = None if self._optimizer is None else self._optimizer()
+        behind = "" if stepper is None else f" behind {type(stepper).__name__}"
+        return f"{type(self).__name__}({counts}{behind})"
+
+
+def _steppers(
+    optimizer: Optimizer | Sequence[Optimizer] | None, groups: Sequence[Group]
+) -> list[Optimizer]:
+    """The optimizers whose steps are counted: each behind a wrapper, such as accelerate's, that
+    holds it as its ``optimizer``.
+
+    Raises:
+        TypeError: for one without hooks.
+        ValueError: for trainable parameters that none of the optimizers has.
+    """
+    if optimizer is None:
+        return []
+    several = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    steppers = [_inner(one) for one in several]
+    if not steppers:
+        raise ValueError("Invalid optimizer: an empty sequence")
+    theirs = {p for one in steppers for group in one.param_groups for p in group["params"]}
+    missing = [
+        checks.name_of(group, i)
+        for group in groups
+        for i, p in enumerate(group["params"])
+        if p.requires_grad and p not in theirs
+    ]
+    if missing:
+        names = ", ".join(type(one).__name__ for one in steppers)
+        raise ValueError(
+            f"Invalid optimizer: {names} has not parameter {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + " (expected all that require gradients, or exclude=)"
+        )
+    return steppers
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "register_step_post_hook"):
+        raise TypeError(
+            f"Invalid optimizer: {type(optimizer).__name__} (expected a torch.optim.Optimizer; "
+            "behind the steps of others call update())"
+        )
+    found: Optimizer = optimizer
+    return found

@@ -1,0 +1,512 @@
+"""Averages beside any optimizer: each policy against its literal loop, and what training does."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from runs import bits
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+import rbwa_fused as rf
+
+STEPS = 13
+Weights = list[Tensor]
+
+
+class Net(nn.Module):
+    """Layers that differ in shape, one that is tied, one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made = torch.Generator().manual_seed(0)
+        self.first = nn.Linear(5, 7)
+        self.again = self.first
+        self.frozen = nn.Linear(7, 7).requires_grad_(False)
+        self.last = nn.Linear(7, 3)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.frozen(torch.tanh(self.again(x))).relu())  # type: ignore[no-any-return]
+
+
+def loss(net: nn.Module, step: int) -> Tensor:
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+    return net(x.to(next(net.parameters()).dtype)).square().mean()  # type: ignore[no-any-return]
+
+
+def train(net: nn.Module, optimizers: list[Any], first: int, last: int, after: Any = None) -> None:
+    for step in range(first, last + 1):
+        for opt in optimizers:
+
+            def closure(opt: Any = opt, step: int = step) -> Tensor:
+                opt.zero_grad()
+                value = loss(net, step)
+                value.backward()
+                return value
+
+            opt.step(closure)
+        if after is not None:
+            after(step)
+
+
+# ---- the policies, as loops over what the optimizer leaves ---------------------------------------
+
+
+def ema(a: Weights, x: Weights, n: int, step: int) -> bool:
+    _towards(a, x, 1.0 if n == 0 else 1 - 0.75)
+    return False
+
+
+def mean_of_ends(a: Weights, x: Weights, n: int, step: int) -> bool:
+    if step > 2 and (step - 2) % 3 == 0:
+        _towards(a, x, 1 / (n + 1))
+    return False
+
+
+def rbwa(a: Weights, x: Weights, n: int, step: int) -> bool:
+    if step > 4:
+        _towards(a, x, 1 / (n + 1))
+    return step > 4
+
+
+def rbwa_e(a: Weights, x: Weights, n: int, step: int) -> bool:
+    if step > 4:
+        _towards(a, x, 1.0 if n == 0 else 1 - 0.75)
+    return step > 4
+
+
+def rswa(a: Weights, x: Weights, n: int, step: int) -> bool:
+    end = step > 4 and (step - 4) % 4 == 0
+    if end:
+        _towards(a, x, 1 / (n + 1))
+    return end
+
+
+def lookahead(a: Weights, x: Weights, n: int, step: int) -> bool:
+    """`a` begins as the initial weights, which are a sample."""
+    if step % 3 == 0:
+        _towards(a, x, 0.25)
+    return step % 3 == 0
+
+
+def switch_ema(a: Weights, x: Weights, n: int, step: int) -> bool:
+    _towards(a, x, 1.0 if n == 0 else 1 - 0.75)
+    return step % 5 == 0
+
+
+def function(a: Weights, x: Weights, n: int, step: int) -> bool:
+    _towards(a, x, 1.0 if n == 0 else 3 / (3 + step))
+    return False
+
+
+def _towards(a: Weights, x: Weights, w: float) -> None:
+    for average, weight in zip(a, x, strict=True):
+        average.copy_(weight if w == 1.0 else average + w * (weight - average))
+
+
+POLICIES: dict[str, tuple[rf.Average, Callable[..., bool]]] = {
+    "ema": (rf.ema(0.75), ema),
+    "mean": (rf.mean(start=2, every=3), mean_of_ends),
+    "rbwa": (rf.rbwa(4, 1), rbwa),
+    "rbwa_e": (rf.rbwa_e(0.75, steps_per_epoch=4, start_epoch=1), rbwa_e),
+    "rswa": (rf.rswa(4, 1), rswa),
+    "lookahead": (rf.lookahead(3, 0.25), lookahead),
+    "switch_ema": (rf.switch_ema(0.75, steps_per_epoch=5), switch_ema),
+    "function": (rf.Average(lambda n, step: 3 / (3 + step)), function),
+}
+
+
+def trainable(net: nn.Module) -> list[nn.Parameter]:
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def two(net: nn.Module) -> list[Any]:
+    params = trainable(net)
+    return [
+        torch.optim.SGD(params[:2], lr=0.05, momentum=0.5),
+        torch.optim.RMSprop(params[2:], lr=0.01),
+    ]
+
+
+def muon(net: nn.Module) -> list[Any]:
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    matrices = [p for p in trainable(net) if p.dim() == 2]
+    rest = [p for p in trainable(net) if p.dim() != 2]
+    return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.01)]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], list[Any]]] = {
+    "AdamW": lambda net: [torch.optim.AdamW(trainable(net), lr=0.01, foreach=False)],
+    "AdamW foreach": lambda net: [torch.optim.AdamW(trainable(net), lr=0.01, foreach=True)],
+    "AdamW fused": lambda net: [torch.optim.AdamW(trainable(net), lr=0.01, fused=True)],
+    "RMSprop": lambda net: [torch.optim.RMSprop(trainable(net), lr=0.01)],
+    "LBFGS": lambda net: [torch.optim.LBFGS(trainable(net), lr=0.1, max_iter=3)],
+    "Muon": muon,
+    "two": two,
+    "FusedSGD": lambda net: [rf.FusedSGD(trainable(net), lr=0.05, momentum=0.5)],
+}
+
+
+@pytest.mark.parametrize("by", ["hook", "hand"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_policy_beside_every_optimizer_is_its_literal_loop(
+    name: str, policy: str, by: str
+) -> None:
+    """Bit for bit: the optimizer and the loop compute in float64, in the same order."""
+    average, literal = POLICIES[policy]
+    net, plain = Net().double(), Net().double()
+    optimizers, theirs = OPTIMIZERS[name](net), OPTIMIZERS[name](plain)
+    hooked = None if by == "hand" else optimizers[0] if len(optimizers) == 1 else optimizers
+    averager = rf.Averager(net, average, optimizer=hooked)
+    a = [p.detach().clone() for p in plain.parameters()]
+    n = [int(average.initial == "current")]
+
+    def behind(step: int) -> None:
+        x = [p.detach() for p in plain.parameters()]
+        before = [t.clone() for t in a]
+        back = literal(a, x, n[0], step)
+        n[0] += average.due(step)
+        if not average.due(step):
+            assert all(map(torch.equal, a, before))
+        if back:
+            torch._foreach_copy_(x, a)
+
+    train(plain, theirs, 1, STEPS, behind)
+    train(net, optimizers, 1, STEPS, None if hooked else lambda step: averager.update())
+    assert averager.n_averaged == n[0]
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+    held = [averager.state[p]["average"] for p in net.parameters()]
+    assert all(map(torch.equal, held, a))
+    weights = [p.detach().clone() for p in net.parameters()]
+    with averager.averaged():
+        assert all(map(torch.equal, net.parameters(), a))
+    assert all(map(torch.equal, net.parameters(), weights))
+
+
+def adamw(net: nn.Module, **options: Any) -> Any:
+    return torch.optim.AdamW(trainable(net), lr=0.01, **options)
+
+
+def as_bits(value: Any) -> Any:
+    return tree_map_only(Tensor, bits, value)
+
+
+def ends(net: nn.Module, averager: rf.Averager) -> Any:
+    return as_bits((list(net.parameters()), averager.state_dict(), averager.n_averaged))
+
+
+def test_the_optimizer_keeps_its_groups_state_and_state_dict() -> None:
+    dicts = []
+    for averaged in (True, False):
+        net = Net()
+        opt = adamw(net, fused=True)
+        averager = rf.Averager(net, rf.ema(0.5), optimizer=opt) if averaged else None
+        train(net, [opt], 1, 3)
+        dicts.append(as_bits(opt.state_dict()))
+        assert averager is None or averager.n_averaged == 3
+    assert dicts[0] == dicts[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_run_that_is_killed_and_resumed_is_the_run(policy: str) -> None:
+    average = POLICIES[policy][0]
+    net, opt = Net(), None
+    opt = adamw(net)
+    averager = rf.Averager(net, average, optimizer=opt)
+    train(net, [opt], 1, 7)
+    file = io.BytesIO()
+    saved = {"net": net.state_dict(), "opt": opt.state_dict(), "average": averager.state_dict()}
+    torch.save(saved, file)
+    train(net, [opt], 8, STEPS)
+
+    again = Net()
+    opt2 = adamw(again)
+    resumed = rf.Averager(again, average, optimizer=opt2)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    again.load_state_dict(loaded["net"])
+    opt2.load_state_dict(loaded["opt"])
+    resumed.load_state_dict(loaded["average"])
+    train(again, [opt2], 8, STEPS)
+    assert ends(again, resumed) == ends(net, averager)
+
+
+def test_a_step_that_a_scaler_skips_samples_nothing() -> None:
+    for options in ({"fused": True}, {"foreach": True}):
+        net = Net()
+        opt = adamw(net, **options)
+        averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        a: Weights = []
+        for step in range(1, 6):
+            opt.zero_grad()
+            scaler.scale(loss(net, step)).backward()
+            if step in (1, 4):
+                trainable(net)[0].grad[0, 0] = torch.inf  # type: ignore[index]
+            scaler.step(opt)
+            scaler.update()
+            if step not in (1, 4):
+                x = [p.detach() for p in net.parameters()]
+                a = [b + 0.5 * (w - b) for b, w in zip(a, x, strict=True)] if a else x
+                a = [t.clone() for t in a]
+        assert averager.n_averaged == 3
+        held = [averager.state[p]["average"] for p in net.parameters()]
+        assert all(map(torch.equal, held, a)), options
+
+
+@pytest.mark.parametrize("first", ["compiled", "averaged"])
+def test_it_goes_with_a_compiled_model_before_or_behind(first: str) -> None:
+    results = []
+    for compiled in (True, False):
+        net: Any = Net()
+        opt = adamw(net)
+        model = torch.compile(net, backend="eager") if compiled and first == "compiled" else net
+        averager = rf.Averager(model, rf.ema(0.5), optimizer=opt, exclude=["last.*"])
+        if compiled and first == "averaged":
+            model = torch.compile(net, backend="eager")
+        for step in range(1, 4):
+            opt.zero_grad()
+            loss(model, step).backward()
+            opt.step()
+        results.append(ends(net, averager))
+    assert results[0] == results[1]
+
+
+def test_a_parameter_exchanged_under_its_name_goes_on_with_its_average() -> None:
+    net = Net()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    train(net, [opt], 1, 3)
+    old = net.last.weight
+    average = averager.state[old]["average"].clone()
+    net.last.weight = nn.Parameter(torch.ones(3, 7))
+    opt.param_groups[0]["params"] = trainable(net)
+    train(net, [opt], 4, 4)
+    x = net.last.weight.detach()
+    assert torch.equal(averager.state[net.last.weight]["average"], average + 0.5 * (x - average))
+    assert old not in averager.state and averager.n_averaged == 4
+
+
+def test_a_layer_that_comes_later_starts_as_a_copy_and_one_that_goes_is_forgotten() -> None:
+    net = Net()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    train(net, [opt], 1, 2)
+    gone = list(net.frozen.parameters())
+    net.frozen = nn.Sequential(nn.Linear(7, 7))  # type: ignore[assignment]
+    opt.add_param_group({"params": list(net.frozen.parameters())})
+    train(net, [opt], 3, 3)
+    new = net.frozen[0].weight  # type: ignore[index]
+    assert torch.equal(averager.state[new]["average"], new.detach())
+    assert not any(p in averager.state for p in gone)
+    copied = new.detach().clone()
+    train(net, [opt], 4, 4)
+    expected = copied + 0.5 * (new.detach() - copied)
+    assert torch.equal(averager.state[new]["average"], expected)
+    assert averager.n_averaged == 4
+
+
+def test_a_converted_model_is_averaged_in_its_new_dtype() -> None:
+    net = Net()
+    averager = rf.Averager(net, rf.ema(0.5))
+    x = net.last.weight
+    a = x.detach().clone()
+    for dtype in (torch.float32, torch.float64, torch.float64):
+        net.to(dtype)
+        with torch.no_grad():
+            x += 1
+        averager.update()
+        a = x.detach().clone() if averager.n_averaged == 1 else a + 0.5 * (x.detach() - a)
+        assert averager.state[x]["average"].dtype == dtype
+    assert torch.equal(averager.state[x]["average"], a)
+    net.half()
+    averager.update()
+    assert averager.state[x]["average"].dtype == torch.float32 and averager.n_averaged == 4
+
+
+def test_names_that_are_excluded_have_no_average() -> None:
+    net = Net()
+    averager = rf.Averager(net, rf.ema(0.5), exclude=["*.bias", "frozen.*"])
+    assert averager.param_groups[0]["param_names"] == ["first.weight", "last.weight"]
+    named = rf.Averager(net.named_parameters(), rf.ema(0.5), exclude=["first.*"])
+    assert "first.weight" not in named.param_groups[0]["param_names"]
+
+
+def test_groups_have_policies_of_their_own() -> None:
+    net = Net()
+    first, last = list(net.first.parameters()), list(net.last.parameters())
+    averager = rf.Averager(
+        [
+            {"params": first},
+            {"params": last, "average": rf.mean()},
+            {"params": net.frozen.weight, "average": None},
+        ],
+        rf.ema(0.5),
+    )
+    with torch.no_grad():
+        for k in range(3):
+            for p in (*first, *last):
+                p.fill_(float(k))
+            averager.update()
+    assert averager.state[first[0]]["average"].unique().tolist() == [1.25]
+    assert averager.state[last[0]]["average"].unique().tolist() == [1.0]
+    assert "average" not in averager.state[net.frozen.weight]
+    state = averager.averaged_state_dict(net)
+    assert state["last.bias"].tolist() == [1.0] * 3 and state["first.bias"].tolist() == [1.25] * 7
+
+
+def test_slow_weights_are_those_before_the_first_step_wherever_they_come_from() -> None:
+    """A model is often loaded between construction and the first step."""
+    net = Net()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.lookahead(2, 0.5), optimizer=opt)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(0.5)
+    train(net, [opt], 1, 1)
+    assert all(averager.state[p]["average"].eq(0.5).all() for p in net.parameters())
+
+
+def test_an_averager_that_is_gone_leaves_no_hooks() -> None:
+    net = Net()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    assert opt._optimizer_step_post_hooks
+    del averager
+    gc.collect()
+    assert not opt._optimizer_step_post_hooks and not opt._optimizer_step_pre_hooks
+    train(net, [opt], 1, 1)
+
+
+def test_what_is_wrong_is_said_once_and_changes_nothing() -> None:
+    net = Net()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    train(net, [opt], 1, 2)
+    before = ends(net, averager)
+    with averager.averaged():
+        with pytest.raises(RuntimeError, match=r"step\(\) inside averaged\(\)"):
+            train(net, [opt], 3, 3)
+        with pytest.raises(RuntimeError, match=r"load_state_dict\(\) inside averaged\(\)"):
+            averager.load_state_dict(averager.state_dict())
+    with pytest.raises(RuntimeError, match="each step of AdamW is sampled already"):
+        averager.update()
+    with pytest.raises(ValueError, match="the checkpoint's rule is 'sgd'"):
+        averager.load_state_dict(torch.optim.SGD(net.parameters()).state_dict())
+    with pytest.raises(ValueError, match=r"the checkpoint's average is Average\(Mean"):
+        averager.load_state_dict(rf.Averager(net, rf.mean()).state_dict())
+    opt.zero_grad()
+    assert ends(net, averager) == before
+    by_hand = rf.Averager(net, rf.ema(0.5))
+    by_hand.update()
+    with by_hand.averaged(), pytest.raises(RuntimeError, match=r"update\(\) inside averaged\(\)"):
+        by_hand.update()
+    del opt
+    gc.collect()
+    with pytest.raises(RuntimeError, match="the optimizer of this Averager is gone"):
+        averager.update()
+    with averager.averaged():
+        pass
+
+
+WRONG: list[tuple[Callable[[Net], Any], type[Exception], str]] = [
+    (
+        lambda net: rf.Averager(net, rf.ema(), optimizer=torch.optim.AdamW(net.first.parameters())),
+        ValueError,
+        r"AdamW has not parameter 4 \('last.weight'\) and 1 more",
+    ),
+    (lambda net: rf.Averager(net, rf.ema(), exclude=["nothing.*"]), ValueError, "fits no name"),
+    (lambda net: rf.Averager(net, rf.ema(), exclude="bias"), TypeError, "a sequence of patterns"),
+    (
+        lambda net: rf.Averager(net.parameters(), rf.ema(), exclude=["*"]),
+        ValueError,
+        "expected parameters with names",
+    ),
+    (lambda net: rf.Averager([], rf.ema()), ValueError, "none to average"),
+    (lambda net: rf.Averager(net.last.weight, rf.ema()), TypeError, "an iterable of them"),
+    (lambda net: rf.Averager([1.0], rf.ema()), TypeError, "float"),  # type: ignore[list-item]
+    (lambda net: rf.Averager([net.last.bias] * 2, rf.ema()), ValueError, "named twice"),
+    (lambda net: rf.Averager(net, 0.999), TypeError, "Invalid average: 0.999"),  # type: ignore[arg-type]
+    (
+        lambda net: rf.Averager(net, rf.ema(), optimizer=object()),  # type: ignore[arg-type]
+        TypeError,
+        "Invalid optimizer: object",
+    ),
+    (lambda net: rf.Averager(net, rf.ema(), optimizer=[]), ValueError, "an empty sequence"),
+    (
+        lambda net: rf.Averager([torch.zeros(2, dtype=torch.int64)], rf.ema()),
+        TypeError,
+        "parameter 0 has dtype torch.int64",
+    ),
+    (lambda net: rf.Averager(net, rf.ema(), backend="gpu"), ValueError, "Invalid backend: 'gpu'"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), WRONG, ids=range(len(WRONG)))
+def test_bad_arguments_are_one_clear_error(
+    make: Callable[[Net], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make(Net())
+
+
+def test_a_frozen_layer_that_no_optimizer_has_is_averaged_as_it_is() -> None:
+    net = Net()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    train(net, [opt], 1, 2)
+    net.frozen.requires_grad_(True)
+    opt.add_param_group({"params": list(net.frozen.parameters())})
+    frozen = net.frozen.weight.detach().clone()
+    assert torch.equal(averager.state[net.frozen.weight]["average"], frozen)
+    train(net, [opt], 3, 3)
+    x = net.frozen.weight.detach()
+    expected = frozen + 0.5 * (x - frozen)
+    assert torch.equal(averager.state[net.frozen.weight]["average"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_reference_has_the_same_bits(policy: str, dtype: torch.dtype) -> None:
+    results = []
+    for backend in ("cpu", "reference"):
+        net = Net().to(dtype)
+        opt = torch.optim.SGD(trainable(net), lr=0.05)
+        averager = rf.Averager(net, POLICIES[policy][0], optimizer=opt, backend=backend)
+        assert averager.backend == backend
+        train(net, [opt], 1, STEPS)
+        results.append(ends(net, averager))
+    assert results[0] == results[1]
+
+
+def test_statistics_are_estimated_anew_for_it_too() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    opt = torch.optim.AdamW(net.parameters(), lr=0.1)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    train(net, [opt], 1, 3)
+    batches = [torch.randn(8, 5) for _ in range(2)]
+    norm: Any = net[1]
+    before = norm.running_mean.clone()
+    with rf.averaged_model(averager, net, batches):
+        expected = torch.stack([net[0](x).mean(0) for x in batches]).mean(0)
+        torch.testing.assert_close(norm.running_mean, expected)
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_it_prints_what_it_averages() -> None:
+    net = Net()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    assert repr(averager) == "Averager(6 parameters: ema(0.5) behind AdamW)"
+    assert copy.copy(averager.param_groups[0])["average"] is averager.param_groups[0]["average"]
