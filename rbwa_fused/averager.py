@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -94,8 +95,7 @@ class Averager(Averages):
         self.engine.build(self.param_groups, self.state)
         if steppers:
             self._hook(steppers)
-        else:
-            self.engine.take_current()
+        self._prepare()
 
     def _check(self, group: Group) -> None:
         checks.average(group, capturable=False)
@@ -128,7 +128,7 @@ class Averager(Averages):
                 "already (expected one of the two)"
             )
         self._sample(None)
-        self.engine.take_current()
+        self._prepare()
 
     def _hook(self, steppers: Sequence[Optimizer]) -> None:
         own = weakref.ref(self)
@@ -151,12 +151,21 @@ class Averager(Averages):
 
     def _before_step(self) -> None:
         self.engine.refuse_inside_averaged("step")
-        if not self.engine.starting():
+        starting = self.engine.starting()
+        if not starting:
             return
         self._follow()
         if not self.engine.tables.describes(self.param_groups, self.state):
             self._rebuild()
-        self.engine.take_current()
+            starting = self.engine.starting()
+        self.engine.prepare(starting)
+
+    def _prepare(self) -> None:
+        """Before the first step there are averages, for whoever loads into them. With an optimizer
+        its first step looks at the weights once more."""
+        starting = self.engine.starting() if self._optimizer is None else []
+        if starting or self.engine.steps == 0:
+            self.engine.prepare(starting)
 
     def _sample(self, found_inf: Tensor | None) -> None:
         self.engine.refuse_inside_averaged("update")
@@ -189,8 +198,28 @@ class Averager(Averages):
             self._check(group)
             checks.state(group, self.state)
         self.engine.rebuild(self.param_groups, self.state)
-        if self._optimizer is None and self.engine.steps == 0:
-            self.engine.take_current()
+        if self.engine.steps == 0:
+            self._prepare()
+
+    # ---- averaged weights ----------------------------------------------------------------------
+
+    def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+        """As FusedOptimizer's; ``model`` is the averaged module unless another is given."""
+        return super().averaged(model or self._of_module())
+
+    def averaged_state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """As FusedOptimizer's; ``model`` is the averaged module unless another is given.
+
+        Raises:
+            TypeError: without either.
+        """
+        model = model or self._of_module()
+        if model is None:
+            raise TypeError("averaged_state_dict() of tensors needs a model")
+        return super().averaged_state_dict(model)
+
+    def _of_module(self) -> nn.Module | None:
+        return None if self._module is None else self._module.module
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

@@ -23,14 +23,14 @@ class Followed:
     """
 
     def __init__(self, module: nn.Module, exclude: Sequence[str]) -> None:
-        self._module: nn.Module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
+        self.module: nn.Module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
         self._exclude = exclude
         self.look()
 
     def look(self) -> None:
         """Remembers what there is. A module is asked for its own dicts, which costs a third of
         going through named_parameters()."""
-        modules = list(self._module.modules())
+        modules = list(self.module.modules())
         dicts = [d for m in modules for d in (m._parameters, m._modules)]
         self._full = [(d, tuple(d.values())) for d in dicts if d]
         self._empty = [d for d in dicts if not d]
@@ -44,7 +44,7 @@ class Followed:
 
     def named(self) -> dict[str, Tensor]:
         """What is averaged; a parameter with several names by its first."""
-        return _without(dict(self._module.named_parameters()), self._exclude)
+        return _without(dict(self.module.named_parameters()), self._exclude)
 
 
 def grouped(

@@ -229,12 +229,10 @@ class Engine:
             and group.n_averaged == 0
         ]
 
-    def take_current(self) -> None:
-        """Gives `starting` groups the weights of now as their first sample, before a step that
-        others take."""
-        groups, tables = self.starting(), self.tables
-        if not groups:
-            return
+    def prepare(self, groups: Sequence[GroupPlan]) -> None:
+        """Makes the averages that are missing, before a step that others take. Those of some groups
+        have the weights of now as their first sample."""
+        tables = self.tables
         for table, _ in tables.launches:
             tables.state.give(table, [None] * len(table.params))
         for group in groups:

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import beside
 import pytest
 import torch
 from cases import AVERAGES, DTYPES, STEPS, gradients, params, policy_for, products
@@ -436,3 +437,27 @@ def record(opt: Any, calls: list[Any]) -> None:
         (table, b._replace(call=prepare(b), advance=recording(b.advance)))
         for table, b in opt.engine.tables.launches
     ]
+
+
+@pytest.mark.parametrize("policy", beside.POLICIES)
+def test_beside_another_optimizer_the_device_counts_the_steps_that_no_scaler_skipped(
+    policy: str,
+) -> None:
+    average, _ = beside.POLICIES[policy]
+    results = []
+    for backend in ("cpu", "cuda"):
+        net = beside.Net()
+        opt = beside.adamw(net, fused=True)
+        averager = rf.Averager(net, average, optimizer=opt, backend=backend)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(1, beside.STEPS + 1):
+            opt.zero_grad()
+            scaler.scale(beside.loss(net, step)).backward()
+            if step in (1, 4, 9):
+                net.last.weight.grad[0, 0] = torch.inf  # type: ignore[index]
+            scaler.step(opt)
+            scaler.update()
+        counting = averager.engine.device_counters is not None
+        assert counting == (backend == "cuda" and not average.custom)
+        results.append(beside.ends(net, averager))
+    assert results[0] == results[1]

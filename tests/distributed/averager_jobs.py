@@ -1,0 +1,125 @@
+"""Averages beside others' optimizers on several ranks: what test_averager_on_ranks.py runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import beside
+import fsdp_jobs
+import shards
+import tensor_parallel_jobs
+import torch
+import torch.distributed.checkpoint as dcp
+from ddp_jobs import Driven, batch_of
+from runs import bits
+from torch import Tensor, distributed, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+
+import rbwa_fused as rf
+
+LENGTH = 9
+
+
+def adamw(model: nn.Module) -> Any:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True)
+
+
+def averages(averager: rf.Averager) -> list[str | None]:
+    (group,) = averager.param_groups
+    return [bits(shards.whole(averager.state[p]["average"])) for p in group["params"]]
+
+
+def sharded_as_alone(policy: str) -> None:
+    """FSDP2, uneven shards among them, against a plain model that sees all batches."""
+    average, _ = beside.POLICIES[policy]
+    model, alone = fsdp_jobs.sharded_network(), fsdp_jobs.network()
+    ours, theirs = adamw(model), adamw(alone)
+    averager = rf.Averager(model, average, optimizer=ours)
+    plain = rf.Averager(alone, average, optimizer=theirs)
+    fsdp_jobs.train(model, ours, 1, LENGTH)
+    fsdp_jobs.train_alone(alone, theirs, 1, LENGTH, distributed.get_world_size())
+    assert all(isinstance(averager.state[p]["average"], DTensor) for p in model.parameters())
+    assert averages(averager) == averages(plain)
+    assert averager.n_averaged == plain.n_averaged > 0
+    with averager.averaged(), plain.averaged():
+        assert fsdp_jobs.weights(model) == fsdp_jobs.weights(alone)
+    fsdp_jobs.train(model, ours, LENGTH + 1, LENGTH + 2)
+    fsdp_jobs.train_alone(alone, theirs, LENGTH + 1, LENGTH + 2, distributed.get_world_size())
+    assert averages(averager) == averages(plain)
+
+
+def no_collective_in_a_sample() -> None:
+    model = fsdp_jobs.sharded_network()
+    averager = rf.Averager(model, rf.ema(0.5))
+    with CommDebugMode() as communication:
+        averager.update()
+        averager.update()
+    assert communication.get_total_counts() == 0
+
+
+def tensor_parallel_as_alone(data: int, across: int) -> None:
+    model, alone = tensor_parallel_jobs.parallel(data, across), tensor_parallel_jobs.Block()
+    averager, plain = rf.Averager(model, rf.ema(0.5)), rf.Averager(alone, rf.ema(0.5))
+    for step in range(3):
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+                p.mul_(1.5 + step)
+                q.mul_(1.5 + step)
+        averager.update()
+        plain.update()
+    assert averages(averager) == averages(plain)
+
+
+def replicated(zero: bool) -> list[str | None]:
+    """DistributedDataParallel, with ZeRO-1 or without. Returns the averages, equal on all ranks."""
+    model = Driven()
+    params = [p for p in model.parameters() if p.numel() > 0]
+    ddp = DistributedDataParallel(model)
+    options: dict[str, Any] = {"lr": 0.01, "foreach": True}
+    opt: Any = (
+        ZeroRedundancyOptimizer(params, torch.optim.AdamW, **options)
+        if zero
+        else torch.optim.AdamW(params, **options)
+    )
+    averager = rf.Averager(params, rf.ema(0.5), optimizer=opt)
+    expected: list[Tensor] = []
+    for step in range(1, 5):
+        ddp.zero_grad()
+        ddp(batch_of(distributed.get_rank(), step)).backward()
+        opt.step()
+        x = [p.detach() for p in params]
+        pairs = zip(expected or x, x, strict=True)
+        expected = [(a + 0.5 * (b - a)).clone() for a, b in pairs]
+    found = [averager.state[p]["average"] for p in params]
+    assert averager.n_averaged == 4
+    assert all(map(torch.equal, found, expected))
+    return [bits(t) for t in found]
+
+
+def saved(folder: Path) -> None:
+    model = fsdp_jobs.sharded_network()
+    opt = adamw(model)
+    averager = rf.Averager(model, rf.ema(0.5), optimizer=opt)
+    fsdp_jobs.train(model, opt, 1, 3)
+    dcp.save({"average": averager}, checkpoint_id=folder)
+
+
+def loaded(folder: Path) -> tuple[list[str | None], int]:
+    """On another number of ranks."""
+    model = fsdp_jobs.sharded_network()
+    averager = rf.Averager(model, rf.ema(0.5))
+    dcp.load({"average": averager}, checkpoint_id=folder)
+    return averages(averager), averager.n_averaged
+
+
+def saved_averages() -> tuple[list[str | None], int]:
+    """Of the run that `saved` saves."""
+    model = fsdp_jobs.sharded_network()
+    opt = adamw(model)
+    averager = rf.Averager(model, rf.ema(0.5), optimizer=opt)
+    fsdp_jobs.train(model, opt, 1, 3)
+    return averages(averager), averager.n_averaged
