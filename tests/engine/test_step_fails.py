@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -99,24 +100,43 @@ def test_replicas_are_looked_for_again_after_a_search_that_failed(
     assert opt.n_averaged == 0
 
 
-def test_a_group_added_behind_a_first_step_that_failed_leaves_it_the_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What that step was given stands in the state, and no step has followed it."""
+def fail_a_step(opt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is interrupted before its one call of C."""
 
     def interrupted(calls: object) -> None:
         raise KeyboardInterrupt
 
+    with monkeypatch.context() as patch:
+        patch.setattr(doors, "in_turn", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+
+
+def test_a_copy_made_behind_a_first_step_that_failed_takes_a_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = rf.FusedSGD([p], lr=1.0, momentum=0.5, dampening=0.5)
+    p.grad = torch.ones(3)
+    fail_a_step(opt, monkeypatch)
+    again = copy.deepcopy(opt)
+    q = again.param_groups[0]["params"][0]
+    q.grad = torch.ones(3)
+    again.step()
+    assert q.tolist() == [0.0] * 3
+
+
+def test_a_group_added_behind_a_first_step_that_failed_leaves_it_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What that step was given stands in the state, and no step has followed it."""
     ends = []
     for fails in (True, False):
         p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
         opt = rf.FusedSGD([p], lr=1.0, momentum=0.5, dampening=0.5)
         p.grad, q.grad = torch.ones(3), torch.ones(2)
         if fails:
-            with monkeypatch.context() as patch:
-                patch.setattr(doors, "in_turn", interrupted)
-                with pytest.raises(KeyboardInterrupt):
-                    opt.step()
+            fail_a_step(opt, monkeypatch)
             assert "momentum_buffer" in opt.state[p]
         opt.add_param_group({"params": [q]})
         opt.step()

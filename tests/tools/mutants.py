@@ -314,7 +314,6 @@ SAVED: Mutants = [
         "if not engine.tables.describes_groups(self.param_groups):\n            self",
         "if False:\n            self",
     ),
-    ("        engine.swapped = None  #", "        #"),
 ]
 WHERE_DEVICES_COUNT: Mutants = [
     ("if all(all(map(is_, g, r)) for", "if False and all(g is r for"),
@@ -369,6 +368,7 @@ IN_BACKWARD: Mutants = [
         "        self._replicated = True\n        replicated = torch.nn",
     ),
 ]
+LOADED_WHERE_WEIGHTS_ARE_MISSING: Mutants = [("        engine.swapped = None  #", "        #")]
 SHARDED: Mutants = [
     ('return shard.wait() if hasattr(shard, "wait") else shard', "return shard"),
     ("tensor.placements == param.placements and (mesh is other or mesh == other)", "True"),
@@ -523,6 +523,12 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/engine/state.py", STATE, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
     ("rbwa_fused/saved.py", SAVED, STEPS, False),
+    (
+        "rbwa_fused/saved.py",
+        LOADED_WHERE_WEIGHTS_ARE_MISSING,
+        ("averages/test_averaged_fails.py",),
+        False,
+    ),
     (
         "rbwa_fused/engine/engine.py",
         WHERE_DEVICES_COUNT,
