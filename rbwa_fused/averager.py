@@ -20,6 +20,7 @@ from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.tables import Group, Options
 from rbwa_fused.members import Followed, Params, grouped
+from rbwa_fused.numbers import flag
 
 
 class Averager(Averages):
@@ -46,6 +47,9 @@ class Averager(Averages):
         average (Average or None): a policy such as ``rbwa_fused.ema()``, for groups that have none.
         optimizer (torch.optim.Optimizer or a sequence of them, optional): whose steps are counted;
             of several, those of the last (default: None).
+        buffers (bool): average a module's floating buffers as well, such as BatchNorm's statistics,
+            in the same launch; they are followed as parameters are. Integer ones stay as they are
+            (default: False).
         exclude (sequence of str): patterns of names, as ``fnmatch`` has them, that are left out
             (default: ()).
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (default: "auto").
@@ -75,15 +79,19 @@ class Averager(Averages):
         average: Average | None,
         *,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        buffers: bool = False,
         exclude: Sequence[str] = (),
         backend: str = "auto",
     ) -> None:
         if isinstance(exclude, str):
             raise TypeError(f"Invalid exclude: {exclude!r} (expected a sequence of patterns)")
+        flag("buffers", buffers)
         self._module: Followed | None = None
         if isinstance(params, nn.Module):
-            self._module = Followed(params, exclude)
-            self.param_groups = grouped(self._module.named(), average)
+            self._module = Followed(params, exclude, bool(buffers))
+            self.param_groups = self._module.groups([average] * (1 + bool(buffers)))
+        elif buffers:
+            raise TypeError("buffers=True needs a module (expected nn.Module for params)")
         else:
             self.param_groups = grouped(params, average, exclude)
         self.state: Any = defaultdict(dict)
@@ -179,24 +187,29 @@ class Averager(Averages):
         """Takes over what has become of a module's parameters since the last look."""
         if self._module is None or not self._module.changed():
             return
-        group = self.param_groups[0]
-        old = dict(zip(group["param_names"], group["params"], strict=True))
-        named = self._module.named()
-        (new,) = grouped(named, group["average"])
-        self._check(new)
+        new = self._module.groups([group["average"] for group in self.param_groups])
+        now: dict[str, Tensor] = {}
+        for group in new:
+            self._check(group)
+            now.update(zip(group["param_names"], group["params"], strict=True))
         state = defaultdict(dict, self.state)
-        for name, p in old.items():
-            held = state.pop(p, None)
-            if held is not None and name in named:
-                state[named[name]] = held
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                held = state.pop(p, None)
+                if held is not None and name in now and self.engine.steps > 0:
+                    state[now[name]] = held
         self.state = state
-        group.update(new)
+        for group, own in zip(self.param_groups, new, strict=True):
+            group.update(own)
         self._module.look()
 
     def _rebuild(self) -> None:
         for group in self.param_groups:
             self._check(group)
-            checks.state(group, self.state)
+            for p in group["params"]:
+                held = self.state.get(p)
+                if held and held["average"].shape != p.shape:
+                    del self.state[p]  # another parameter of that name; it starts as a copy
         self.engine.rebuild(self.param_groups, self.state)
         if self.engine.steps == 0:
             self._prepare()

@@ -117,7 +117,8 @@ def averaged_model(
     The statistics of training belong to the training weights. One pass over the loader replaces
     them inside the context, as torch.optim.swa_utils.update_bn does; weights and buffers come back
     on exit, also after an exception. Modules that are in eval mode while the model trains, or after
-    `model.train()`, are frozen: they stay in eval mode and keep their statistics.
+    `model.train()`, are frozen: they stay in eval mode and keep their statistics. So do those whose
+    statistics are averaged themselves (``Averager(..., buffers=True)``).
 
     Args:
         opt: the optimizer that averages the model's parameters, or a wrapper that holds it as its
@@ -149,7 +150,13 @@ def averaged_estimated(
     frozen: Collection[nn.Module],
 ) -> Iterator[None]:
     """`averaged_model`, where it is known which modules are in eval mode in training."""
-    with _unwrapped(opt).averaged(model):
+    inner = _unwrapped(opt)
+    with inner.averaged(model):
+        averaged = {tensor for tensor, _ in averages(inner)}
+        frozen = [
+            *frozen,
+            *(m for m in model.modules() if has_statistics(m) and m.running_mean in averaged),
+        ]
         kept = [_Kept(module) for module in model.modules()]
         try:
             _estimate(model, loader, device, frozen)

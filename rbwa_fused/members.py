@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rbwa_fused.average import Average
@@ -16,60 +18,68 @@ Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 
 
 class Followed:
-    """The parameters of a module by their names, and whether they are still those of the last look.
+    """What a module has by its names, and whether that is still what it was at the last look.
 
     Args:
         exclude: patterns of names to leave out.
+        buffers: whether floating buffers are followed, beside parameters.
+
+    Raises:
+        ValueError: for a pattern that no name fits.
     """
 
-    def __init__(self, module: nn.Module, exclude: Sequence[str]) -> None:
+    def __init__(self, module: nn.Module, exclude: Sequence[str], buffers: bool) -> None:
         self.module: nn.Module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
         self._exclude = exclude
+        self._buffers = buffers
         self.look()
+        _without(dict.fromkeys(chain(*self._all()), torch.empty(0)), exclude)
 
     def look(self) -> None:
         """Remembers what there is. A module is asked for its own dicts, which costs a third of
         going through named_parameters()."""
-        modules = list(self.module.modules())
-        dicts = [d for m in modules for d in (m._parameters, m._modules)]
+        dicts: list[dict[str, Any]] = []
+        for m in self.module.modules():
+            dicts += (m._parameters, m._modules, m._buffers)[: 2 + self._buffers]
         self._full = [(d, tuple(d.values())) for d in dicts if d]
         self._empty = [d for d in dicts if not d]
 
     def changed(self) -> bool:
-        """Whether some parameter or module was exchanged, added or removed since the last look."""
+        """Whether something was exchanged, added or removed since the last look."""
         return any(self._empty) or not all(
             len(members) == len(seen) and all(map(is_, members.values(), seen))
             for members, seen in self._full
         )
 
-    def named(self) -> dict[str, Tensor]:
-        """What is averaged; a parameter with several names by its first."""
-        return _without(dict(self.module.named_parameters()), self._exclude)
+    def groups(self, averages: Sequence[Average | None]) -> list[Group]:
+        """The parameters, and the buffers if they are followed, each with its policy. What has
+        several names is called by the first."""
+        kept = [_without(named, self._exclude, strict=False) for named in self._all()]
+        return [
+            {"params": list(named.values()), "average": average, "param_names": list(named)}
+            for named, average in zip(kept, averages, strict=True)
+        ]
+
+    def _all(self) -> list[dict[str, Tensor]]:
+        found: list[dict[str, Tensor]] = [dict(self.module.named_parameters())]
+        if self._buffers:
+            named = self.module.named_buffers()
+            found.append({name: b for name, b in named if b.is_floating_point()})
+        return found
 
 
-def grouped(
-    params: Params | dict[str, Tensor], average: Average | None, exclude: Sequence[str] = ()
-) -> list[Group]:
+def grouped(params: Params, average: Average | None, exclude: Sequence[str]) -> list[Group]:
     """Param groups, each with its parameters, its policy, and their names where they have some."""
     if isinstance(params, Tensor):
         raise TypeError(f"Invalid params: a {type(params).__name__} (expected an iterable of them)")
-    if isinstance(params, dict):
-        members: list[Any] = list(params.items())
-    else:
-        members = list(params)
+    members: list[Any] = list(params)
     if not members:
         raise ValueError("Invalid params: none to average")
-    groups = members if isinstance(members[0], dict) else [{"params": members}]
     found = []
-    for group in groups:
+    for group in members if isinstance(members[0], dict) else [{"params": members}]:
         held = group["params"]
-        found.append(
-            {
-                "average": average,
-                **group,
-                **_named([held] if isinstance(held, Tensor) else held, exclude),
-            }
-        )
+        own = _named([held] if isinstance(held, Tensor) else held, exclude)
+        found.append({"average": average, **group, **own})
     everything = [id(p) for group in found for p in group["params"]]
     if len(set(everything)) != len(everything):
         raise ValueError("Invalid params: a parameter is named twice")
@@ -89,8 +99,10 @@ def _named(params: Iterable[Any], exclude: Sequence[str]) -> Group:
     return {"params": members}
 
 
-def _without(named: dict[str, Tensor], exclude: Sequence[str]) -> dict[str, Tensor]:
+def _without(
+    named: dict[str, Tensor], exclude: Sequence[str], *, strict: bool = True
+) -> dict[str, Tensor]:
     for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in named):
+        if strict and not any(fnmatchcase(name, pattern) for name in named):
             raise ValueError(f"Invalid exclude: {pattern!r} fits no name")
     return {n: p for n, p in named.items() if not any(fnmatchcase(n, x) for x in exclude)}

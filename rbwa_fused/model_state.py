@@ -1,4 +1,4 @@
-"""A model's state dict with other values in place of some parameters.
+"""A model's state dict with other values in place of some parameters and buffers.
 
 `state_dict()` usually returns the model's own parameters and buffers, of which some are exchanged
 here for others. A module may return something else: `_save_to_state_dict`, hooks and
@@ -22,8 +22,10 @@ from rbwa_fused.engine.sharded import is_flattened, is_sharded, local, reshard
 
 
 def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[str, Any]:
-    """The model's state dict with others in place of some parameters; every tensor is a copy."""
-    other = {p: other[p] for p in model.parameters() if p in other}
+    """The model's state dict with others in place of some parameters and buffers; every tensor is a
+    copy."""
+    own = chain(model.parameters(), model.buffers())
+    other = {t: other[t] for t in own if t in other}
     if any(map(is_flattened, model.parameters())):  # FSDP1 gathers copies, on all ranks
         return _asked_with(model, other)
     result = model.state_dict(keep_vars=True)  # with the metadata that loading asks for
@@ -37,7 +39,8 @@ def state_dict_with(model: nn.Module, other: Mapping[Tensor, Tensor]) -> dict[st
     # All of them must be found: of a model that is gathered on one rank the others return nothing,
     # and must ask as often.
     found = set(filter(other.__contains__, sources.values()))
-    if other and (None in sources.values() or len(sources) < len(result) or found != other.keys()):
+    missing = other.keys() - found - set(model.buffers())  # which need not be persistent
+    if other and (None in sources.values() or len(sources) < len(result) or missing):
         return _asked_with(model, other)
     for name, source in sources.items():
         if source in other:

@@ -370,3 +370,117 @@ def test_it_prints_what_it_averages() -> None:
     averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
     assert repr(averager) == "Averager(6 parameters: ema(0.5) behind AdamW)"
     assert copy.copy(averager.param_groups[0])["average"] is averager.param_groups[0]["average"]
+
+
+# ---- buffers -------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """With statistics, a count, a buffer that is assigned anew, and one that is not saved."""
+
+    scale: Tensor
+    cache: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("cache", torch.ones(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale = 0.5 * self.scale + x.detach().mean()  # another tensor each time
+            self.cache.add_(1)
+        return self.norm(self.first(x)) * self.scale.sum()  # type: ignore[no-any-return]
+
+
+FLOATING = ("scale", "cache", "norm.running_mean", "norm.running_var")
+
+
+def test_floating_buffers_are_averaged_with_the_parameters() -> None:
+    """As AveragedModel(use_buffers=True) has them, but for its copy of the counts."""
+    net = Normed()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt, buffers=True)
+    a: dict[str, Tensor] = {}
+    for step in range(1, 6):
+        opt.zero_grad()
+        loss(net, step).backward()
+        opt.step()
+        x = {**dict(net.named_parameters()), **{n: net.get_buffer(n) for n in FLOATING}}
+        for name, value in x.items():
+            now = value.detach()
+            a[name] = now.clone() if step == 1 else a[name] + 0.5 * (now - a[name])
+    live = {name: b.clone() for name, b in net.named_buffers()}
+    assert averager.param_groups[1]["param_names"] == sorted(FLOATING, key=list(live).index)
+    state = averager.averaged_state_dict()
+    for name, value in a.items():
+        assert torch.equal(
+            averager.state[
+                net.get_parameter(name) if name not in FLOATING else net.get_buffer(name)
+            ]["average"],
+            value,
+        )
+        assert name == "cache" or torch.equal(state[name], value)
+    assert "cache" not in state and state["norm.num_batches_tracked"] == 5
+    with averager.averaged():
+        assert all(torch.equal(net.get_buffer(name), a[name]) for name in FLOATING)
+        assert net.norm.num_batches_tracked == 5  # type: ignore[comparison-overlap]
+    assert all(torch.equal(net.get_buffer(name), value) for name, value in live.items())
+
+
+def test_statistics_that_are_averaged_are_not_estimated_anew() -> None:
+    net = Normed()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt, buffers=True)
+    train(net, [opt], 1, 3)
+    with averager.averaged():
+        expected = as_bits(dict(net.named_buffers()))
+    with rf.averaged_model(averager, net, [torch.randn(8, 5)]):
+        norm = {name: value for name, value in net.named_buffers() if name.startswith("norm")}
+        assert all(as_bits(value) == expected[name] for name, value in norm.items())
+
+
+def test_a_resized_buffer_starts_again_as_a_copy_and_a_new_one_joins() -> None:
+    net = Normed()
+    averager = rf.Averager(net, rf.ema(0.5), buffers=True)
+    averager.update()
+    average = averager.state[net.norm.running_mean]["average"]
+    net.scale = torch.full((7,), 2.0)
+    net.register_buffer("later", torch.full((2,), 3.0))
+    averager.update()
+    later = net.get_buffer("later")
+    assert averager.state[net.scale]["average"].tolist() == [2.0] * 7
+    assert averager.state[later]["average"].tolist() == [3.0] * 2
+    with torch.no_grad():
+        later.fill_(5.0)
+        net.scale.resize_(2).fill_(1.0)
+    averager.update()
+    assert averager.state[later]["average"].tolist() == [4.0] * 2
+    assert averager.state[net.scale]["average"].tolist() == [1.0] * 2
+    assert averager.state[net.norm.running_mean]["average"] is average
+    del net.later
+    averager.update()
+    assert later not in averager.state and averager.n_averaged == 4
+
+
+def test_buffers_are_in_the_checkpoint() -> None:
+    net = Normed()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt, buffers=True)
+    train(net, [opt], 1, 3)
+    file = io.BytesIO()
+    torch.save([net.state_dict(), averager.state_dict()], file)
+    file.seek(0)
+    model, saved = torch.load(file, weights_only=True)
+    again = Normed()
+    again.load_state_dict(model)
+    resumed = rf.Averager(again, rf.ema(0.5), buffers=True)
+    resumed.load_state_dict(saved)
+    assert as_bits(resumed.state_dict()) == as_bits(averager.state_dict())
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        rf.Averager(again, rf.ema(0.5)).load_state_dict(saved)
+    with pytest.raises(TypeError, match="buffers=True needs a module"):
+        rf.Averager(net.parameters(), rf.ema(0.5), buffers=True)
