@@ -10,15 +10,17 @@ from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rbwa_fused import checkpoint, rules
+from rbwa_fused import checkpoint, form, rules
 from rbwa_fused.average import Average
 from rbwa_fused.averages import Averages
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
-from rbwa_fused.engine.tables import Group, Options
+from rbwa_fused.engine.tables import Counts, Group, Options
+from rbwa_fused.into import Into
 from rbwa_fused.members import Followed, Params, grouped
 from rbwa_fused.numbers import flag
 
@@ -50,6 +52,10 @@ class Averager(Averages):
         buffers (bool): average a module's floating buffers as well, such as BatchNorm's statistics,
             in the same launch; they are followed as parameters are. Integer ones stay as they are
             (default: False).
+        into (module or sequence of tensors, optional): where the averages live, such as a teacher
+            or a target network; of a module by names, tensors in the order of the parameters, in
+            their shapes, layouts and shards. What it holds is the first sample. Its own state dict
+            is the averages' checkpoint, and it belongs in no optimizer (default: None).
         exclude (sequence of str): patterns of names, as ``fnmatch`` has them, that are left out
             (default: ()).
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (default: "auto").
@@ -80,6 +86,7 @@ class Averager(Averages):
         *,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         buffers: bool = False,
+        into: nn.Module | Sequence[Tensor] | None = None,
         exclude: Sequence[str] = (),
         backend: str = "auto",
     ) -> None:
@@ -97,13 +104,34 @@ class Averager(Averages):
         self.state: Any = defaultdict(dict)
         self._optimizer: weakref.ref[Optimizer] | None = None
         self.engine = Engine(rules.NONE, Options(backend=backend, flatten=False))
+        self._into = None if into is None else Into(into)
+        if self._into is not None:
+            for group, policy in zip(
+                self.param_groups, self._into.policies(self.param_groups), strict=True
+            ):
+                group["average"] = policy
         for group in self.param_groups:
             self._check(group)
         steppers = _steppers(optimizer, self.param_groups)
-        self.engine.build(self.param_groups, self.state)
+        self._build()
         if steppers:
             self._hook(steppers)
         self._prepare()
+
+    def _build(self) -> None:
+        """The tables of an averager that has counted nothing."""
+        counts = None
+        if self._into is not None:
+            self._into.attach(self.param_groups, self.state)
+            counts = [Counts(int(group["average"] is not None)) for group in self.param_groups]
+        self.engine.build(self.param_groups, self.state, 0, counts)
+        self._check_into()
+
+    def _check_into(self) -> None:
+        if self._into is not None and self._into.attach(self.param_groups, self.state):
+            raise ValueError(
+                "Invalid into: its tensors share memory with the weights or each other"
+            )
 
     def _check(self, group: Group) -> None:
         checks.average(group, capturable=False)
@@ -178,8 +206,13 @@ class Averager(Averages):
     def _sample(self, found_inf: Tensor | None) -> None:
         self.engine.refuse_inside_averaged("update")
         self._follow()
+        into = self._into
+        if into is not None:
+            into.attach(self.param_groups, self.state)
         while not self.engine.sample(self.param_groups, self.state, found_inf):
             self._rebuild()
+        if into is not None:
+            torch.autograd.graph.increment_version(into.written(self.param_groups))
 
     # ---- parameters ----------------------------------------------------------------------------
 
@@ -210,7 +243,11 @@ class Averager(Averages):
                 held = self.state.get(p)
                 if held and held["average"].shape != p.shape:
                     del self.state[p]  # another parameter of that name; it starts as a copy
-        self.engine.rebuild(self.param_groups, self.state)
+        if self._into is not None and self.engine.steps == 0:
+            self._build()
+        else:
+            self.engine.rebuild(self.param_groups, self.state)
+            self._check_into()
         if self.engine.steps == 0:
             self._prepare()
 
@@ -239,7 +276,8 @@ class Averager(Averages):
     def state_dict(self) -> dict[str, Any]:
         """Averages and counters, in the form of ``torch.optim.Optimizer.state_dict``.
 
-        Tensors are the live ones. Parameters are numbered in the order of their groups.
+        Tensors are the live ones. Parameters are numbered in the order of their groups. Averages
+        that live ``into`` a module are in that module's state dict, and not in this.
         """
         numbers = {
             p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))
@@ -249,6 +287,8 @@ class Averager(Averages):
             for group in self.param_groups
         ]
         state = {numbers[p]: dict(held) for p, held in self.state.items() if p in numbers}
+        if self._into is not None:
+            state = {}
         saved = {"state": state, "param_groups": groups}
         live = [dict(group) for group in self.param_groups]
         checkpoint.export(self.engine, live, self.state, saved)
@@ -268,7 +308,14 @@ class Averager(Averages):
         self._follow()
         if not engine.tables.describes_groups(self.param_groups):
             self._rebuild()
+        notes = []
+        if self._into is not None:
+            form.mapping("state_dict", state_dict)
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            state_dict = {**state_dict, "state": {i: self.state[p] for i, p in enumerate(params)}}
+            notes = ["the averages live in another module (into=): load its state dict, too"]
         loaded = checkpoint.read(engine, self.param_groups, state_dict, None)
+        loaded.notes.extend(notes)
         if loaded.notes:
             warnings.warn("; ".join(loaded.notes), stacklevel=backends.user_level())
         checkpoint.keep_tensors(loaded.state, self.state)

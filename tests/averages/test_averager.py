@@ -23,7 +23,7 @@ from beside import (
     train,
     trainable,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import rbwa_fused as rf
 
@@ -484,3 +484,148 @@ def test_buffers_are_in_the_checkpoint() -> None:
         rf.Averager(again, rf.ema(0.5)).load_state_dict(saved)
     with pytest.raises(TypeError, match="buffers=True needs a module"):
         rf.Averager(net.parameters(), rf.ema(0.5), buffers=True)
+
+
+# ---- into another module -------------------------------------------------------------------------
+
+
+def teacher_of(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).requires_grad_(False)
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_teacher_follows_the_student_from_where_it_stands(tensors: bool) -> None:
+    """As DINO's loop: teacher = m teacher + (1 - m) student, from the very first step on."""
+    net = Net()
+    teacher = Net().requires_grad_(False)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.mul_(0.5)  # pretrained: a copy of the student would destroy it
+    a = [p.clone() for p in teacher.parameters()]
+    addresses = [p.data_ptr() for p in teacher.parameters()]
+    opt = adamw(net, fused=True)
+    target: Any = list(teacher.parameters()) if tensors else teacher
+    averager = rf.Averager(net, rf.ema(0.75), optimizer=opt, into=target)
+    assert averager.n_averaged == 1
+    for step in range(1, 5):
+        opt.zero_grad()
+        (loss(net, step) + (loss(net, step) - loss(teacher, step)).square()).backward()
+        opt.step()
+        x = [p.detach() for p in net.parameters()]
+        a = [b + 0.25 * (w - b) for b, w in zip(a, x, strict=True)]
+        assert all(map(torch.equal, teacher.parameters(), a)), step
+    assert [p.data_ptr() for p in teacher.parameters()] == addresses
+    student = [p.detach().clone() for p in net.parameters()]
+    with averager.averaged():
+        assert all(map(torch.equal, net.parameters(), a))
+        assert all(map(torch.equal, teacher.parameters(), a))
+    assert all(map(torch.equal, net.parameters(), student))
+    assert all(map(torch.equal, teacher.parameters(), a))
+
+
+def test_autograd_sees_that_the_teacher_has_moved() -> None:
+    net, teacher = Net(), Net()
+    averager = rf.Averager(net, rf.ema(0.75), into=teacher)
+    value = loss(teacher, 1)
+    averager.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_the_modules_own_state_dict_is_the_checkpoint() -> None:
+    net = Net()
+    teacher = teacher_of(net)
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.75), optimizer=opt, into=teacher)
+    train(net, [opt], 1, 3)
+    saved = copy.deepcopy([m.state_dict() for m in (net, opt, averager, teacher)])  # type: ignore[attr-defined]
+    assert saved[2]["state"] == {}
+    train(net, [opt], 4, 6)
+
+    again = Net()
+    teacher2, opt2 = teacher_of(again), adamw(again)
+    resumed = rf.Averager(again, rf.ema(0.75), optimizer=opt2, into=teacher2)
+    for m, state in zip((again, opt2, teacher2), (saved[0], saved[1], saved[3]), strict=True):
+        m.load_state_dict(state)  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match="load its state dict, too"):
+        resumed.load_state_dict(saved[2])
+    train(again, [opt2], 4, 6)
+    assert as_bits(teacher2.state_dict()) == as_bits(teacher.state_dict())
+    assert ends(again, resumed) == ends(net, averager)
+
+
+def test_a_teacher_that_is_moved_or_exchanged_is_followed() -> None:
+    net = Net()
+    teacher = teacher_of(net)
+    averager = rf.Averager(net, rf.ema(0.5), into=teacher)
+    averager.update()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(1.0)
+    teacher.last = nn.Linear(7, 3).requires_grad_(False)
+    for p in teacher.parameters():
+        p.data = torch.zeros_like(p)
+    averager.update()
+    assert all(p.eq(0.5).all() for p in teacher.parameters())
+    assert averager.n_averaged == 3
+
+
+def test_statistics_of_a_teacher_follow_where_buffers_are_averaged() -> None:
+    net = Normed()
+    teacher = teacher_of(net)
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt, buffers=True, into=teacher)
+    before = teacher.get_buffer("norm.running_mean").clone()
+    train(net, [opt], 1, 1)
+    expected = before + 0.5 * (net.norm.running_mean - before)  # type: ignore[operator]
+    assert torch.equal(teacher.get_buffer("norm.running_mean"), expected)
+    assert averager.averaged_state_dict()["norm.running_mean"].equal(expected)
+
+
+def test_a_teacher_in_16_bits_must_be_able_to_move() -> None:
+    net, teacher = Net().bfloat16(), teacher_of(Net()).bfloat16()
+    for policy in (rf.ema(0.9), rf.mean()):
+        with pytest.raises(ValueError, match=r"averages in torch\.bfloat16 cannot follow"):
+            rf.Averager(net, policy, into=teacher)
+    averager = rf.Averager(net, rf.ema(0.875), into=teacher)
+    assert averager.param_groups[0]["average"].dtype == torch.bfloat16
+    averager.update()
+    asked = rf.Average(rf.Ema(0.999), dtype=torch.bfloat16)
+    rf.Averager(net, asked, into=teacher).update()
+    assert teacher.last.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+def other_head() -> nn.Module:
+    teacher = Net()
+    teacher.last = nn.Linear(7, 4)
+    return teacher
+
+
+def strided() -> nn.Module:
+    teacher = Net()
+    teacher.last.weight = nn.Parameter(torch.zeros(7, 3).t())
+    return teacher
+
+
+WRONG_TARGETS: list[tuple[Callable[[Net], Any], str]] = [
+    (lambda net: other_head(), r"parameter 4 \('last.weight'\) has shape \(4, 7\) there"),
+    (lambda net: nn.Linear(5, 7), "Linear has no first.weight, first.bias, frozen.weight"),
+    (lambda net: list(net.parameters())[:3], r"3 tensors \(expected 6\)"),
+    (lambda net: net, "share memory with the weights or each other"),
+    (lambda net: strided(), r"'last.weight'\) has another layout there, \(1, 3\)"),
+    (lambda net: Net().to("meta"), "is on meta there"),
+    (lambda net: Net().double(), "Invalid dtype: torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("target", "message"), WRONG_TARGETS, ids=range(len(WRONG_TARGETS)))
+def test_a_target_that_cannot_hold_the_averages_is_one_clear_error(
+    target: Callable[[Net], Any], message: str
+) -> None:
+    net = Net()
+    before = as_bits(list(net.parameters()))
+    with pytest.raises(ValueError, match=message):
+        rf.Averager(net, rf.ema(0.5), into=target(net))
+    assert as_bits(list(net.parameters())) == before
+    with pytest.raises(TypeError, match="expected a module or tensors"):
+        rf.Averager(net, rf.ema(0.5), into=3)  # type: ignore[arg-type]

@@ -30,7 +30,15 @@ FLOORS: dict[str, Sequence[str]] = {
         *(f"rbwa_fused.{name}" for name in ("averages", "form", "checkpoint", "adopted", "saved")),
         *(
             f"rbwa_fused.{name}"
-            for name in ("in_backward", "fused", "members", "averager", "optimizer", "replicas")
+            for name in (
+                "in_backward",
+                "fused",
+                "members",
+                "into",
+                "averager",
+                "optimizer",
+                "replicas",
+            )
         ),
         *(f"rbwa_fused.{name}" for name in ("distributed", "integrations")),
         "rbwa_fused",
