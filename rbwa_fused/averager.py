@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rbwa_fused import checkpoint, form, rules
 from rbwa_fused.average import Average
@@ -23,6 +25,9 @@ from rbwa_fused.engine.tables import Counts, Group, Options
 from rbwa_fused.into import Into
 from rbwa_fused.members import Followed, Params, grouped
 from rbwa_fused.numbers import flag
+
+# Who writes averages back to a parameter, by the parameter.
+_writers: MutableMapping[Tensor, weakref.ref[Averager]] = WeakIdKeyDictionary()
 
 
 class Averager(Averages):
@@ -37,7 +42,7 @@ class Averager(Averages):
     With ``optimizer`` a sample follows each of its steps, behind closures and hooks; a step that a
     GradScaler skips is none. Without it ``update()`` says when a step has been taken: behind the
     last of several optimizers that a program steps in turn, or behind an optimizer that is not
-    torch's.
+    torch's. The optimizer keeps the averager: ``remove()`` ends it sooner.
 
     Parameters stay where they are. A module is followed: parameters that are exchanged under their
     names, added or removed between steps are so in the averages. DTensor parameters (FSDP2, tensor
@@ -103,6 +108,7 @@ class Averager(Averages):
             self.param_groups = grouped(params, average, exclude)
         self.state: Any = defaultdict(dict)
         self._optimizer: weakref.ref[Optimizer] | None = None
+        self._handles: list[RemovableHandle] = []
         self.engine = Engine(rules.NONE, Options(backend=backend, flatten=False))
         self._into = None if into is None else Into(into)
         if self._into is not None:
@@ -114,6 +120,7 @@ class Averager(Averages):
             self._check(group)
         steppers = _steppers(optimizer, self.param_groups)
         self._build()
+        self._claim()
         if steppers:
             self._hook(steppers)
         self._prepare()
@@ -126,6 +133,24 @@ class Averager(Averages):
             counts = [Counts(int(group["average"] is not None)) for group in self.param_groups]
         self.engine.build(self.param_groups, self.state, 0, counts)
         self._check_into()
+
+    def _claim(self) -> None:
+        """Raises ValueError for a parameter that another averager writes its averages back to."""
+        written = [
+            (checks.name_of(group, i), p)
+            for group in self.param_groups
+            if group["average"] is not None and group["average"].write_back_every > 0
+            for i, p in enumerate(group["params"])
+        ]
+        for name, p in written:
+            writer = _writers[p]() if p in _writers else None
+            if writer is not None and writer is not self:
+                raise ValueError(
+                    f"parameter {name} is written back to by another Averager already, {writer!r} "
+                    "(expected one; remove() ends the other)"
+                )
+        for _, p in written:
+            _writers[p] = weakref.ref(self)
 
     def _check_into(self) -> None:
         if self._into is not None and self._into.attach(self.param_groups, self.state):
@@ -167,23 +192,28 @@ class Averager(Averages):
         self._prepare()
 
     def _hook(self, steppers: Sequence[Optimizer]) -> None:
-        own = weakref.ref(self)
+        """From now on the optimizers keep this averager: one that fills a teacher (``into``) may
+        have no other owner."""
 
         def before(stepper: Optimizer, *arguments: Any) -> None:
-            averager = own()
-            if averager is not None:
-                averager._before_step()
+            self._before_step()
 
         def behind(stepper: Optimizer, *arguments: Any) -> None:
-            averager = own()
-            if averager is not None:
-                averager._sample(getattr(stepper, "found_inf", None))
+            self._sample(getattr(stepper, "found_inf", None))
 
         self._optimizer = weakref.ref(steppers[-1])
-        handles = [stepper.register_step_pre_hook(before) for stepper in steppers]
-        handles.append(steppers[-1].register_step_post_hook(behind))
-        for handle in handles:
-            weakref.finalize(self, handle.remove).atexit = False
+        self._handles = [stepper.register_step_pre_hook(before) for stepper in steppers]
+        self._handles.append(steppers[-1].register_step_post_hook(behind))
+
+    def remove(self) -> None:
+        """Samples no more; the averages stay. Without this an averager lives as long as its
+        optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for p, writer in list(_writers.items()):
+            if writer() is self:
+                del _writers[p]
 
     def _before_step(self) -> None:
         self.engine.refuse_inside_averaged("step")
@@ -237,6 +267,7 @@ class Averager(Averages):
         self._module.look()
 
     def _rebuild(self) -> None:
+        self._claim()
         for group in self.param_groups:
             self._check(group)
             for p in group["params"]:

@@ -78,6 +78,40 @@ def ours(
     return build
 
 
+def beside(into: bool) -> Build:
+    """An Averager behind torch's fused SGD, with averages of its own or in a teacher."""
+
+    def build(problem: Problem, name: str) -> Provider:
+        model = problem.copy()
+        # A 16-bit teacher could not move with this decay.
+        wide = torch.promote_types(problem.dtype, torch.float32)
+        teacher = problem.copy().to(wide) if into else None
+        opt = today.sgd(problem, model)
+        policy = rf.ema(today.EMA_DECAY)
+        averager = rf.Averager(model, policy, optimizer=opt, into=teacher)
+        weight = today.ema(today.EMA_DECAY)
+        made = today.provider(
+            problem,
+            name,
+            model,
+            opt,
+            today.FUSED + today.LERP,
+            "ours",
+            average=Average((lambda n: 1 - today.EMA_DECAY) if into else weight),
+        )
+        params = list(model.parameters())
+        averages = [averager.state[p]["average"] for p in params]
+        made.averages = lambda: averages
+        item = problem.dtype.itemsize
+        moved = float((today.FUSED + 1) * item + 2 * wide.itemsize)
+        made.moved = lambda: (moved, moved)
+        of_torch = made.state
+        made.state = lambda: [*of_torch(), *averages]
+        return made
+
+    return build
+
+
 def averaging(weight: Callable[[int], float], every: int = 1, back: bool = False) -> Maths:
     """SGD with momentum and an average."""
     return Maths("momentum", Average(weight, every, back))

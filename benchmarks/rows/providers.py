@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.rows import ceiling, today, variants
 from benchmarks.rows.graph import Capturing, captured
-from benchmarks.rows.ours import METHODS, ours
+from benchmarks.rows.ours import METHODS, beside, ours
 from benchmarks.rows.provider import Row
 
 BASELINE = "torch SGD fused"
@@ -41,6 +41,9 @@ def _rows() -> list[Row]:
         _row("EMA, flatten=False", flatten=False),
         _row("EMA every 10"),
         _row("SWA"),
+        Row("fused + Averager (EMA)", "ours", beside(into=False)),
+        Row("fused + Averager into a teacher", "ours", beside(into=True)),
+        Row("fused + teacher by foreach", "today", today.foreach_teacher),
         Row("fused + AveragedModel (mean)", "today", today.averaged_model("mean")),
         Row("fused + AveragedModel (EMA)", "today", today.averaged_model("ema")),
         Row("fused + timm ModelEmaV3", "today", today.timm_ema, needs="timm"),

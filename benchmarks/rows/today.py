@@ -29,6 +29,7 @@ FUSED = 5  # theta, g, m; theta, m
 SEPARATE = 11  # g + decay theta: 3, m *= mu: 2, m += g: 3, theta -= lr m: 3
 LERP = 3
 MEAN = 10  # without foreach: (theta - a): 3, / (n + 1): 2, a + …: 3, copied into a: 2
+SCALED_SUM = 5  # a *= decay: 2, a += (1 - decay) theta: 3
 COPY = 2
 SCHEDULE_FREE = 9  # y to z: 3, y += g: 3, z -= g: 3
 RSGDM = 20  # the seven passes of rsgdm_foreach: 3 + 3 + 3 + 3 + 2 + 3 + 3
@@ -54,7 +55,8 @@ def _warming_up(n: int) -> float:
     return 1.0 - (1 - (1 + torch.tensor(float(n))) ** (-2 / 3)).item()
 
 
-def _sgd(problem: Problem, model: nn.Module, how: str = "fused") -> torch.optim.SGD:
+def sgd(problem: Problem, model: nn.Module, how: str = "fused") -> torch.optim.SGD:
+    """torch's, for a copy of the problem's model."""
     return torch.optim.SGD(
         problem.groups(model),
         momentum=MOMENTUM,
@@ -64,7 +66,7 @@ def _sgd(problem: Problem, model: nn.Module, how: str = "fused") -> torch.optim.
     )
 
 
-def _provider(
+def provider(
     problem: Problem,
     name: str,
     model: nn.Module,
@@ -75,6 +77,8 @@ def _provider(
     average: Average | None = None,
     averaged: nn.Module | None = None,
 ) -> Provider:
+    """A provider of torch's SGD, with averages in another module where there are some."""
+
     def averages() -> list[Tensor] | None:
         return None if averaged is None else list(averaged.parameters())
 
@@ -110,7 +114,7 @@ def torch_sgd(how: Literal["fused", "foreach", "for-loop"]) -> Callable[[Problem
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
         accesses = FUSED if how == "fused" else SEPARATE
-        return _provider(problem, name, model, _sgd(problem, model, how), accesses, "baseline")
+        return provider(problem, name, model, sgd(problem, model, how), accesses, "baseline")
 
     return build
 
@@ -125,7 +129,7 @@ def averaged_model(
 
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
-        opt = _sgd(problem, model)
+        opt = sgd(problem, model)
         averaged = AveragedModel(model, multi_avg_fn=None if means else get_ema_multi_avg_fn(decay))
         live: list[Tensor] = list(model.parameters())
         shadow: list[Tensor] = list(averaged.module.parameters())
@@ -140,7 +144,7 @@ def averaged_model(
         on_cpu = problem.device.type == "cpu"  # where AveragedModel has no foreach for means
         accesses = FUSED + (MEAN if means and on_cpu else LERP) + (COPY if written_back else 0)
         average = Average(mean if means else ema(decay), written_back=written_back)
-        return _provider(
+        return provider(
             problem, name, model, opt, accesses, step=step, average=average, averaged=averaged
         )
 
@@ -154,7 +158,7 @@ def foreach_lerp(written_back: bool) -> Callable[[Problem, str], Provider]:
 
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
-        opt = _sgd(problem, model)
+        opt = sgd(problem, model)
         averaged = problem.copy()
         live: list[Tensor] = list(model.parameters())
         shadow: list[Tensor] = list(averaged.parameters())
@@ -166,7 +170,7 @@ def foreach_lerp(written_back: bool) -> Callable[[Problem, str], Provider]:
             if written_back:
                 torch._foreach_copy_(live, shadow)
 
-        return _provider(
+        return provider(
             problem,
             name,
             model,
@@ -178,6 +182,27 @@ def foreach_lerp(written_back: bool) -> Callable[[Problem, str], Provider]:
         )
 
     return build
+
+
+def foreach_teacher(problem: Problem, name: str) -> Provider:
+    """Fused SGD and a teacher by the two foreach calls of DINO's loop, a multiplication and an
+    addition."""
+    model = problem.copy()
+    opt = sgd(problem, model)
+    teacher = problem.copy()
+    live: list[Tensor] = list(model.parameters())
+    shadow: list[Tensor] = list(teacher.parameters())
+
+    @torch.no_grad()
+    def step() -> None:
+        opt.step()
+        torch._foreach_mul_(shadow, EMA_DECAY)
+        torch._foreach_add_(shadow, live, alpha=1 - EMA_DECAY)
+
+    average = Average(lambda n: 1 - EMA_DECAY)
+    return provider(
+        problem, name, model, opt, FUSED + SCALED_SUM, step=step, average=average, averaged=teacher
+    )
 
 
 def compiled(average: bool) -> Callable[[Problem, str], Provider]:
@@ -234,7 +259,7 @@ def apex_sgd(problem: Problem, name: str) -> Provider:
 
     model = problem.copy()
     opt = FusedSGD(problem.groups(model), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    return _provider(problem, name, model, opt, FUSED, "baseline")
+    return provider(problem, name, model, opt, FUSED, "baseline")
 
 
 def timm_ema(problem: Problem, name: str) -> Provider:
@@ -242,7 +267,7 @@ def timm_ema(problem: Problem, name: str) -> Provider:
     from timm.utils.model_ema import ModelEmaV3
 
     model = problem.copy()
-    opt = _sgd(problem, model)
+    opt = sgd(problem, model)
     averaged = ModelEmaV3(model)
 
     def step() -> None:
@@ -252,7 +277,7 @@ def timm_ema(problem: Problem, name: str) -> Provider:
     # bfloat16 is rounded stochastically, in passes that are not counted here.
     accesses = None if problem.dtype == torch.bfloat16 else FUSED + LERP
     average = Average(_from_the_start)
-    return _provider(
+    return provider(
         problem, name, model, opt, accesses, step=step, average=average, averaged=averaged
     )
 
@@ -262,14 +287,14 @@ def ema_pytorch_ema(problem: Problem, name: str) -> Provider:
     from ema_pytorch import EMA
 
     model = problem.copy()
-    opt = _sgd(problem, model)
+    opt = sgd(problem, model)
     averaged = EMA(model, update_every=1, update_after_step=0)
 
     def step() -> None:
         opt.step()
         averaged.update()
 
-    return _provider(
+    return provider(
         problem,
         name,
         model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -238,15 +239,44 @@ def test_slow_weights_are_those_before_the_first_step_wherever_they_come_from() 
     assert all(averager.state[p]["average"].eq(0.5).all() for p in net.parameters())
 
 
-def test_an_averager_that_is_gone_leaves_no_hooks() -> None:
+def test_an_averager_lives_as_long_as_its_optimizer_or_until_it_is_removed() -> None:
+    """Nobody may keep one that fills a teacher."""
     net = Net()
+    teacher = teacher_of(net)
     opt = adamw(net)
+    rf.Averager(net, rf.ema(0.5), optimizer=opt, into=teacher)
+    gc.collect()
+    x = net.last.weight.detach().clone()
+    train(net, [opt], 1, 1)
+    expected = x + 0.5 * (net.last.weight.detach() - x)
+    assert torch.equal(teacher.last.weight, expected)  # type: ignore[arg-type, union-attr]
+
     averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
-    assert opt._optimizer_step_post_hooks
+    train(net, [opt], 2, 2)
+    averager.remove()
+    train(net, [opt], 3, 3)
+    assert averager.n_averaged == 1
+    gone = weakref.ref(averager)
     del averager
     gc.collect()
-    assert not opt._optimizer_step_post_hooks and not opt._optimizer_step_pre_hooks
-    train(net, [opt], 1, 1)
+    assert gone() is None
+    last = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert last() is None
+
+
+def test_two_that_write_back_to_one_parameter_are_refused() -> None:
+    net = Net()
+    first = rf.Averager(net, rf.lookahead(2))
+    rf.Averager(net, rf.ema()).update()
+    with pytest.raises(ValueError, match=r"0 \('first.weight'\) is written back to by another"):
+        rf.Averager(net, rf.rbwa(2))
+    first.remove()
+    second = rf.Averager(net, rf.rbwa(2))
+    del second
+    gc.collect()
+    rf.Averager(net.last, rf.rbwa(2))
 
 
 def test_what_is_wrong_is_said_once_and_changes_nothing() -> None:
