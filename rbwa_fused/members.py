@@ -31,7 +31,7 @@ class Followed:
     def __init__(self, module: nn.Module, exclude: Sequence[str], buffers: bool) -> None:
         self.module: nn.Module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
         self._exclude = exclude
-        self._buffers = buffers
+        self._with_buffers = buffers
         self.look()
         _without(dict.fromkeys(chain(*self._all()), torch.empty(0)), exclude)
 
@@ -40,7 +40,7 @@ class Followed:
         going through named_parameters()."""
         dicts: list[dict[str, Any]] = []
         for m in self.module.modules():
-            dicts += (m._parameters, m._modules, m._buffers)[: 2 + self._buffers]
+            dicts += (m._parameters, m._modules, m._buffers)[: 2 + self._with_buffers]
         self._full = [(d, tuple(d.values())) for d in dicts if d]
         self._empty = [d for d in dicts if not d]
 
@@ -62,7 +62,7 @@ class Followed:
 
     def _all(self) -> list[dict[str, Tensor]]:
         found: list[dict[str, Tensor]] = [dict(self.module.named_parameters())]
-        if self._buffers:
+        if self._with_buffers:
             named = self.module.named_buffers()
             found.append({name: b for name, b in named if b.is_floating_point()})
         return found

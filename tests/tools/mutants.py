@@ -212,7 +212,8 @@ PLAN: Mutants = [
 MODEL_STATE: Mutants = [
     ("None in sources.values() or ", ""),
     ("len(sources) < len(result) or ", ""),
-    (" or found != other.keys()", ""),
+    (" or missing)", ")"),
+    (" - set(model.buffers())", ""),
     ("other[source].to(source.dtype)", "other[source]"),
     ("t.detach().clone()", "t.detach()"),
     (", tensor.is_neg()", ""),
@@ -369,6 +370,73 @@ IN_BACKWARD: Mutants = [
     ),
 ]
 LOADED_WHERE_WEIGHTS_ARE_MISSING: Mutants = [("        engine.swapped = None  #", "        #")]
+AVERAGER: Mutants = [
+    ("            self._hook(steppers)\n", "            pass\n"),
+    ('Counts(int(group["average"] is not None))', "Counts(0)"),
+    ("        self._check_into()\n", "        pass\n"),
+    (
+        "            if writer is not None and writer is not self:",
+        "            if writer is not None:",
+    ),
+    ("            if writer is not None and writer is not self:", "            if False:"),
+    ("            _writers[p] = weakref.ref(self)", "            pass"),
+    ("                del _writers[p]", "                pass"),
+    ("for stepper in steppers]", "for stepper in steppers[-1:]]"),
+    ("steppers[-1].register_step_post_hook", "steppers[0].register_step_post_hook"),
+    ('getattr(stepper, "found_inf", None)', "None"),
+    ("            handle.remove()\n", "            pass\n"),
+    ("        self._sample(None)\n        self._prepare()", "        self._sample(None)"),
+    ('        self.engine.refuse_inside_averaged("step")\n', ""),
+    ('        self.engine.refuse_inside_averaged("update")\n', ""),
+    ("self.engine.starting() if self._optimizer is None else []", "self.engine.starting()"),
+    ("if starting or self.engine.steps == 0:", "if starting:"),
+    (
+        "            into.attach(self.param_groups, self.state)\n        while",
+        "            pass\n        while",
+    ),
+    (
+        "            torch.autograd.graph.increment_version(into.written(self.param_groups))",
+        "            pass",
+    ),
+    ("name in now and self.engine.steps > 0", "name in now"),
+    ("                    state[now[name]] = held", "                    pass"),
+    ("        self._module.look()\n", "        pass\n"),
+    ('if held and held["average"].shape != p.shape:', "if False:"),
+    ("super().averaged(model or self._of_module())", "super().averaged(model)"),
+    ("        if self._into is not None:\n            state = {}", "        pass"),
+    ("        loaded.notes.extend(notes)\n", ""),
+    ("        checkpoint.keep_tensors(loaded.state, self.state)\n", ""),
+    ("        engine.swapped = None\n", ""),
+    ("if p.requires_grad and p not in theirs", "if p not in theirs"),
+    ('    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):', "    while False:"),
+]
+MEMBERS: Mutants = [
+    ("[: 2 + self._with_buffers]", "[:3]"),
+    ("        return any(self._empty) or not all(", "        return not all("),
+    ("len(members) == len(seen) and all", "all"),
+    ("if b.is_floating_point()}", "}"),
+    ("if strict and not any(", "if False and not any("),
+    ('getattr(module, "_orig_mod", module)', "module"),
+    ('{"average": average, **group, **own}', '{**group, "average": average, **own}'),
+    ("    if len(set(everything)) != len(everything):", "    if False:"),
+]
+INTO: Mutants = [
+    (
+        "                if policy.dtype is None and natural != {dtype}:",
+        "                if False:",
+    ),
+    ("                    _check_moves(policy, dtype)\n", ""),
+    ("                    policy = replace(policy, dtype=dtype)\n", ""),
+    ("                    continue\n", "                    pass\n"),
+    ("                changed = True\n", "                pass\n"),
+    ("self._module is not None and self._module.changed()", "False"),
+    ("        if missing:\n", "        if False:\n"),
+    ("1.0 - weight.decay < least", "1.0 - weight.decay <= least"),
+    ("isinstance(weight, Mean) or", ""),
+    ("    if target.shape != param.shape:", "    if False:"),
+    ("    if not lies_as(there.detach(), local(param)):", "    if False:"),
+    ("    return a.data_ptr() == b.data_ptr() and", "    return"),
+]
 SHARDED: Mutants = [
     ('return shard.wait() if hasattr(shard, "wait") else shard', "return shard"),
     ("tensor.placements == param.placements and (mesh is other or mesh == other)", "True"),
@@ -456,6 +524,7 @@ STEPS = (
     "engine/test_step_fails.py",
     "engine/test_interrupted.py",
 )
+BESIDE = ("averages/test_averager.py",)
 BITS = (
     *("update/test_ops.py", "update/test_threads.py", "update/test_update.py", "-k"),
     "test_ops or test_threads or flat_threads or (literal and none)",
@@ -507,6 +576,9 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         ("update/test_ops.py", "engine/test_outside_edits.py", "optimizer/test_optimizer.py"),
         True,
     ),
+    ("rbwa_fused/averager.py", AVERAGER, BESIDE, False),
+    ("rbwa_fused/members.py", MEMBERS, BESIDE, False),
+    ("rbwa_fused/into.py", INTO, BESIDE, False),
     ("rbwa_fused/engine/memory.py", MEMORY, STEPS, False),
     ("rbwa_fused/engine/memory.py", SHARDS_IN_MEMORY, SHARDS, False),
     ("rbwa_fused/engine/segments.py", SEGMENTS, STEPS, False),
