@@ -19,8 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from rbwa_fused.engine import checks
 from rbwa_fused.engine.doors import Call, Grads
-from rbwa_fused.engine.engine import MIDWAY, Engine
+from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.tables import Served
+from rbwa_fused.engine.upkeep import MIDWAY
 
 CONVERTED = f"a parameter was converted or moved {MIDWAY}"
 # All hooks by their ids, to find two optimizers that step the same parameter. Not a WeakSet: one

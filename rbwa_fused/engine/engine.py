@@ -1,122 +1,35 @@
 """The engine: one pass over memory for the parameters of some param groups.
 
-It owns the tables that the kernels read, the counters and the launches, and knows no torch.optim.
-A step begins with `begin`, which brings the rows up to date. `launch`, `finish` and `end` say what
-is to be done, and `run` does it: `step` for all launches at once, the step in the backward pass
-(in_backward.py) for one parameter after the other. Groups and state are their owner's, who hands
-them over at each step.
+It owns the tables that the kernels read and the counters (upkeep.py), makes the launches, and knows
+no torch.optim. A step begins with `begin`, which brings the rows up to date. `launch`, `finish` and
+`end` say what is to be done, and `run` does it: `step` for all launches at once, the step in the
+backward pass (in_backward.py) for one parameter after the other. Groups and state are their
+owner's, who hands them over at each step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_, setitem
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rbwa_fused import rules
-from rbwa_fused.engine import backends, checks, doors
+from rbwa_fused.engine import doors
 from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.engine.doors import Call, Grads
 from rbwa_fused.engine.on_device import OnDevice
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.state import State
-from rbwa_fused.engine.tables import Counts, Group, Options, Served, Tables
+from rbwa_fused.engine.tables import Group, Served
+from rbwa_fused.engine.upkeep import Upkeep
 
 ALL = slice(None)
-MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 
 
-class Swapped(Protocol):
-    """Averages that stand in the place of the weights."""
-
-    @property
-    def over(self) -> bool:
-        """Whether nobody is inside any more, and yet some weights are missing."""
-
-    def refuse(self, what: str) -> None:
-        """Raises RuntimeError where this cannot be done now."""
-
-    def restore(self) -> RuntimeError | None:
-        """Tries to bring the weights back. Returns the error that says what is missing still."""
-
-
-class Engine:
-    """Steps and averages the parameters of some groups.
-
-    Attributes:
-        tables: of the groups as they were built, or rebuilt, with what is counted.
-        device_counters: where the devices count; else None.
-        swapped: inside averaged(), or after one that could not be undone; else None.
-        stepped: the parameters that a backward pass has stepped (in_backward.py), up to the end of
-            that step; else None.
-    """
-
-    device_counters: OnDevice | None = None
-    swapped: Swapped | None = None
-    stepped: set[Tensor] | None = None
-    _warned = False  # that the reference runs
-
-    def __init__(self, rule: rules.Rule, options: Options, steps: int = 0) -> None:
-        self.rule = rule
-        self.options = options
-        self.tables = Tables(rule, options, {}, steps)
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far; where the device counts, as of the last `read_back`."""
-        return self.tables.plan.counts[0]
-
-    # ---- tables --------------------------------------------------------------------------------
-
-    def build(
-        self,
-        groups: Sequence[Group],
-        state: State,
-        steps: int = 0,
-        counts: Sequence[Counts] | None = None,
-        *,
-        move: bool = False,
-    ) -> None:
-        """Makes the tables anew, for a run that has got so far; where that fails, they are what
-        they were. See Tables.add."""
-        tables = Tables(self.rule, self.options, state, steps)
-        tables.add(groups, counts, move=move)
-        self.__dict__.update(tables=tables, device_counters=None)  # both, or neither
-        self._warn_of_reference()
-
-    def add(self, groups: Sequence[Group], *, move: bool = False) -> None:
-        """Adds groups to the tables. See Tables.add."""
-        self.tables.add(groups, move=move)
-        self._warn_of_reference()
-
-    def _warn_of_reference(self) -> None:
-        if self.options.backend != "auto" or self._warned:
-            return
-        for table, backend in self.tables.launches:
-            if backend.name == "reference":
-                self._warned = True
-                backends.warn_of_reference(table.params[0].device)
-                return
-
-    def rebuild(self, groups: Sequence[Group], state: State) -> None:
-        """Follows parameters that were converted, groups and state that were replaced.
-
-        Raises:
-            ValueError: for averages that were assigned before the first step.
-        """
-        self.read_back()
-        for p, stream in self.tables.untouched(averages=self.steps == 0):
-            state[p].pop(stream, None)
-        if self.steps == 0:
-            checks.refuse_uncounted(state)
-        counts = self.counts(groups, state) if self.steps > 0 else None
-        self.build(groups, state, self.steps, counts)
-
-    # ---- the step ------------------------------------------------------------------------------
+class Engine(Upkeep):
+    """Steps and averages the parameters of some groups."""
 
     def step(
         self,
@@ -217,29 +130,6 @@ class Engine:
             calls += self.finish(table, grads, absent, scale)
         return self.run(gathered, calls + behind)
 
-    def starting(self) -> list[GroupPlan]:
-        """The groups whose averages begin with the weights before the step to come
-        (``initial="current"``)."""
-        return [
-            group
-            for group in self.tables.plan.groups
-            if group.policy is not None
-            and group.policy.initial == "current"
-            and group.policy.start == self.steps
-            and group.n_averaged == 0
-        ]
-
-    def prepare(self, groups: Sequence[GroupPlan]) -> None:
-        """Makes the averages that are missing, before a step that others take. Those of some groups
-        have the weights of now as their first sample."""
-        tables = self.tables
-        for table, _ in tables.launches:
-            tables.state.give(table, [None] * len(table.params))
-        for group in groups:
-            tables.state.copy_weights(group.params)
-        for group in groups:
-            tables.plan.counts[group.sampler.index] = 1
-
     def begin(self, scale: float = 1.0) -> None:
         """Brings the rows up to date for the step to come; gradients are ``scale`` times theirs."""
         plan = self.tables.plan
@@ -315,39 +205,3 @@ class Engine:
         """Raises inside averaged(), and after one that could not bring back all weights."""
         if self.swapped is not None:
             self.swapped.refuse(what)
-
-    def refuse_midway(self, what: str) -> None:
-        """Raises where a step has begun in the backward pass and not ended."""
-        if self.stepped is not None:
-            raise RuntimeError(f"{what}() {MIDWAY}")
-
-    # ---- counters ------------------------------------------------------------------------------
-
-    def counts(self, groups: Sequence[Group], state: State) -> list[Counts]:
-        """Of each group, as counted for the group that has had its parameters. Where the state was
-        cleared, averages in buffers start again."""
-        cleared = self.tables.were_cleared(state)
-        counts = []
-        for group in groups:
-            plan = self.tables.known(group)
-            if plan is None:
-                counts.append(Counts())
-                continue
-            starts_again = cleared and any(plan.has_buffer(p) for p in plan.params)
-            n_averaged = 0 if starts_again else plan.n_averaged
-            counts.append(Counts(n_averaged, None if cleared else dict(plan.memory)))
-        return counts
-
-    def read_back(self) -> None:
-        """Reads the device's counters, if it counts."""
-        if self.device_counters is not None:
-            self.device_counters.read_back()
-
-    def waiting(self) -> dict[Tensor, set[str]]:
-        """The streams of parameters that were made for a step that was not taken, so far. A state
-        dict leaves them out."""
-        self.read_back()
-        found: dict[Tensor, set[str]] = {}
-        for p, stream in self.tables.untouched(averages=False):
-            found.setdefault(p, set()).add(stream)
-        return found

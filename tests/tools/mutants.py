@@ -223,12 +223,9 @@ MODEL_STATE: Mutants = [
     ("        _write(own)\n", ""),
 ]
 ENGINE: Mutants = [
-    ("0 if starts_again else plan.n_averaged", "plan.n_averaged"),
-    ("cleared and any(plan.has_buffer(p) for p in plan.params)", "cleared"),
-    ("None if cleared else dict(plan.memory)", "dict(plan.memory)"),
+    ("if self.swapped is not None:", "if False:"),
     ("group.sampler.written_back and group.has_buffer(param)", "group.has_buffer(param)"),
     ("group.sampler.written_back and group.has_buffer(param)", "group.sampler.written_back"),
-    ("if self.swapped is not None:", "if False:"),
     ("plan.state_is_due or negated or not", "plan.state_is_due or not"),
     ("        if len(launches) > 1:\n            plan.state_is_due = True\n", ""),
     ("if table.lacking and any(", "if False and any("),
@@ -244,6 +241,11 @@ ENGINE: Mutants = [
     ("        if absent:\n", "        if False:\n"),
     ("torch.tensor(1.0 / scale", "torch.tensor(scale"),
     ("if table.copies and not all(", "if False and not all("),
+]
+UPKEEP: Mutants = [
+    ("0 if starts_again else plan.n_averaged", "plan.n_averaged"),
+    ("cleared and any(plan.has_buffer(p) for p in plan.params)", "cleared"),
+    ("None if cleared else dict(plan.memory)", "dict(plan.memory)"),
 ]
 TABLES_OF_GROUPS: Mutants = [
     (" if own])", "])"),
@@ -591,6 +593,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/evaluate.py", SHARDS_IN_EVALUATION, SHARDS, False),
     ("rbwa_fused/fused.py", SHARDS_IN_GROUPS, SHARDS, False),
     ("rbwa_fused/engine/engine.py", ENGINE, STEPS, False),
+    ("rbwa_fused/engine/upkeep.py", UPKEEP, STEPS, False),
     ("rbwa_fused/engine/tables.py", TABLES_OF_GROUPS, STEPS, False),
     ("rbwa_fused/engine/state.py", STATE, STEPS, False),
     ("rbwa_fused/fused.py", FUSED, STEPS, False),
