@@ -284,23 +284,44 @@ class Averager(Averages):
 
     # ---- averaged weights ----------------------------------------------------------------------
 
-    def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+    def averaged(
+        self, model: nn.Module | None = None, *, blend: float = 1.0
+    ) -> AbstractContextManager[None]:
         """As FusedOptimizer's; ``model`` is the averaged module unless another is given."""
-        return super().averaged(model or self._of_module())
+        return super().averaged(self._or_own(model), blend=blend)
 
-    def averaged_state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
+    def averaged_state_dict(
+        self, model: nn.Module | None = None, *, blend: float = 1.0
+    ) -> dict[str, Any]:
         """As FusedOptimizer's; ``model`` is the averaged module unless another is given.
 
         Raises:
             TypeError: without either.
         """
-        model = model or self._of_module()
-        if model is None:
-            raise TypeError("averaged_state_dict() of tensors needs a model")
-        return super().averaged_state_dict(model)
+        return super().averaged_state_dict(self._model(model), blend=blend)
 
-    def _of_module(self) -> nn.Module | None:
-        return None if self._module is None else self._module.module
+    def copy_to(
+        self, module: nn.Module, model: nn.Module | None = None, *, blend: float = 1.0
+    ) -> None:
+        """As FusedOptimizer's; ``model`` is the averaged module unless another is given."""
+        super().copy_to(module, self._model(model), blend=blend)
+
+    def averages(self, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """As FusedOptimizer's; ``model`` is the averaged module unless another is given."""
+        return super().averages(self._model(model))
+
+    def adopt(self, model: nn.Module | None = None) -> None:
+        """As FusedOptimizer's; ``model`` is the averaged module unless another is given."""
+        super().adopt(self._or_own(model))
+
+    def _model(self, model: nn.Module | None) -> nn.Module:
+        model = self._or_own(model)
+        if model is None:
+            raise TypeError("an Averager of tensors needs a model here (expected model=)")
+        return model
+
+    def _or_own(self, model: nn.Module | None) -> nn.Module | None:
+        return self._module.module if model is None and self._module is not None else model
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

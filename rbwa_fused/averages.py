@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rbwa_fused import evaluate
 from rbwa_fused.engine.engine import Engine
+from rbwa_fused.numbers import number
 
 
 class Averages:
@@ -35,7 +36,9 @@ class Averages:
         counts = opt.engine.counts(opt.param_groups, opt.state)
         return max((counted.n_averaged for counted in counts), default=0)
 
-    def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+    def averaged(
+        self, model: nn.Module | None = None, *, blend: float = 1.0
+    ) -> AbstractContextManager[None]:
         """The averaged weights are live inside the context, the training weights again after it.
 
         Contents change, not addresses. The training weights are set aside (as much memory again
@@ -55,9 +58,11 @@ class Averages:
         Args:
             model: what FSDP has gathered of it is freed on entry and on exit, or the next forward
                 would see the weights of before. Not needed for plain parameters.
+            blend (float, 0 to 1): how much of the average is live, (1 - blend) theta + blend a,
+                where theta is the master of a parameter that has one (default: 1).
 
         Raises:
-            ValueError: for DTensor parameters without their model.
+            ValueError: for DTensor parameters without their model, or another blend.
             RuntimeError: on entry, inside FSDP1's summon_full_params or for a parameter that its
                 average does not fit; on exit, for one that cannot take its training weights. An
                 exception that was raised inside comes first, with this one as its context.
@@ -67,17 +72,63 @@ class Averages:
             ...     evaluate(model)
         """
         self._itself.engine.refuse_midway("averaged")
-        return evaluate.averaged(self._itself, model)
+        return evaluate.averaged(self._itself, model, _blend(blend))
 
-    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
+    def averaged_state_dict(self, model: nn.Module, *, blend: float = 1.0) -> dict[str, Any]:
         """A plain state dict of the model holding the averaged weights, in the weights' dtypes.
 
         Buffers are the model's own; every tensor is a copy. Where ``model.state_dict()`` returns
         something else than parameters and buffers, such as copies that a hook makes, the averaged
         weights are live while it is asked, as in ``averaged()``.
 
+        Args:
+            blend (float, 0 to 1): as in ``averaged``.
+
+        Raises:
+            ValueError: for a model none of whose parameters is the optimizer's, or another blend.
+        """
+        self._itself.engine.refuse_midway("averaged_state_dict")
+        return evaluate.averaged_state_dict(self._itself, model, _blend(blend))
+
+    def copy_to(self, module: nn.Module, model: nn.Module, *, blend: float = 1.0) -> None:
+        """Loads ``averaged_state_dict(model)`` into another module of its kind, such as one that is
+        kept for evaluation.
+
+        Raises:
+            RuntimeError: for other names or shapes, in the words of ``load_state_dict``.
+        """
+        module.load_state_dict(self.averaged_state_dict(model, blend=blend))
+
+    def averages(self, model: nn.Module) -> dict[str, Tensor]:
+        """The live averages by the model's names: the same tensors for as long as a run lasts, also
+        across ``load_state_dict``. Not those without a sample. An average that is the parameter
+        itself (RBWA) is the parameter, or its master.
+
         Raises:
             ValueError: for a model none of whose parameters is the optimizer's.
         """
-        self._itself.engine.refuse_midway("averaged_state_dict")
-        return evaluate.averaged_state_dict(self._itself, model)
+        self._itself.engine.refuse_midway("averages")
+        return evaluate.averages_by_name(self._itself, model)
+
+    def adopt(self, model: nn.Module | None = None) -> None:
+        """Makes the averages the weights (and masters) for good, which is what a run may end with.
+        Averages and their counts stay as they are; parameters without one do, too.
+
+        Args:
+            model: as in ``averaged``.
+
+        Raises:
+            ValueError: for DTensor parameters without their model.
+            RuntimeError: inside ``averaged()``, or for a parameter that its average does not fit.
+                No weight has changed then.
+        """
+        opt = self._itself
+        opt.engine.refuse_inside_averaged("adopt")
+        opt.engine.refuse_midway("adopt")
+        evaluate.adopt(opt, model)
+
+
+def _blend(value: float) -> float:
+    if not 0.0 <= number("blend", value) <= 1.0:
+        raise ValueError(f"Invalid blend: {value} (expected 0 <= blend <= 1)")
+    return float(value)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager, suppress
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from rbwa_fused.engine.sharded import gathered_by, kind_of_shard, reshard
+from rbwa_fused import swap
+from rbwa_fused.engine.sharded import beside, gathered_by, kind_of_shard, local, reshard
 from rbwa_fused.model_state import state_dict_with
 from rbwa_fused.swap import Averaging, Swap, averages
 
@@ -23,8 +25,8 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
 
     _swap: Swap | None = None  # of the outermost context
 
-    def __init__(self, opt: Averaging, model: nn.Module | None) -> None:
-        self._averaging, self._model = opt, model
+    def __init__(self, opt: Averaging, model: nn.Module | None, blend: float = 1.0) -> None:
+        self._averaging, self._model, self._blend = opt, model, blend
 
     def __enter__(self) -> None:
         if self._swap is not None and not self._swap.left:
@@ -38,7 +40,7 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
             if failure is not None:
                 raise failure
         _free_gathered(self._averaging, self._model)
-        self._swap = Swap(self._averaging, self, self._model)
+        self._swap = Swap(self._averaging, self, self._model, self._blend)
         try:
             engine.swapped = self._swap
             self._swap.put()
@@ -70,7 +72,7 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
             failure.__context__, error.__context__ = error.__context__, failure
 
     def _recreate_cm(self) -> averaged:
-        return averaged(self._averaging, self._model)
+        return averaged(self._averaging, self._model, self._blend)
 
 
 def _free_gathered(opt: Averaging, model: nn.Module | None) -> None:
@@ -95,14 +97,33 @@ def _free_gathered(opt: Averaging, model: nn.Module | None) -> None:
         )
 
 
-def averaged_state_dict(opt: Averaging, model: nn.Module) -> dict[str, Any]:
-    """See FusedOptimizer.averaged_state_dict."""
-    reshard(model)  # or its parameters are what FSDP has gathered
+def averages_by_name(opt: Averaging, model: nn.Module) -> dict[str, Tensor]:
+    """See FusedOptimizer.averages."""
+    _check_members(opt, model)
+    found = dict(swap.live(opt))
+    named = chain(model.named_parameters(), model.named_buffers())
+    return {name: found[t] for name, t in named if t in found}
+
+
+def adopt(opt: Averaging, model: nn.Module | None) -> None:
+    """See FusedOptimizer.adopt."""
+    _free_gathered(opt, model)
+    swap.adopt(opt)
+
+
+def _check_members(opt: Averaging, model: nn.Module) -> None:
     members = set(model.parameters())
     if members and members.isdisjoint(p for group in opt.param_groups for p in group["params"]):
         name = type(model).__name__
         raise ValueError(f"Invalid model: none of {name}'s parameters is the optimizer's")
-    return state_dict_with(model, dict(averages(opt)))
+
+
+def averaged_state_dict(opt: Averaging, model: nn.Module, blend: float = 1.0) -> dict[str, Any]:
+    """See FusedOptimizer.averaged_state_dict."""
+    reshard(model)  # or its parameters are what FSDP has gathered
+    _check_members(opt, model)
+    live = {p: swap.blended(opt, p, local(a), blend) for p, a in averages(opt)}
+    return state_dict_with(model, {p: beside(value, p) for p, value in live.items()})
 
 
 @contextmanager
@@ -111,6 +132,9 @@ def averaged_model(
     model: nn.Module,
     loader: Iterable[Any],
     device: torch.device | None = None,
+    *,
+    blend: float = 1.0,
+    weighted: bool = False,
 ) -> Iterator[nn.Module]:
     """`opt.averaged()` with BatchNorm statistics estimated anew for the averaged weights.
 
@@ -126,6 +150,9 @@ def averaged_model(
         model: the model; yielded again.
         loader: of inputs, or of lists or tuples that begin with them.
         device: where the inputs are moved first; None leaves them.
+        blend (float, 0 to 1): how much of the average is live, the rest being the weights.
+        weighted: by their numbers of inputs, as in the SWA authors' ``bn_update``, so that a last
+            batch that is smaller counts for less; else batches count alike.
 
     Raises:
         ValueError: for a loader without any batch, such as a generator that is used up, where there
@@ -137,7 +164,8 @@ def averaged_model(
         ...     evaluate(model)
     """
     frozen = [module for module in model.modules() if not module.training]
-    with averaged_estimated(opt, model, loader, device, frozen if model.training else ()):
+    options = frozen if model.training else (), blend, weighted
+    with averaged_estimated(opt, model, loader, device, *options):
         yield model
 
 
@@ -148,10 +176,12 @@ def averaged_estimated(
     loader: Iterable[Any],
     device: torch.device | None,
     frozen: Collection[nn.Module],
+    blend: float = 1.0,
+    weighted: bool = False,
 ) -> Iterator[None]:
     """`averaged_model`, where it is known which modules are in eval mode in training."""
     inner = _unwrapped(opt)
-    with inner.averaged(model):
+    with inner.averaged(model, **({} if blend == 1.0 else {"blend": blend})):
         averaged = {tensor for tensor, _ in averages(inner)}
         frozen = [
             *frozen,
@@ -159,7 +189,7 @@ def averaged_estimated(
         ]
         kept = [_Kept(module) for module in model.modules()]
         try:
-            _estimate(model, loader, device, frozen)
+            _estimate(model, loader, device, frozen, weighted)
             for module in kept:
                 module.restore_modes()
                 if has_statistics(module.module) and _as_reset(module.module):
@@ -187,6 +217,7 @@ def _estimate(
     loader: Iterable[Any],
     device: torch.device | None,
     frozen: Collection[nn.Module],
+    weighted: bool,
 ) -> None:
     """Gives statistics the means of all batches. update_bn of torch.optim.swa_utils would reset
     frozen modules, too, pass over InstanceNorm, and take no batch for an answer."""
@@ -204,12 +235,15 @@ def _estimate(
         return
     for norm in norms:
         norm.reset_running_stats()
-    batches = 0
+    batches = inputs_so_far = 0
     for batch in loader:
         batches += 1
-        for norm in norms:  # BatchNorm counts by itself
-            norm.momentum = None if isinstance(norm, _BatchNorm) else 1 / batches
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        size = len(inputs) if weighted else 1
+        inputs_so_far += size
+        for norm in norms:  # BatchNorm counts batches by itself
+            by_itself = isinstance(norm, _BatchNorm) and not weighted
+            norm.momentum = None if by_itself else size / inputs_so_far
         model(inputs if device is None else inputs.to(device))
     if batches == 0:
         raise ValueError(

@@ -19,7 +19,7 @@ from rbwa_fused.engine import checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.sharded import beside, is_sharded, local, reshard, shard_of
-from rbwa_fused.streams import DTYPES
+from rbwa_fused.streams import AVERAGE, DTYPES, MASTER
 
 MEND = (
     "once every parameter has its shape, a floating dtype and memory of its own again, enter and "
@@ -53,6 +53,8 @@ class Swap:
     Args:
         context: who enters and leaves. Where it is gone without having left, nobody is inside.
         model: whose gathered weights are freed when the weights come back, if FSDP has any.
+        blend: how much of the average is live, the rest being the weights (their masters where
+            there are any).
 
     Raises:
         RuntimeError: for a parameter that its average does not fit, or that cannot be written.
@@ -61,7 +63,9 @@ class Swap:
 
     # A compiled function that evaluates would compile these for each parameter's shape.
     @torch._disable_dynamo
-    def __init__(self, opt: Averaging, context: object, model: nn.Module | None) -> None:
+    def __init__(
+        self, opt: Averaging, context: object, model: nn.Module | None, blend: float = 1.0
+    ) -> None:
         self._context = weakref.ref(context)
         self.left = False
         self._missing: str | None = None  # what the exit could not bring back
@@ -69,7 +73,8 @@ class Swap:
         self._model = model
         with _plain():
             fitting = list(_fitting(opt))
-            self._averages = {p: average for _, p, average in fitting}
+            live = {p: blended(opt, p, average, blend) for _, p, average in fitting}
+            self._averages = live
             self._saved = {
                 p: Saved(name, local(p).data_ptr(), local(p).detach().clone())
                 for name, p, _ in fitting
@@ -132,6 +137,27 @@ class Swap:
             raise RuntimeError(f"{what}() with averaged weights for training weights: {self}")
 
 
+def adopt(opt: Averaging) -> None:
+    """Makes the averages the weights, and masters, for good."""
+    with _plain():
+        fitting = [(p, average) for _, p, average in _fitting(opt)]
+        for p, average in fitting:
+            local(p).copy_(average)
+            master = (opt.state.get(p) or {}).get(MASTER)
+            if master is not None:
+                local(master).copy_(average)
+        _announce([p for p, _ in fitting])
+
+
+def blended(opt: Averaging, param: Tensor, average: Tensor, blend: float) -> Tensor:
+    """(1 - blend) theta + blend a, in the average's dtype; with 1 the average itself."""
+    if blend == 1.0:
+        return average
+    master = (opt.state.get(param) or {}).get(MASTER)
+    weights = local(param if master is None else master).detach().to(average.dtype)
+    return weights + blend * (average - weights)
+
+
 def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has an average beside it, with that average, laid out as it is."""
     for plan in _sampled(opt):
@@ -139,6 +165,17 @@ def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
             average = (opt.state.get(p) or {}).get("average")
             if plan.has_buffer(p) and average is not None:
                 yield p, beside(shard_of(average, p), p)
+
+
+def live(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter that has samples, with the live tensor that holds its average."""
+    for plan in _sampled(opt):
+        for p in plan.group["params"]:
+            held = opt.state.get(p) or {}
+            if plan.has_buffer(p) and held.get(AVERAGE) is not None:
+                yield p, held[AVERAGE]
+            elif plan.is_the_weights(p):
+                yield p, held.get(MASTER, p.detach())
 
 
 def _sampled(opt: Averaging) -> list[GroupPlan]:

@@ -274,6 +274,8 @@ def test_two_that_write_back_to_one_parameter_are_refused() -> None:
         rf.Averager(net, rf.rbwa(2))
     first.remove()
     second = rf.Averager(net, rf.rbwa(2))
+    net.last.weight = nn.Parameter(torch.ones(3, 7))
+    second.update()
     del second
     gc.collect()
     rf.Averager(net.last, rf.rbwa(2))
