@@ -94,6 +94,15 @@ def lookahead(a: Weights, x: Weights, n: int, step: int) -> bool:
     return step % 3 == 0
 
 
+def swa_from(a: Weights, x: Weights, n: int, step: int) -> bool:
+    """`a` begins as the weights behind step 2, which are a sample."""
+    if step == 2:
+        _towards(a, x, 1.0)
+    elif step > 2 and (step - 2) % 3 == 0:
+        _towards(a, x, 1 / (n + 1))
+    return False
+
+
 def switch_ema(a: Weights, x: Weights, n: int, step: int) -> bool:
     _towards(a, x, 1.0 if n == 0 else 1 - 0.75)
     return step % 5 == 0
@@ -116,6 +125,7 @@ POLICIES: dict[str, tuple[rf.Average, Callable[..., bool]]] = {
     "rbwa_e": (rf.rbwa_e(0.75, steps_per_epoch=4, start_epoch=1), rbwa_e),
     "rswa": (rf.rswa(4, 1), rswa),
     "lookahead": (rf.lookahead(3, 0.25), lookahead),
+    "swa current": (rf.swa(start=2, every=3, initial="current"), swa_from),
     "switch_ema": (rf.switch_ema(0.75, steps_per_epoch=5), switch_ema),
     "function": (rf.Average(lambda n, step: 3 / (3 + step)), function),
 }

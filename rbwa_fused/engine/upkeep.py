@@ -106,11 +106,19 @@ class Upkeep:
     def starting(self) -> list[GroupPlan]:
         """The groups whose averages begin with the weights before the step to come
         (``initial="current"``)."""
-        return [
+        waiting = [
             group
             for group in self.tables.plan.groups
             if group.policy is not None
             and group.policy.initial == "current"
+            and group.n_averaged == 0
+        ]
+        if waiting:
+            self.read_back()  # the host knows no other way where that step is
+        return [
+            group
+            for group in waiting
+            if group.policy is not None
             and group.policy.start == self.steps
             and group.n_averaged == 0
         ]
@@ -125,6 +133,8 @@ class Upkeep:
             tables.state.copy_weights(group.params)
         for group in groups:
             tables.plan.counts[group.sampler.index] = 1
+        if groups:
+            self.device_counters = None  # the next step hands the counters over anew
 
     def refuse_midway(self, what: str) -> None:
         """Raises where a step has begun in the backward pass and not ended."""

@@ -161,3 +161,21 @@ def test_the_gradients_of_a_users_own_class_are_its_own() -> None:
     assert doors.gradients([])[1:] == (False, False, False)
     plain.grad = torch.ones(3)
     assert doors.gradients([plain])[1:] == (False, True, False)
+
+
+class Asked(Tensor):
+    """Gradients of a user's class, which says itself whether it is negated."""
+
+    asked = 0
+
+    def is_neg(self) -> bool:
+        Asked.asked += 1
+        return super().is_neg()
+
+
+def test_a_gradient_of_a_users_class_is_asked_by_its_own_method() -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = rf.FusedSGD([p], lr=0.5)
+    p.grad = torch.ones(3).as_subclass(Asked)
+    opt.step()
+    assert p.tolist() == [0.5] * 3 and Asked.asked > 0

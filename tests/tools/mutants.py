@@ -578,7 +578,12 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     (
         "csrc/tables.cpp",
         TABLES,
-        ("update/test_ops.py", "engine/test_outside_edits.py", "optimizer/test_optimizer.py"),
+        (
+            "update/test_ops.py",
+            "engine/test_outside_edits.py",
+            "engine/test_step_fails.py",
+            "optimizer/test_optimizer.py",
+        ),
         True,
     ),
     (

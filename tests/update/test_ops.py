@@ -125,6 +125,10 @@ LARGEST = 2**63 - 1
 BROKEN: dict[str, tuple[Any, str]] = {
     "row out of range": (edit(segments.ROW, 2), "outside its tables"),
     "the row of a first step": (edit(segments.ROW, 1), "outside its tables"),
+    "the row of a first step among others": (
+        lambda a: (a.__setitem__(6, a[6].repeat(2, 1)), edit(segments.ROW, 1)(a)),
+        "outside its tables",
+    ),
     "negative row": (edit(segments.ROW, -2), "outside its tables"),
     "sampling out of range": (edit(segments.SAMPLING, 1), "outside its tables"),
     "negative sampling": (edit(segments.SAMPLING, -1), "outside its tables"),
