@@ -16,15 +16,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rbwa_fused import checkpoint, form, rules
+from rbwa_fused import checkpoint, foreign, form, rules
 from rbwa_fused.average import Average
 from rbwa_fused.averages import Averages
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
+from rbwa_fused.engine.sharded import beside, local, shard_of
 from rbwa_fused.engine.tables import Counts, Group, Options
 from rbwa_fused.into import Into
 from rbwa_fused.members import Followed, Params, grouped
-from rbwa_fused.numbers import flag
+from rbwa_fused.numbers import flag, integer
+from rbwa_fused.streams import AVERAGE
 
 # Who writes averages back to a parameter, by the parameter.
 _writers: MutableMapping[Tensor, weakref.ref[Averager]] = WeakIdKeyDictionary()
@@ -346,34 +348,63 @@ class Averager(Averages):
         checkpoint.export(self.engine, live, self.state, saved)
         return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` has returned; tensors are copied.
+    def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
+        """Loads what ``state_dict`` has returned, or averages that another library has saved:
+        torch's AveragedModel, timm's ModelEmaV3, ema-pytorch, diffusers' EMAModel, or a plain state
+        dict of averaged weights. Tensors are copied, into the averages that there are.
+
+        Args:
+            step (int, steps, >= 0): how many were taken. Ours say it themselves; of others it is
+                the number of their samples, if they say that, and else 1 (default: None).
 
         Raises:
             ValueError, TypeError: for an optimizer's checkpoint, another kind of policy,
-                write-back, ``initial`` or dtype, other shapes or groups. The averager is as it was
-                then.
+                write-back, ``initial`` or dtype, other shapes, groups or names, which are all said.
+                The averager is as it was then.
         """
         engine = self.engine
         if engine.swapped is not None and not engine.swapped.over:
             engine.refuse_inside_averaged("load_state_dict")
+        form.mapping("state_dict", state_dict)
         self._follow()
         if not engine.tables.describes_groups(self.param_groups):
             self._rebuild()
-        notes = []
-        if self._into is not None:
-            form.mapping("state_dict", state_dict)
-            params = chain.from_iterable(group["params"] for group in self.param_groups)
-            state_dict = {**state_dict, "state": {i: self.state[p] for i, p in enumerate(params)}}
-            notes = ["the averages live in another module (into=): load its state dict, too"]
-        loaded = checkpoint.read(engine, self.param_groups, state_dict, None)
-        loaded.notes.extend(notes)
+        if "param_groups" in state_dict:
+            loaded = self._own(state_dict, step)
+        else:
+            loaded = self._of_others(state_dict, step)
         if loaded.notes:
             warnings.warn("; ".join(loaded.notes), stacklevel=backends.user_level())
         checkpoint.keep_tensors(loaded.state, self.state)
         self.state = loaded.state
         engine.build(self.param_groups, loaded.state, loaded.steps, loaded.counts)
         engine.swapped = None
+
+    def _own(self, state_dict: dict[str, Any], step: int | None) -> checkpoint.Loaded:
+        if self._into is None:
+            return checkpoint.read(self.engine, self.param_groups, state_dict, step)
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        live = {i: self.state[p] for i, p in enumerate(params)}
+        loaded = checkpoint.read(
+            self.engine, self.param_groups, {**state_dict, "state": live}, step
+        )
+        note = "the averages live in another module (into=): load its state dict, too"
+        return loaded._replace(notes=[*loaded.notes, note])
+
+    def _of_others(self, state_dict: dict[str, Any], step: int | None) -> checkpoint.Loaded:
+        saved = foreign.read(state_dict)
+        left_out = [] if self._module is None else self._module.names()
+        state: Any = defaultdict(dict)
+        plan_of = {p: plan for plan in self.engine.tables.plan.groups for p in plan.params}
+        for _, p, value in foreign.matched(saved, self.param_groups, left_out):
+            shard = shard_of(value.detach(), p)
+            dtype = plan_of[p].dtype_of(AVERAGE, p)
+            own = torch.empty_like(local(p), dtype=dtype, requires_grad=False).copy_(shard)
+            state[p] = {AVERAGE: beside(own, p)}
+        count = max(1, saved.samples or 1)
+        steps = count if step is None else integer("step", step, least=0)
+        counts = [Counts(count * (group["average"] is not None)) for group in self.param_groups]
+        return checkpoint.Loaded([], state, steps, counts, [])
 
     def __repr__(self) -> str:
         counts = ", ".join(

@@ -60,6 +60,12 @@ class Followed:
             for named, average in zip(kept, averages, strict=True)
         ]
 
+    def names(self) -> list[str]:
+        """What a state dict of the module may have, averaged or not."""
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        buffers = self.module.named_buffers(remove_duplicate=False)
+        return [name for name, _ in chain(parameters, buffers)]
+
     def _all(self) -> list[dict[str, Tensor]]:
         found: list[dict[str, Tensor]] = [dict(self.module.named_parameters())]
         if self._with_buffers:

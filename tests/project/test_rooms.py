@@ -35,6 +35,7 @@ FLOORS: dict[str, Sequence[str]] = {
                 "fused",
                 "members",
                 "into",
+                "foreign",
                 "averager",
                 "optimizer",
                 "replicas",

@@ -415,7 +415,9 @@ AVERAGER: Mutants = [
     ('if held and held["average"].shape != p.shape:', "if False:"),
     ("super().averaged(self._or_own(model), blend", "super().averaged(model, blend"),
     ("        if self._into is not None:\n            state = {}", "        pass"),
-    ("        loaded.notes.extend(notes)\n", ""),
+    ("loaded._replace(notes=[*loaded.notes, note])", "loaded"),
+    ("        count = max(1, saved.samples or 1)", "        count = 0"),
+    ("steps = count if step is None else", "steps = 0 if step is None else"),
     ("        checkpoint.keep_tensors(loaded.state, self.state)\n", ""),
     ("        engine.swapped = None\n", ""),
     ("if p.requires_grad and p not in theirs", "if p not in theirs"),
@@ -430,6 +432,14 @@ MEMBERS: Mutants = [
     ('getattr(module, "_orig_mod", module)', "module"),
     ('{"average": average, **group, **own}', '{**group, "average": average, **own}'),
     ("    if len(set(everything)) != len(everything):", "    if False:"),
+]
+FOREIGN: Mutants = [
+    ('if "shadow_params" in state_dict:', "if False:"),
+    ("        if missing or further:\n", "        if missing:\n"),
+    ("        if missing or further:\n", "        if further:\n"),
+    ("{*names, *left_out}", "{*names}"),
+    ("        if value.shape != p.shape:\n", "        if False:\n"),
+    ('("ema_model.", "step"), ', ""),
 ]
 INTO: Mutants = [
     (
@@ -535,7 +545,7 @@ STEPS = (
     "engine/test_step_fails.py",
     "engine/test_interrupted.py",
 )
-BESIDE = ("averages/test_averager.py",)
+BESIDE = ("averages/test_averager.py", "averages/test_foreign_averages.py")
 BITS = (
     *("update/test_ops.py", "update/test_threads.py", "update/test_update.py", "-k"),
     "test_ops or test_threads or flat_threads or (literal and none)",
@@ -595,6 +605,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/averager.py", AVERAGER, BESIDE, False),
     ("rbwa_fused/members.py", MEMBERS, BESIDE, False),
     ("rbwa_fused/into.py", INTO, BESIDE, False),
+    ("rbwa_fused/foreign.py", FOREIGN, ("averages/test_foreign_averages.py",), False),
     ("rbwa_fused/engine/memory.py", MEMORY, STEPS, False),
     ("rbwa_fused/engine/memory.py", SHARDS_IN_MEMORY, SHARDS, False),
     ("rbwa_fused/engine/segments.py", SEGMENTS, STEPS, False),
