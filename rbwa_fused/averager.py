@@ -450,7 +450,7 @@ def _steppers(
 
 
 def _inner(optimizer: Any) -> Optimizer:
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+    while getattr(optimizer, "optimizer", None) is not None:
         optimizer = optimizer.optimizer
     if not hasattr(optimizer, "register_step_post_hook"):
         raise TypeError(

@@ -412,6 +412,58 @@ def test_it_prints_what_it_averages() -> None:
     assert copy.copy(averager.param_groups[0])["average"] is averager.param_groups[0]["average"]
 
 
+def test_only_what_is_averaged_is_looked_at_anew_and_once() -> None:
+    """A buffer that is assigned in each forward pass would otherwise cost new tables each time."""
+    net = Normed()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    train(net, [opt], 1, 2)
+    net.first.weight = nn.Parameter(net.first.weight.detach().clone())
+    train(net, [opt], 3, 3)
+    tables = averager.engine.tables
+    train(net, [opt], 4, 6)
+    assert averager.engine.tables is tables and averager.n_averaged == 6
+
+
+def test_a_module_without_parameters_may_get_some() -> None:
+    net = Net()
+    net.activation = nn.Identity()
+    averager = rf.Averager(net, rf.ema(0.5))
+    averager.update()
+    net.activation.register_parameter("scale", nn.Parameter(torch.ones(2)))
+    averager.update()
+    assert averager.averages()["activation.scale"].tolist() == [1.0] * 2
+
+
+def test_an_optimizer_is_found_in_a_wrapper() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer = optimizer
+
+    net = Net()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=Wrapper(Wrapper(opt)))  # type: ignore[arg-type]
+    train(net, [opt], 1, 2)
+    assert averager.n_averaged == 2
+
+
+def test_a_checkpoint_is_the_way_out_where_weights_could_not_come_back() -> None:
+    net = Net()
+    averager = rf.Averager(net, rf.ema(0.5))
+    averager.update()
+    saved, weights = copy.deepcopy(averager.state_dict()), copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match="could not bring back"), averager.averaged():
+        net.last.weight.data = torch.zeros(2, 2)
+    with pytest.raises(RuntimeError, match="could not bring back|for training weights"):
+        averager.update()
+    net.last.weight.data = torch.zeros(3, 7)
+    net.load_state_dict(weights)
+    averager.load_state_dict(saved)
+    averager.update()
+    assert torch.equal(net.last.weight, weights["last.weight"])
+    assert averager.n_averaged == 2
+
+
 # ---- buffers -------------------------------------------------------------------------------------
 
 

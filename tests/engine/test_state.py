@@ -277,3 +277,42 @@ def test_state_assigned_before_the_first_step_is_its_users(asked: None) -> None:
     del opt.state[first(opt)]["average"]
     train(opt, 1, 1)
     assert opt.state[first(opt)][STREAM] is buffer
+
+
+def test_a_shallow_copy_of_the_whole_state_is_the_state_from_then_on(asked: None) -> None:
+    """All dicts in it are the old ones; what a parameter comes to need must go into the new one."""
+    opt, _ = pair()
+    late = nn.Parameter(torch.zeros(7))
+    opt.add_param_group({"params": [late]})
+    for p in opt.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state = defaultdict(dict, opt.state)
+    train(opt, 3, 3)
+    assert STREAM in opt.state[late]
+
+
+def test_two_parameters_whose_state_was_exchanged_step_with_each_others(asked: None) -> None:
+    """By their keys alone: the dicts stand where they stood, in their order."""
+    ends = []
+    for cls in (rf.FusedSGD, torch.optim.SGD):
+        p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+        opt: Any = cls([p, q], lr=0.125, momentum=0.75)
+        train(opt, 1, 2)
+        of_p, of_q = opt.state[p], opt.state[q]
+        opt.state.clear()
+        opt.state[q] = of_p
+        opt.state[p] = of_q
+        train(opt, 3, 3)
+        ends.append((p.tolist(), q.tolist()))
+    assert ends[0] == ends[1]
+
+
+def test_a_buffer_under_another_name_is_none(asked: None) -> None:
+    ours, theirs = pair()
+    for opt in (ours, theirs):
+        held = opt.state[first(opt)]
+        held["mine"] = held.pop(STREAM)
+        train(opt, 3, 3)
+    assert torch.equal(first(ours), first(theirs))
+    assert torch.equal(ours.state[first(ours)]["mine"], theirs.state[first(theirs)]["mine"])

@@ -413,7 +413,6 @@ AVERAGER: Mutants = [
     ("                    state[now[name]] = held", "                    pass"),
     ("        self._module.look()\n", "        pass\n"),
     ('if held and held["average"].shape != p.shape:', "if False:"),
-    ("super().averaged(self._or_own(model), blend", "super().averaged(model, blend"),
     ("        if self._into is not None:\n            state = {}", "        pass"),
     ("loaded._replace(notes=[*loaded.notes, note])", "loaded"),
     ("        count = max(1, saved.samples or 1)", "        count = 0"),
@@ -421,7 +420,10 @@ AVERAGER: Mutants = [
     ("        checkpoint.keep_tensors(loaded.state, self.state)\n", ""),
     ("        engine.swapped = None\n", ""),
     ("if p.requires_grad and p not in theirs", "if p not in theirs"),
-    ('    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):', "    while False:"),
+    ('    while getattr(optimizer, "optimizer", None) is not None:', "    while False:"),
+]
+SHARDS_IN_AVERAGER: Mutants = [
+    ("super().averaged(self._or_own(model), blend", "super().averaged(model, blend"),
 ]
 MEMBERS: Mutants = [
     ("[: 2 + self._with_buffers]", "[:3]"),
@@ -545,7 +547,11 @@ STEPS = (
     "engine/test_step_fails.py",
     "engine/test_interrupted.py",
 )
-BESIDE = ("averages/test_averager.py", "averages/test_foreign_averages.py")
+BESIDE = (
+    "averages/test_averager.py",
+    "averages/test_readouts.py",
+    "averages/test_foreign_averages.py",
+)
 BITS = (
     *("update/test_ops.py", "update/test_threads.py", "update/test_update.py", "-k"),
     "test_ops or test_threads or flat_threads or (literal and none)",
@@ -599,10 +605,21 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     (
         "csrc/views.cpp",
         VIEWS,
-        ("update/test_ops.py", "engine/test_outside_edits.py", "optimizer/test_optimizer.py"),
+        (
+            "update/test_ops.py",
+            "engine/test_outside_edits.py",
+            "optimizer/test_optimizer.py",
+            "update/test_replicas.py",
+        ),
         True,
     ),
     ("rbwa_fused/averager.py", AVERAGER, BESIDE, False),
+    (
+        "rbwa_fused/averager.py",
+        SHARDS_IN_AVERAGER,
+        ("distributed/test_averager_on_ranks.py",),
+        False,
+    ),
     ("rbwa_fused/members.py", MEMBERS, BESIDE, False),
     ("rbwa_fused/into.py", INTO, BESIDE, False),
     ("rbwa_fused/foreign.py", FOREIGN, ("averages/test_foreign_averages.py",), False),
