@@ -454,7 +454,7 @@ def test_a_checkpoint_is_the_way_out_where_weights_could_not_come_back() -> None
     saved, weights = copy.deepcopy(averager.state_dict()), copy.deepcopy(net.state_dict())
     with pytest.raises(RuntimeError, match="could not bring back"), averager.averaged():
         net.last.weight.data = torch.zeros(2, 2)
-    with pytest.raises(RuntimeError, match="could not bring back|for training weights"):
+    with pytest.raises(RuntimeError, match=r"could not bring back|for training weights"):
         averager.update()
     net.last.weight.data = torch.zeros(3, 7)
     net.load_state_dict(weights)
