@@ -208,11 +208,12 @@ class Averager(Averages):
         self._handles.append(steppers[-1].register_step_post_hook(behind))
 
     def remove(self) -> None:
-        """Samples no more; the averages stay. Without this an averager lives as long as its
-        optimizer."""
+        """Leaves the optimizer, which keeps the averager otherwise; the averages stay, and
+        ``update()`` samples from then on."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._optimizer = None
         for p, writer in list(_writers.items()):
             if writer() is self:
                 del _writers[p]
@@ -273,8 +274,8 @@ class Averager(Averages):
         for group in self.param_groups:
             self._check(group)
             for p in group["params"]:
-                held = self.state.get(p)
-                if held and held["average"].shape != p.shape:
+                held = (self.state.get(p) or {}).get(AVERAGE)
+                if held is not None and held.shape != p.shape:
                     del self.state[p]  # another parameter of that name; it starts as a copy
         if self._into is not None and self.engine.steps == 0:
             self._build()
@@ -405,6 +406,12 @@ class Averager(Averages):
         steps = count if step is None else integer("step", step, least=0)
         counts = [Counts(count * (group["average"] is not None)) for group in self.param_groups]
         return checkpoint.Loaded([], state, steps, counts, [])
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "an Averager cannot be copied or pickled, since it hooks an optimizer (expected its "
+            "state_dict())"
+        )
 
     def __repr__(self) -> str:
         counts = ", ".join(

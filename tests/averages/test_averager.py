@@ -204,6 +204,18 @@ def test_a_converted_model_is_averaged_in_its_new_dtype() -> None:
     assert averager.state[x]["average"].dtype == torch.float32 and averager.n_averaged == 4
 
 
+def test_an_average_that_is_taken_away_starts_again_as_a_copy() -> None:
+    net = Net()
+    averager = rf.Averager(net, rf.ema(0.5))
+    averager.update()
+    p = net.last.weight
+    averager.state[p] = {"mine": torch.zeros(())}
+    with torch.no_grad():
+        p.fill_(3.0)
+    averager.update()
+    assert averager.state[p]["average"].eq(3.0).all() and averager.n_averaged == 2
+
+
 def test_names_that_are_excluded_have_no_average() -> None:
     net = Net()
     averager = rf.Averager(net, rf.ema(0.5), exclude=["*.bias", "frozen.*"])
@@ -264,6 +276,10 @@ def test_an_averager_lives_as_long_as_its_optimizer_or_until_it_is_removed() -> 
     averager.remove()
     train(net, [opt], 3, 3)
     assert averager.n_averaged == 1
+    averager.update()
+    assert averager.n_averaged == 2
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(averager)
     gone = weakref.ref(averager)
     del averager
     gc.collect()
