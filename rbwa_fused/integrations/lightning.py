@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rbwa_fused.average import Average
+from rbwa_fused.averager import Averager
+from rbwa_fused.averages import Averages
 from rbwa_fused.evaluate import averaged_estimated, has_statistics
 from rbwa_fused.fused import FusedOptimizer
 from rbwa_fused.model_state import copied
@@ -43,7 +46,8 @@ else:
 
 
 class AveragedEvaluation(Callback):
-    """Runs validation, test and prediction inside ``opt.averaged()``, for each optimizer of ours.
+    """Runs validation, test and prediction inside ``opt.averaged()``, for each optimizer of ours,
+    or with ``average`` for an ``Averager`` behind whatever optimizers there are.
 
     The averaged weights are live from ``on_validation_start`` until ``on_validation_end`` (and the
     same of test and predict), the training weights everywhere else and exactly as they were, also
@@ -61,6 +65,10 @@ class AveragedEvaluation(Callback):
     be clipped.
 
     Args:
+        average (Average, optional): what to average beside optimizers that do not; of several
+            optimizers the last one's steps are counted. Averages and counts are in the callback's
+            state, so that ``ckpt_path`` resumes bit for bit (default: None).
+        buffers (bool): average floating buffers too, with ``average`` (default: False).
         loader: batches, on which BatchNorm statistics are estimated for the averaged weights before
             each evaluation (``rbwa_fused.averaged_model``); None leaves those of training, which
             fit an EMA that follows closely, but not the mean of a long run. The module's
@@ -71,8 +79,8 @@ class AveragedEvaluation(Callback):
             ``loader`` each costs a pass over it (default: False).
 
     Raises:
-        ValueError: at the start of ``fit``, if no optimizer is one of ours, or if the module has no
-            ``forward`` to estimate its statistics with.
+        ValueError: at the start of ``fit``, if no optimizer is one of ours and there is no
+            ``average``, or if the module has no ``forward`` to estimate its statistics with.
 
     Example:
         >>> from rbwa_fused.integrations.lightning import AveragedEvaluation
@@ -82,8 +90,20 @@ class AveragedEvaluation(Callback):
 
     KEY = "averaged_state_dict"
 
-    def __init__(self, *, loader: Iterable[Any] | None = None, save_averaged: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        average: Average | None = None,
+        buffers: bool = False,
+        loader: Iterable[Any] | None = None,
+        save_averaged: bool = False,
+    ) -> None:
         super().__init__()
+        if buffers and average is None:
+            raise ValueError("buffers=True needs an average (expected average=)")
+        self._average, self._buffers_too = average, buffers
+        self._averager: Averager | None = None
+        self._resumed: dict[str, Any] | None = None  # the averager's state in a checkpoint
         self._loader = loader
         self._save_averaged = save_averaged
         self._loaded = False  # the averaged weights out of a checkpoint, outside fit
@@ -100,10 +120,13 @@ class AveragedEvaluation(Callback):
             trainer.strategy.save_checkpoint = _Saving(self, trainer)  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not _ours(trainer):
+        if self._average is not None:
+            self._begin_averaging(trainer, pl_module)
+        elif not _ours(trainer):
             kinds = [type(opt).__name__ for opt in trainer.optimizers]
             raise ValueError(
-                f"Invalid optimizers for AveragedEvaluation: {kinds} (expected one of rbwa_fused's)"
+                f"Invalid optimizers for AveragedEvaluation: {kinds} (expected one of rbwa_fused's, "
+                "or average=)"
             )
         for opt in _ours(trainer):
             opt._step_supports_amp_scaling = False
@@ -117,6 +140,26 @@ class AveragedEvaluation(Callback):
                 f"Invalid loader for AveragedEvaluation: {type(pl_module).__name__} has no forward "
                 "to estimate its BatchNorm statistics with"
             )
+
+    def _begin_averaging(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._averager is not None:
+            self._averager.remove()  # the last fit's
+        self._averager = Averager(
+            pl_module, self._average, optimizer=trainer.optimizers, buffers=self._buffers_too
+        )
+        if self._resumed is not None:
+            self._averager.load_state_dict(self._resumed)
+            self._resumed = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._averager is None else {"averager": self._averager.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict.get("averager")
+
+    def _averaging(self, trainer: Trainer) -> list[Averages]:
+        found: list[Averages] = [*_ours(trainer)]
+        return found if self._averager is None else [*found, self._averager]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -170,7 +213,7 @@ class AveragedEvaluation(Callback):
         buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Puts the averaged weights in place; `buffers` are those that go with them, if known."""
-        opts = [opt for opt in _ours(trainer) if opt.n_averaged > 0]
+        opts = [opt for opt in self._averaging(trainer) if opt.n_averaged > 0]
         with ExitStack() as stack:
             for opt in opts:
                 stack.enter_context(opt.averaged(pl_module))
