@@ -262,7 +262,7 @@ class Averager(Averages):
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 held = state.pop(p, None)
-                if held is not None and name in now and self.engine.steps > 0:
+                if held is not None and name in now and self.engine.counted:
                     state[now[name]] = held
         self.state = state
         for group, own in zip(self.param_groups, new, strict=True):
@@ -277,11 +277,8 @@ class Averager(Averages):
                 held = (self.state.get(p) or {}).get(AVERAGE)
                 if held is not None and held.shape != p.shape:
                     del self.state[p]  # another parameter of that name; it starts as a copy
-        if self._into is not None and self.engine.steps == 0:
-            self._build()
-        else:
-            self.engine.rebuild(self.param_groups, self.state)
-            self._check_into()
+        self.engine.rebuild(self.param_groups, self.state)
+        self._check_into()
         if self.engine.steps == 0:
             self._prepare()
 
@@ -324,6 +321,9 @@ class Averager(Averages):
         return model
 
     def _or_own(self, model: nn.Module | None) -> nn.Module | None:
+        """The model to read averages for, of parameters that are looked for anew."""
+        if self.engine.swapped is None:
+            self._follow()
         return self._module.module if model is None and self._module is not None else model
 
     # ---- checkpoints ---------------------------------------------------------------------------
@@ -334,6 +334,8 @@ class Averager(Averages):
         Tensors are the live ones. Parameters are numbered in the order of their groups. Averages
         that live ``into`` a module are in that module's state dict, and not in this.
         """
+        if self.engine.swapped is None:
+            self._follow()
         numbers = {
             p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))
         }

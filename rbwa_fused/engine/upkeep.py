@@ -96,12 +96,17 @@ class Upkeep:
             ValueError: for averages that were assigned before the first step.
         """
         self.read_back()
-        for p, stream in self.tables.untouched(averages=self.steps == 0):
+        counted = self.counted
+        for p, stream in self.tables.untouched(averages=not counted):
             state[p].pop(stream, None)
-        if self.steps == 0:
+        if not counted:
             checks.refuse_uncounted(state)
-        counts = self.counts(groups, state) if self.steps > 0 else None
-        self.build(groups, state, self.steps, counts)
+        self.build(groups, state, self.steps, self.counts(groups, state) if counted else None)
+
+    @property
+    def counted(self) -> bool:
+        """Whether there was a step, or a sample before the first."""
+        return self.steps > 0 or any(plan.n_averaged > 0 for plan in self.tables.plan.groups)
 
     def starting(self) -> list[GroupPlan]:
         """The groups whose averages begin with the weights before the step to come

@@ -125,8 +125,8 @@ class AveragedEvaluation(Callback):
         elif not _ours(trainer):
             kinds = [type(opt).__name__ for opt in trainer.optimizers]
             raise ValueError(
-                f"Invalid optimizers for AveragedEvaluation: {kinds} (expected one of rbwa_fused's, "
-                "or average=)"
+                f"Invalid optimizers for AveragedEvaluation: {kinds} (expected one of "
+                "rbwa_fused's, or average=)"
             )
         for opt in _ours(trainer):
             opt._step_supports_amp_scaling = False

@@ -410,7 +410,7 @@ AVERAGER: Mutants = [
         "            torch.autograd.graph.increment_version(into.written(self.param_groups))",
         "            pass",
     ),
-    ("name in now and self.engine.steps > 0", "name in now"),
+    ("name in now and self.engine.counted", "name in now"),
     ("                    state[now[name]] = held", "                    pass"),
     ("        self._module.look()\n", "        pass\n"),
     ("if held is not None and held.shape != p.shape:", "if False:"),
