@@ -182,11 +182,7 @@ def averaged_estimated(
     """`averaged_model`, where it is known which modules are in eval mode in training."""
     inner = _unwrapped(opt)
     with inner.averaged(model, **({} if blend == 1.0 else {"blend": blend})):
-        averaged = {tensor for tensor, _ in averages(inner)}
-        frozen = [
-            *frozen,
-            *(m for m in model.modules() if has_statistics(m) and m.running_mean in averaged),
-        ]
+        frozen = [*frozen, *_with_averaged_statistics(inner, model)]
         kept = [_Kept(module) for module in model.modules()]
         try:
             _estimate(model, loader, device, frozen, weighted)
@@ -199,6 +195,18 @@ def averaged_estimated(
             for module in kept:
                 module.restore_modes()
                 module.restore_buffers()
+
+
+def _with_averaged_statistics(opt: Any, model: nn.Module) -> list[nn.Module]:
+    """The modules whose statistics are averages themselves, as an Averager's may be."""
+    if not hasattr(opt, "averages"):  # torch's ZeroRedundancyOptimizer, of ours
+        return []
+    names = opt.averages(model)
+    return [
+        module
+        for prefix, module in model.named_modules()
+        if has_statistics(module) and f"{prefix}.running_mean".lstrip(".") in names
+    ]
 
 
 def _unwrapped(opt: Any) -> Any:

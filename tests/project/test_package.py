@@ -109,10 +109,20 @@ def test_the_five_lines_of_the_readme_run() -> None:
     assert len(evaluated) == 1 and not torch.equal(evaluated[0], model.weight)
 
 
+def test_the_readmes_averager_runs() -> None:
+    model = nn.Linear(4, 2)
+    block = python_blocks()[1].replace("...\n", "model(x).sum().backward(); opt.step()\n")
+    names: dict[str, Any] = {"torch": torch, "rf": rf, "model": model, "x": torch.ones(4)}
+    evaluated = []
+    names["evaluate"] = lambda m: evaluated.append(m.weight.detach().clone())
+    exec(block, names)
+    assert len(evaluated) == 1 and torch.equal(evaluated[0], model.weight)  # its first sample
+
+
 def test_the_readmes_equivalents_are_equivalent() -> None:
     """What README says is replaced, in plain PyTorch, against what replaces it."""
     blocks = python_blocks()
-    assert "get_ema_multi_avg_fn(0.999)" in blocks[1] and "p.copy_(a)" in blocks[2]
+    assert "get_ema_multi_avg_fn(0.999)" in blocks[2] and "p.copy_(a)" in blocks[3]
     loader = [torch.randn(3, 4, generator=torch.Generator().manual_seed(s)) for s in range(6)]
 
     def model() -> nn.Linear:
