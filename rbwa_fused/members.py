@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rbwa_fused.average import Average
+from rbwa_fused.engine.sharded import is_sharded, reshard
 
 Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
@@ -32,6 +33,8 @@ class Followed:
         self.module: nn.Module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
         self._exclude = exclude
         self._with_buffers = buffers
+        reshard(self.module)
+        self._sharded = any(map(is_sharded, self.module.parameters()))
         self.look()
         _without(dict.fromkeys(chain(*self._all()), torch.empty(0)), exclude)
 
@@ -45,7 +48,10 @@ class Followed:
         self._empty = [d for d in dicts if not d]
 
     def changed(self) -> bool:
-        """Whether something was exchanged, added or removed since the last look."""
+        """Whether something was exchanged, added or removed since the last look. A forward pass
+        under FSDP2 may leave what it has gathered in the parameters' places; that is freed."""
+        if self._sharded:
+            reshard(self.module)
         return any(self._empty) or not all(
             len(members) == len(seen) and all(map(is_, members.values(), seen))
             for members, seen in self._full

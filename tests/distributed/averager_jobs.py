@@ -52,6 +52,54 @@ def sharded_as_alone(policy: str) -> None:
     assert averages(averager) == averages(plain)
 
 
+def teacher_as_alone() -> None:
+    """A teacher that is sharded as its student, from weights of its own on."""
+    model, teacher = fsdp_jobs.sharded_network(), fsdp_jobs.sharded_network()
+    alone, other = fsdp_jobs.network(), fsdp_jobs.network()
+    with torch.no_grad():
+        for p in (*teacher.parameters(), *other.parameters()):
+            p.mul_(0.5)
+    ours, theirs = adamw(model), adamw(alone)
+    rf.Averager(model, rf.ema(0.75), optimizer=ours, into=teacher)
+    rf.Averager(alone, rf.ema(0.75), optimizer=theirs, into=other)
+    for step in range(1, 4):
+        fsdp_jobs.train(model, ours, step, step)
+        fsdp_jobs.train_alone(alone, theirs, step, step, distributed.get_world_size())
+        x, _ = fsdp_jobs.batch(0, 0)
+        with torch.no_grad():  # which gathers the teacher's weights, as training does
+            assert torch.equal(teacher.eval()(x), other.eval()(x)), step
+    for p, q in zip(teacher.parameters(), other.parameters(), strict=True):
+        assert bits(shards.whole(p)) == bits(q)
+
+
+def teacher_sharded_otherwise() -> str:
+    try:
+        rf.Averager(fsdp_jobs.sharded_network(), rf.ema(0.75), into=fsdp_jobs.network())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def evaluated_before_a_sample() -> None:
+    """A forward pass alone leaves gathered weights behind, in the places of the shards."""
+    model, alone = fsdp_jobs.sharded_network(), fsdp_jobs.network()
+    averager, plain = rf.Averager(model, rf.ema(0.5)), rf.Averager(alone, rf.ema(0.5))
+    x, _ = fsdp_jobs.batch(0, 0)
+    for _ in range(2):
+        for module, by_hand in ((model, averager), (alone, plain)):
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.mul_(1.5)
+                module(x)
+            by_hand.update()
+    assert averager.n_averaged == 2 and averages(averager) == averages(plain)
+    with torch.no_grad():
+        model(x)
+    named = averager.averages()
+    assert named.keys() == plain.averages().keys()
+    assert all(isinstance(a, DTensor) for a in named.values())
+
+
 def no_collective_in_a_sample() -> None:
     model = fsdp_jobs.sharded_network()
     averager = rf.Averager(model, rf.ema(0.5))

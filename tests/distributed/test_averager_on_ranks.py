@@ -17,6 +17,19 @@ def test_shards_have_the_averages_of_a_plain_model(policy: str) -> None:
     ranks(2).run(jobs.sharded_as_alone, policy)
 
 
+def test_a_sharded_teacher_follows_its_student() -> None:
+    ranks(2).run(jobs.teacher_as_alone)
+
+
+def test_a_teacher_that_is_sharded_otherwise_is_refused() -> None:
+    for message in ranks(2).run(jobs.teacher_sharded_otherwise):
+        assert "'0.weight') is sharded otherwise there (expected both alike)" in message
+
+
+def test_what_an_evaluation_has_gathered_is_not_taken_for_the_weights() -> None:
+    ranks(2).run(jobs.evaluated_before_a_sample)
+
+
 def test_a_sample_communicates_nothing() -> None:
     ranks(2).run(jobs.no_collective_in_a_sample)
 

@@ -426,6 +426,9 @@ AVERAGER: Mutants = [
 SHARDS_IN_AVERAGER: Mutants = [
     ("super().averaged(self._or_own(model), blend", "super().averaged(model, blend"),
 ]
+SHARDS_IN_MEMBERS: Mutants = [
+    ("            reshard(self.module)\n        return", "            pass\n        return")
+]
 MEMBERS: Mutants = [
     ("[: 2 + self._with_buffers]", "[:3]"),
     ("        return any(self._empty) or not all(", "        return not all("),
@@ -618,6 +621,12 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     (
         "rbwa_fused/averager.py",
         SHARDS_IN_AVERAGER,
+        ("distributed/test_averager_on_ranks.py",),
+        False,
+    ),
+    (
+        "rbwa_fused/members.py",
+        SHARDS_IN_MEMBERS,
         ("distributed/test_averager_on_ranks.py",),
         False,
     ),
