@@ -113,13 +113,13 @@ class Averager(Averages):
         self._handles: list[RemovableHandle] = []
         self.engine = Engine(rules.NONE, Options(backend=backend, flatten=False))
         self._into = None if into is None else Into(into)
-        if self._into is not None:
-            for group, policy in zip(
-                self.param_groups, self._into.policies(self.param_groups), strict=True
-            ):
-                group["average"] = policy
         for group in self.param_groups:
             self._check(group)
+        if self._into is not None:
+            policies = self._into.policies(self.param_groups)
+            for group, policy in zip(self.param_groups, policies, strict=True):
+                group["average"] = policy
+                self._check(group)
         steppers = _steppers(optimizer, self.param_groups)
         self._build()
         self._claim()

@@ -99,6 +99,7 @@ def _free_gathered(opt: Averaging, model: nn.Module | None) -> None:
 
 def averages_by_name(opt: Averaging, model: nn.Module) -> dict[str, Tensor]:
     """See FusedOptimizer.averages."""
+    reshard(model)  # or its parameters are what FSDP has gathered
     _check_members(opt, model)
     found = dict(swap.live(opt))
     named = chain(model.named_parameters(), model.named_buffers())
@@ -181,6 +182,7 @@ def averaged_estimated(
 ) -> Iterator[None]:
     """`averaged_model`, where it is known which modules are in eval mode in training."""
     inner = _unwrapped(opt)
+    # The `averaged` of our ZeroRedundancyOptimizer takes no blend.
     with inner.averaged(model, **({} if blend == 1.0 else {"blend": blend})):
         frozen = [*frozen, *_with_averaged_statistics(inner, model)]
         kept = [_Kept(module) for module in model.modules()]
@@ -199,13 +201,13 @@ def averaged_estimated(
 
 def _with_averaged_statistics(opt: Any, model: nn.Module) -> list[nn.Module]:
     """The modules whose statistics are averages themselves, as an Averager's may be."""
-    if not hasattr(opt, "averages"):  # torch's ZeroRedundancyOptimizer, of ours
+    if not hasattr(opt, "averages"):  # as our ZeroRedundancyOptimizer has none
         return []
     names = opt.averages(model)
     return [
         module
         for prefix, module in model.named_modules()
-        if has_statistics(module) and f"{prefix}.running_mean".lstrip(".") in names
+        if has_statistics(module) and f"{prefix}.running_mean".removeprefix(".") in names
     ]
 
 

@@ -48,20 +48,11 @@ class Into:
         """Each group's policy, for averages in the dtype of what they live in.
 
         Raises:
-            ValueError: for several dtypes, or a weight with which a 16-bit average cannot move.
+            ValueError: for several dtypes, one that the kernels have no average for or that the
+                policy does not ask for, or a weight with which a 16-bit average cannot move.
         """
-        found = []
-        for group, targets in zip(groups, self._targets(groups), strict=True):
-            policy = group["average"]
-            dtypes = {target.dtype for target in targets}
-            if isinstance(policy, Average) and len(dtypes) == 1:
-                (dtype,) = dtypes
-                natural = {policy.dtype_for(p.dtype) for p in group["params"]}
-                if policy.dtype is None and natural != {dtype}:
-                    _check_moves(policy, dtype)
-                    policy = replace(policy, dtype=dtype)
-            found.append(policy)
-        return found
+        pairs = zip(groups, self._targets(groups), strict=True)
+        return [_in_dtype_of(group, targets) for group, targets in pairs]
 
     def attach(self, groups: Sequence[Group], state: Any) -> bool:
         """Makes what the target holds the averages. Returns whether something was not so before."""
@@ -80,7 +71,8 @@ class Into:
 
     def written(self, groups: Sequence[Group]) -> list[Tensor]:
         """The tensors of the target that averages live in."""
-        return [target for targets in self._targets(groups) for target in targets]
+        pairs = zip(groups, self._targets(groups), strict=True)
+        return [t for group, targets in pairs if group["average"] is not None for t in targets]
 
     def _targets(self, groups: Sequence[Group]) -> list[list[Tensor]]:
         """What the averages of each group live in, looked for anew where something has changed."""
@@ -114,6 +106,24 @@ class Into:
         if missing:
             raise ValueError(f"Invalid into: {type(module).__name__} has no {missing}")
         return [[named[name] for name in group["param_names"]] for group in groups]
+
+
+def _in_dtype_of(group: Group, targets: Sequence[Tensor]) -> Average | None:
+    policy = group["average"]
+    if not isinstance(policy, Average):
+        return None  # or what is refused elsewhere
+    natural = [policy.dtype_for(p.dtype) for p in group["params"]]
+    dtypes = [target.dtype for target in targets]
+    if dtypes == natural:
+        return policy
+    if policy.dtype is not None or len(set(dtypes)) > 1:
+        i = next(i for i, pair in enumerate(zip(dtypes, natural, strict=True)) if len({*pair}) > 1)
+        raise ValueError(
+            f"Invalid into: parameter {checks.name_of(group, i)} has dtype {dtypes[i]} there "
+            f"(expected {natural[i]})"
+        )
+    _check_moves(policy, dtypes[0])
+    return replace(policy, dtype=dtypes[0])
 
 
 def _check_moves(policy: Average, dtype: torch.dtype) -> None:

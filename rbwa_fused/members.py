@@ -8,7 +8,6 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rbwa_fused.average import Average
@@ -36,7 +35,7 @@ class Followed:
         reshard(self.module)
         self._sharded = any(map(is_sharded, self.module.parameters()))
         self.look()
-        _without(dict.fromkeys(chain(*self._all()), torch.empty(0)), exclude)
+        check_patterns(exclude, list(chain(*self._all())))
 
     def look(self) -> None:
         """Remembers what there is. A module is asked for its own dicts, which costs a third of
@@ -60,7 +59,7 @@ class Followed:
     def groups(self, averages: Sequence[Average | None]) -> list[Group]:
         """The parameters, and the buffers if they are followed, each with its policy. What has
         several names is called by the first."""
-        kept = [_without(named, self._exclude, strict=False) for named in self._all()]
+        kept = [_without(named, self._exclude) for named in self._all()]
         return [
             {"params": list(named.values()), "average": average, "param_names": list(named)}
             for named, average in zip(kept, averages, strict=True)
@@ -101,6 +100,7 @@ def grouped(params: Params, average: Average | None, exclude: Sequence[str]) -> 
 def _named(params: Iterable[Any], exclude: Sequence[str]) -> Group:
     members = list(params)
     if members and all(isinstance(member, tuple) for member in members):
+        check_patterns(exclude, [name for name, _ in members])
         named = _without(dict(members), exclude)
         return {"params": list(named.values()), "param_names": list(named)}
     if exclude:
@@ -111,10 +111,12 @@ def _named(params: Iterable[Any], exclude: Sequence[str]) -> Group:
     return {"params": members}
 
 
-def _without(
-    named: dict[str, Tensor], exclude: Sequence[str], *, strict: bool = True
-) -> dict[str, Tensor]:
+def check_patterns(exclude: Sequence[str], names: Sequence[str]) -> None:
+    """Raises ValueError for a pattern that no name fits."""
     for pattern in exclude:
-        if strict and not any(fnmatchcase(name, pattern) for name in named):
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"Invalid exclude: {pattern!r} fits no name")
+
+
+def _without(named: dict[str, Tensor], exclude: Sequence[str]) -> dict[str, Tensor]:
     return {n: p for n, p in named.items() if not any(fnmatchcase(n, x) for x in exclude)}

@@ -112,21 +112,13 @@ class Upkeep:
         """The groups whose averages begin with the weights before the step to come
         (``initial="current"``)."""
         waiting = [
-            group
+            (group, group.policy.start)
             for group in self.tables.plan.groups
-            if group.policy is not None
-            and group.policy.initial == "current"
-            and group.n_averaged == 0
+            if group.policy is not None and group.policy.initial == "current"
         ]
-        if waiting:
+        if any(group.n_averaged == 0 for group, _ in waiting):
             self.read_back()  # the host knows no other way where that step is
-        return [
-            group
-            for group in waiting
-            if group.policy is not None
-            and group.policy.start == self.steps
-            and group.n_averaged == 0
-        ]
+        return [group for group, start in waiting if start == self.steps and group.n_averaged == 0]
 
     def prepare(self, groups: Sequence[GroupPlan]) -> None:
         """Makes the averages that are missing, before a step that others take. Those of some groups

@@ -700,12 +700,20 @@ def test_a_teacher_in_16_bits_must_be_able_to_move() -> None:
     averager.update()
     asked = rf.Average(rf.Ema(0.999), dtype=torch.bfloat16)
     rf.Averager(net, asked, into=teacher).update()
+    with pytest.raises(ValueError, match=r"float32 there \(expected torch\.bfloat16"):
+        rf.Averager(net, asked, into=teacher_of(Net()))
     assert teacher.last.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
 def other_head() -> nn.Module:
     teacher = Net()
     teacher.last = nn.Linear(7, 4)
+    return teacher
+
+
+def mixed() -> nn.Module:
+    teacher = Net()
+    teacher.last.double()
     return teacher
 
 
@@ -723,6 +731,7 @@ WRONG_TARGETS: list[tuple[Callable[[Net], Any], str]] = [
     (lambda net: strided(), r"'last.weight'\) has another layout there, \(1, 3\)"),
     (lambda net: Net().to("meta"), "is on meta there"),
     (lambda net: Net().double(), "Invalid dtype: torch.float64"),
+    (lambda net: mixed(), r"parameter 4 \('last.weight'\) has dtype torch.float64 there"),
 ]
 
 

@@ -98,6 +98,13 @@ def evaluated_before_a_sample() -> None:
     named = averager.averages()
     assert named.keys() == plain.averages().keys()
     assert all(isinstance(a, DTensor) for a in named.values())
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.ema(0.5))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    with torch.no_grad():
+        model(x)
+    assert opt.averages(model).keys() == named.keys()
 
 
 def no_collective_in_a_sample() -> None:

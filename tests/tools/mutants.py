@@ -434,7 +434,7 @@ MEMBERS: Mutants = [
     ("        return any(self._empty) or not all(", "        return not all("),
     ("len(members) == len(seen) and all", "all"),
     ("if b.is_floating_point()}", "}"),
-    ("if strict and not any(", "if False and not any("),
+    ("        if not any(fnmatchcase", "        if False and not any(fnmatchcase"),
     ('getattr(module, "_orig_mod", module)', "module"),
     ('{"average": average, **group, **own}', '{**group, "average": average, **own}'),
     ("    if len(set(everything)) != len(everything):", "    if False:"),
@@ -448,12 +448,10 @@ FOREIGN: Mutants = [
     ('("ema_model.", "step"), ', ""),
 ]
 INTO: Mutants = [
-    (
-        "                if policy.dtype is None and natural != {dtype}:",
-        "                if False:",
-    ),
-    ("                    _check_moves(policy, dtype)\n", ""),
-    ("                    policy = replace(policy, dtype=dtype)\n", ""),
+    ("    if dtypes == natural:\n", "    if True:\n"),
+    ("if policy.dtype is not None or len(set(dtypes)) > 1:", "if policy.dtype is not None:"),
+    ("if policy.dtype is not None or len(set(dtypes)) > 1:", "if len(set(dtypes)) > 1:"),
+    ("    _check_moves(policy, dtypes[0])\n", ""),
     ("                    continue\n", "                    pass\n"),
     ("                changed = True\n", "                pass\n"),
     ("self._module is not None and self._module.changed()", "False"),
