@@ -6,7 +6,6 @@ step does to memory is engine/engine.py's.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -15,12 +14,11 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rbwa_fused import adopted, checkpoint, rules
+from rbwa_fused import checkpoint, rules
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.sharded import is_flattened, kind_of_shard
 from rbwa_fused.engine.tables import Options
-from rbwa_fused.in_backward import InBackward
 from rbwa_fused.saved import Saved, export
 
 Group = dict[str, Any]
@@ -31,7 +29,6 @@ class FusedOptimizer(Saved):
 
     _step_supports_amp_scaling = True
     _watched = False  # hooks and profiler are told of the step under way
-    _early: InBackward | None = None  # the hooks that step inside the backward pass
 
     def __init__(
         self, params: ParamsT, defaults: Group, rule: rules.Rule, options: Options
@@ -46,24 +43,10 @@ class FusedOptimizer(Saved):
         self.engine.build(self.param_groups, self.state, move=options.flatten)
         self._laid_out()
 
-    def _begin(self, engine: Engine) -> None:
-        self._weak_self = weakref.ref(self)
-        self.engine = engine
-        if engine.options.in_backward:
-            self._early = InBackward(self, engine, weakref.WeakMethod(self._rebuild))
-
     @property
     def backend(self) -> str:
         """The name of what runs: "cpu", "cuda", "triton" or "reference"."""
         return self.engine.tables.backend
-
-    @property
-    def _itself(self) -> Any:
-        """The optimizer behind a wrapper that takes on its class, as Lightning's do: such a wrapper
-        finds the class's attributes before the optimizer's, and keeps what is assigned to it."""
-        itself = self._weak_self()
-        assert itself is not None
-        return itself
 
     def __repr__(self) -> str:
         """As torch.optim.Optimizer's, without the counters that the engine keeps."""
@@ -189,20 +172,3 @@ class FusedOptimizer(Saved):
             self._step_supports_amp_scaling = False
         for device in {p.device for p in group["params"]}:
             backends.choose(options.backend, device)
-
-    def _rebuild(self) -> None:
-        """Follows parameters that were converted, groups and state that were replaced."""
-        engine = self.engine
-        for group in self.param_groups:
-            if type(group.get("average", "")) is str:  # put in place from outside
-                group.update(adopted.complete(engine, self.defaults, group))
-            checks.average(group, engine.options.capturable)
-            checks.params(group, engine.options.master_weights)
-            checks.state(group, self.state)
-        engine.rebuild(self.param_groups, self.state)
-        self._laid_out()
-
-    def _laid_out(self) -> None:
-        """The engine has new tables."""
-        if self._early is not None:
-            self._early.attach()

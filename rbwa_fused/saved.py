@@ -1,8 +1,9 @@
-"""Saved: what state dicts, pickle and deepcopy see of an optimizer, and take back."""
+"""Saved: what an optimizer consists of, and what state dicts, pickle and deepcopy see of it."""
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,24 +13,46 @@ from rbwa_fused.averages import Averages
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.tables import Options
+from rbwa_fused.in_backward import InBackward
 
 
 class Saved(Averages, Optimizer):
-    """Base of FusedOptimizer, which has the step."""
+    """Base of FusedOptimizer, which has the step: an engine, and what becomes of it where groups
+    and state are exchanged, saved or loaded."""
 
+    _early: InBackward | None = None  # the hooks that step inside the backward pass
     _rule = rules.SGD  # of a state that names none, such as torch.optim.Optimizer's
 
     def _begin(self, engine: Engine) -> None:
-        """Another engine is the optimizer's; its tables are made next."""
-        raise NotImplementedError
+        self._weak_self = weakref.ref(self)
+        self.engine = engine
+        if engine.options.in_backward:
+            self._early = InBackward(self, engine, weakref.WeakMethod(self._rebuild))
 
-    def _laid_out(self) -> None:
-        """The engine has new tables."""
-        raise NotImplementedError
+    @property
+    def _itself(self) -> Any:
+        """The optimizer behind a wrapper that takes on its class, as Lightning's do: such a wrapper
+        finds the class's attributes before the optimizer's, and keeps what is assigned to it."""
+        itself = self._weak_self()
+        assert itself is not None
+        return itself
 
     def _rebuild(self) -> None:
         """Follows parameters that were converted, groups and state that were replaced."""
-        raise NotImplementedError
+        engine = self.engine
+        for group in self.param_groups:
+            if type(group.get("average", "")) is str:  # put in place from outside
+                group.update(adopted.complete(engine, self.defaults, group))
+            checks.average(group, engine.options.capturable)
+            checks.params(group, engine.options.master_weights)
+            checks.state(group, self.state)
+        engine.rebuild(self.param_groups, self.state)
+        self._laid_out()
+
+    def _laid_out(self) -> None:
+        """The engine has new tables."""
+        if self._early is not None:
+            self._early.attach()
 
     def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
         """Loads a checkpoint of this class or of torch.optim.SGD; tensors are copied.

@@ -27,11 +27,14 @@ FLOORS: dict[str, Sequence[str]] = {
         ),
         "rbwa_fused.engine",
         *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate")),
-        *(f"rbwa_fused.{name}" for name in ("averages", "form", "checkpoint", "adopted", "saved")),
+        *(
+            f"rbwa_fused.{name}"
+            for name in ("averages", "form", "checkpoint", "adopted", "in_backward")
+        ),
         *(
             f"rbwa_fused.{name}"
             for name in (
-                "in_backward",
+                "saved",
                 "fused",
                 "members",
                 "into",

@@ -299,7 +299,6 @@ STATE: Mutants = [
 ]
 FUSED: Mutants = [
     ("            del self.param_groups[before:]  #", "            #"),
-    ("            checks.state(group, self.state)\n", ""),
     ("            or _global_optimizer_post_hooks\n", ""),
     ("            or torch.autograd._profiler_enabled()\n", ""),
     (
@@ -310,6 +309,7 @@ FUSED: Mutants = [
     ("                self._watched = False\n", "                pass\n"),
 ]
 SAVED: Mutants = [
+    ("            checks.state(group, self.state)\n", ""),
     ("if export not in self._optimizer_state_dict_post_hooks.values():", "if True:"),
     ("engine.options.flatten and not live", "engine.options.flatten"),
     (
