@@ -27,23 +27,9 @@ FLOORS: dict[str, Sequence[str]] = {
         ),
         "rbwa_fused.engine",
         *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate")),
-        *(
-            f"rbwa_fused.{name}"
-            for name in ("averages", "form", "checkpoint", "adopted", "in_backward")
-        ),
-        *(
-            f"rbwa_fused.{name}"
-            for name in (
-                "saved",
-                "fused",
-                "members",
-                "into",
-                "foreign",
-                "averager",
-                "optimizer",
-                "replicas",
-            )
-        ),
+        *(f"rbwa_fused.{name}" for name in ("averages", "form", "checkpoint", "adopted")),
+        *(f"rbwa_fused.{name}" for name in ("in_backward", "saved", "fused", "optimizer")),
+        *(f"rbwa_fused.{name}" for name in ("members", "into", "foreign", "averager", "replicas")),
         *(f"rbwa_fused.{name}" for name in ("distributed", "integrations")),
         "rbwa_fused",
     ),
