@@ -71,6 +71,8 @@ HOST_ROWS: tuple[str, ...] = (
     "EMA",
     "SWA",
     "SGD + momentum, flatten=False",
+    "fused + Averager (EMA)",
+    "fused + AveragedModel (EMA)",
 )
 HOST_GROUP_ROWS: tuple[str, ...] = (BASELINE, "SGD + momentum", "RBWA", "EMA")
 
