@@ -2,7 +2,7 @@
 
 from rbwa_fused.average import Algorithm2, Average, Ema, Mean
 from rbwa_fused.averager import Averager
-from rbwa_fused.evaluate import averaged_model
+from rbwa_fused.estimate import averaged_model
 from rbwa_fused.optimizer import RSGDM, FusedSGD
 from rbwa_fused.policies import ema, lookahead, mean, rbwa, rbwa_e, rswa, swa, switch_ema
 from rbwa_fused.replicas import Elastic, pull_

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rbwa_fused.average import Average
 from rbwa_fused.averager import Averager
 from rbwa_fused.averages import Averages
-from rbwa_fused.evaluate import averaged_estimated, has_statistics
+from rbwa_fused.estimate import averaged_estimated, has_statistics
 from rbwa_fused.fused import FusedOptimizer
 from rbwa_fused.model_state import copied
 

@@ -26,7 +26,7 @@ FLOORS: dict[str, Sequence[str]] = {
             for name in ("packed", "samplers", "rows", "counters", "doors", "backends", "checks")
         ),
         "rbwa_fused.engine",
-        *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate")),
+        *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate", "estimate")),
         *(f"rbwa_fused.{name}" for name in ("averages", "form", "checkpoint", "adopted")),
         *(f"rbwa_fused.{name}" for name in ("in_backward", "saved", "fused", "optimizer")),
         *(f"rbwa_fused.{name}" for name in ("members", "into", "foreign", "averager", "replicas")),

@@ -169,14 +169,16 @@ EVALUATE: Mutants = [
     ("        if failure is not None and error is None:\n            raise failure\n", ""),
     ("            swap.restore()\n\n    def _leave", "            pass\n\n    def _leave"),
     ("if members and members.isdisjoint(", "if members.isdisjoint("),
+    ("    swap.adopt(opt)\n", "    pass\n"),
+    ("swap.blended(opt, p, local(a), blend)", "local(a)"),
+]
+ESTIMATE: Mutants = [
     ("restore_modes()\n                if has", "restore_buffers\n                if has"),
     ("    for module in frozen:\n        module.training = False\n", ""),
     ("if has_statistics(m) and m.training]", "if has_statistics(m)]"),
     ("else size / inputs_so_far", "else 0.1"),
     ("len(inputs) if weighted else 1", "1"),
     ("isinstance(norm, _BatchNorm) and not weighted", "isinstance(norm, _BatchNorm)"),
-    ("    swap.adopt(opt)\n", "    pass\n"),
-    ("swap.blended(opt, p, local(a), blend)", "local(a)"),
     ("if has_statistics(module.module) and _as_reset(module.module):", "if False:"),
     ("if batches == 0:", "if False:"),
     ("                module.restore_buffers()\n", ""),
@@ -670,6 +672,18 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     (
         "rbwa_fused/evaluate.py",
         EVALUATE,
+        (
+            "averages/test_averaged.py",
+            "averages/test_averaged_fails.py",
+            "averages/test_readouts.py",
+            "averages/test_averaged_state_dict.py",
+            "engine/test_interrupted.py",
+        ),
+        False,
+    ),
+    (
+        "rbwa_fused/estimate.py",
+        ESTIMATE,
         (
             "averages/test_averaged.py",
             "averages/test_averaged_fails.py",
