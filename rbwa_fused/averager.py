@@ -26,6 +26,7 @@ from rbwa_fused.engine.tables import Counts, Group, Options
 from rbwa_fused.into import Into
 from rbwa_fused.members import Followed, Params, grouped
 from rbwa_fused.numbers import flag, integer
+from rbwa_fused.steppers import steppers
 from rbwa_fused.streams import AVERAGE
 
 # Who writes averages back to a parameter, by the parameter.
@@ -120,11 +121,11 @@ class Averager(Averages):
             for group, policy in zip(self.param_groups, policies, strict=True):
                 group["average"] = policy
                 self._check(group)
-        steppers = _steppers(optimizer, self.param_groups)
+        followed = steppers(optimizer, self.param_groups)
         self._build()
         self._claim()
-        if steppers:
-            self._hook(steppers)
+        if followed:
+            self._hook(followed)
         self._prepare()
 
     def _build(self) -> None:
@@ -193,7 +194,7 @@ class Averager(Averages):
         self._sample(None)
         self._prepare()
 
-    def _hook(self, steppers: Sequence[Optimizer]) -> None:
+    def _hook(self, followed: Sequence[Optimizer]) -> None:
         """From now on the optimizers keep this averager: one that fills a teacher (``into``) may
         have no other owner."""
 
@@ -203,9 +204,9 @@ class Averager(Averages):
         def behind(stepper: Optimizer, *arguments: Any) -> None:
             self._sample(getattr(stepper, "found_inf", None))
 
-        self._optimizer = weakref.ref(steppers[-1])
-        self._handles = [stepper.register_step_pre_hook(before) for stepper in steppers]
-        self._handles.append(steppers[-1].register_step_post_hook(behind))
+        self._optimizer = weakref.ref(followed[-1])
+        self._handles = [stepper.register_step_pre_hook(before) for stepper in followed]
+        self._handles.append(followed[-1].register_step_post_hook(behind))
 
     def remove(self) -> None:
         """Leaves the optimizer, which keeps the averager otherwise; the averages stay, and
@@ -423,48 +424,3 @@ class Averager(Averages):
         stepper = None if self._optimizer is None else self._optimizer()
         behind = "" if stepper is None else f" behind {type(stepper).__name__}"
         return f"{type(self).__name__}({counts}{behind})"
-
-
-def _steppers(
-    optimizer: Optimizer | Sequence[Optimizer] | None, groups: Sequence[Group]
-) -> list[Optimizer]:
-    """The optimizers whose steps are counted: each behind a wrapper, such as accelerate's, that
-    holds it as its ``optimizer``.
-
-    Raises:
-        TypeError: for one without hooks.
-        ValueError: for trainable parameters that none of the optimizers has.
-    """
-    if optimizer is None:
-        return []
-    several = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-    steppers = [_inner(one) for one in several]
-    if not steppers:
-        raise ValueError("Invalid optimizer: an empty sequence")
-    theirs = {p for one in steppers for group in one.param_groups for p in group["params"]}
-    missing = [
-        checks.name_of(group, i)
-        for group in groups
-        for i, p in enumerate(group["params"])
-        if p.requires_grad and p not in theirs
-    ]
-    if missing:
-        names = ", ".join(type(one).__name__ for one in steppers)
-        raise ValueError(
-            f"Invalid optimizer: {names} has not parameter {missing[0]}"
-            + (f" and {len(missing) - 1} more" if missing[1:] else "")
-            + " (expected all that require gradients, or exclude=)"
-        )
-    return steppers
-
-
-def _inner(optimizer: Any) -> Optimizer:
-    while getattr(optimizer, "optimizer", None) is not None:
-        optimizer = optimizer.optimizer
-    if not hasattr(optimizer, "register_step_post_hook"):
-        raise TypeError(
-            f"Invalid optimizer: {type(optimizer).__name__} (expected a torch.optim.Optimizer; "
-            "behind the steps of others call update())"
-        )
-    found: Optimizer = optimizer
-    return found

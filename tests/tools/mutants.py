@@ -384,7 +384,7 @@ IN_BACKWARD: Mutants = [
 ]
 LOADED_WHERE_WEIGHTS_ARE_MISSING: Mutants = [("        engine.swapped = None  #", "        #")]
 AVERAGER: Mutants = [
-    ("            self._hook(steppers)\n", "            pass\n"),
+    ("            self._hook(followed)\n", "            pass\n"),
     ('Counts(int(group["average"] is not None))', "Counts(0)"),
     ("        self._check_into()\n", "        pass\n"),
     (
@@ -394,8 +394,8 @@ AVERAGER: Mutants = [
     ("            if writer is not None and writer is not self:", "            if False:"),
     ("            _writers[p] = weakref.ref(self)", "            pass"),
     ("                del _writers[p]", "                pass"),
-    ("for stepper in steppers]", "for stepper in steppers[-1:]]"),
-    ("steppers[-1].register_step_post_hook", "steppers[0].register_step_post_hook"),
+    ("for stepper in followed]", "for stepper in followed[-1:]]"),
+    ("followed[-1].register_step_post_hook", "followed[0].register_step_post_hook"),
     ('getattr(stepper, "found_inf", None)', "None"),
     ("            handle.remove()\n", "            pass\n"),
     ("        self._optimizer = None\n", ""),
@@ -422,6 +422,8 @@ AVERAGER: Mutants = [
     ("steps = count if step is None else", "steps = 0 if step is None else"),
     ("        checkpoint.keep_tensors(loaded.state, self.state)\n", ""),
     ("        engine.swapped = None\n", ""),
+]
+STEPPERS: Mutants = [
     ("if p.requires_grad and p not in theirs", "if p not in theirs"),
     ('    while getattr(optimizer, "optimizer", None) is not None:', "    while False:"),
 ]
@@ -618,6 +620,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         True,
     ),
     ("rbwa_fused/averager.py", AVERAGER, BESIDE, False),
+    ("rbwa_fused/steppers.py", STEPPERS, BESIDE, False),
     (
         "rbwa_fused/averager.py",
         SHARDS_IN_AVERAGER,
