@@ -110,9 +110,11 @@ def step_table(results: Sequence[Result]) -> str:
 
 
 def host_table(results: Sequence[Result], section: str, names: Sequence[str]) -> str:
-    """Host time of a step."""
+    """Host time of a step, of the rows that these results hold: a row is younger than some files."""
     rows = []
     for name in names:
+        if name not in results[0][section]:
+            continue
         us = 1e3 * median(of_each(results, section, name))
         ratio = ratios(results, section, name)
         rows.append([name, f"{us:.1f}", f"{median(ratio):.2f}", spread(ratio)])
