@@ -12,7 +12,10 @@ enum class Weight : int32_t { kNone, kMean, kEma, kAlgorithm2 };  // `on_device`
 
 // One row of the policy table as engine/counters.py packs it.
 struct Policy {
-  double weight, start, every, write_back_every, initial_current;
+  double weight;
+  double origin;  // samples are taken `every` steps after it, and so on
+  double every, write_back_every;
+  double begins;      // the weights behind this step are the first sample; or infinity
   double numbers[2];  // of the weight, in the order of its `numbers` in average.py
 };
 constexpr int64_t kPolicyColumns = sizeof(Policy) / sizeof(double);
@@ -41,13 +44,13 @@ RBWA_INLINE int64_t sampling_of(const Policy& policy, int64_t n, int64_t step, S
                                 Sampling& itself) {
   buffered = {1, 0, 0, 0, 0};
   itself = {1, 0, 0, 0, 0};
-  const int64_t past = step - static_cast<int64_t>(policy.start);
-  if (policy.weight == 0 || past <= 0) return n;
-  if (n == 0 && policy.initial_current != 0) {
+  if (policy.weight == 0) return n;
+  if (n == 0 && static_cast<double>(step) > policy.begins) {
     buffered.current = buffered.sample = 1;
     n = 1;
   }
-  if (past % static_cast<int64_t>(policy.every) != 0) return n;
+  const int64_t past = step - static_cast<int64_t>(policy.origin);
+  if (past <= 0 || past % static_cast<int64_t>(policy.every) != 0) return n;
   const int64_t write_back_every = static_cast<int64_t>(policy.write_back_every);
   buffered.sample = 1;
   buffered.w = itself.scale = weight_of(policy, n, step);

@@ -6,6 +6,7 @@ s`` means that the first s steps are not averaged. policies.py names the usual o
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from types import FrameType
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 
@@ -86,6 +87,7 @@ class Algorithm2:
 
 Named = Mean | Ema | Algorithm2
 Weight = Named | Callable[[int, int], float]
+Initial = Literal["first_sample", "current", "now"]
 
 
 def weight_of(weight: Weight, n: int, step: int) -> float:
@@ -117,10 +119,14 @@ class Average:
         start (int, steps, >= 0): the first ``start`` steps are not averaged (default: 0).
         every (int, steps, >= 1): samples are taken after steps start + every, start + 2 every, …
             (default: 1).
-        write_back_every (int, steps): 0 for never, or a multiple of ``every`` counted from
-            ``start``: the average replaces the live weights; momentum is kept (default: 0).
-        initial (str): ``"first_sample"``, or ``"current"`` to take the weights just before step
-            start + 1 as the first sample (default: ``"first_sample"``).
+        write_back_every (int, steps): 0 for never, or a multiple of ``every``: at every so many
+            samples the average replaces the live weights; momentum is kept (default: 0).
+        initial (str): what the average starts with: ``"first_sample"``; ``"current"``, the weights
+            just before step start + 1; or ``"now"``, those before the first step, so that there is
+            an average before ``start``, too. The latter two are a first sample (default:
+            ``"first_sample"``).
+        offset (int, steps, 0 to ``every``): if not 0, samples are taken after steps start + offset,
+            start + offset + every, … (default: 0).
         dtype (torch.dtype, optional): of the average; None is the parameter's own for float32 and
             float64 and float32 for bfloat16 and float16 (default: None).
         name (str, optional): of the function, by which a checkpoint knows it again wherever it is
@@ -139,9 +145,10 @@ class Average:
     start: int = 0
     every: int = 1
     write_back_every: int = 0
-    initial: Literal["first_sample", "current"] = "first_sample"
+    initial: Initial = "first_sample"
     dtype: torch.dtype | None = None
     name: str | None = None
+    offset: int = 0
     _written: ClassVar[str | None] = None  # of an instance, by the function that made it
 
     def __init__(
@@ -151,9 +158,10 @@ class Average:
         start: int = 0,
         every: int = 1,
         write_back_every: int = 0,
-        initial: Literal["first_sample", "current"] = "first_sample",
+        initial: Initial = "first_sample",
         dtype: torch.dtype | None = None,
         name: str | None = None,
+        offset: int = 0,
     ) -> None:
         named = isinstance(weight, Named)
         if isinstance(weight, type) or not (named or callable(weight)):
@@ -167,13 +175,24 @@ class Average:
                 f"Invalid write_back_every: {write_back_every} (expected 0 or a multiple of "
                 f"every={every})"
             )
-        if initial not in ("first_sample", "current"):
-            raise ValueError(f"Invalid initial: {initial!r} (expected 'first_sample' or 'current')")
+        if initial not in get_args(Initial):
+            raise ValueError(
+                f"Invalid initial: {initial!r} (expected 'first_sample', 'current' or 'now')"
+            )
+        if integer("offset", offset, least=0) > every:
+            raise ValueError(
+                f"Invalid offset: {offset} (expected at most every={every}; start= is what delays)"
+            )
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"Invalid dtype: {dtype!r} (expected a torch.dtype or None)")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"Invalid dtype: {dtype} (expected one of {DTYPES})")
         start = integer("start", start, least=0)
+        if initial == "now" and start > 0 and write_back_every == 1:
+            raise ValueError(
+                "Invalid initial: 'now' (expected 'current' where the average is written back at "
+                "each step after start: it is the parameter itself)"
+            )
         if isinstance(weight, Algorithm2) and start < weight.steps_per_epoch * weight.start_epoch:
             raise ValueError(f"Invalid start: {start} (expected no sample before {weight} starts)")
         if name is not None and not isinstance(name, str):
@@ -190,6 +209,7 @@ class Average:
             "initial": initial,
             "dtype": dtype,
             "name": name,
+            "offset": integer("offset", offset, least=0),
         }
         for field, value in values.items():
             object.__setattr__(self, field, value)
@@ -221,10 +241,11 @@ class Average:
         if self.custom:
             digest = fingerprint(cast(Callable[..., Any], self.weight))
             code = f", code={digest}" if digest else ""
+        offset = f", offset={self.offset}" if self.offset else ""  # older checkpoints have none
         return (
             f"Average({self._weight_text(named=True)}, start={self.start}, every={self.every}, "
             f"write_back_every={self.write_back_every}, initial={self.initial!r}, "
-            f"dtype={self.dtype}{code})"
+            f"dtype={self.dtype}{offset}{code})"
         )
 
     def _weight_text(self, named: bool) -> str:
@@ -264,14 +285,27 @@ class Average:
                 ) from error
         return super().__reduce_ex__(protocol)
 
+    @property
+    def origin(self) -> int:
+        """The step that samples are counted from: they are taken ``every`` steps after it, and so
+        on. No later than ``start``, and perhaps negative."""
+        return self.start + (self.offset - self.every if self.offset else 0)
+
+    @property
+    def begins(self) -> float:
+        """The step whose weights are the first sample, or infinity where a sample is to come."""
+        if self.initial == "first_sample":
+            return math.inf
+        return 0 if self.initial == "now" else self.start
+
     def due(self, step: int) -> bool:
         """Whether a sample is taken after this step."""
-        past = step - self.start
+        past = step - self.origin
         return past > 0 and past % self.every == 0
 
     def written_back(self, step: int) -> bool:
         """Whether the live weights become the average after this step."""
-        return self.write_back_every > 0 and (step - self.start) % self.write_back_every == 0
+        return self.write_back_every > 0 and (step - self.origin) % self.write_back_every == 0
 
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the average of a parameter of ``dtype``.

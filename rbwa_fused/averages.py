@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rbwa_fused import evaluate
+from rbwa_fused.average import Average
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.numbers import number
 
@@ -28,13 +29,19 @@ class Averages:
         """What has the groups and the state, where a wrapper has taken on its class."""
         return self
 
+    def _rebuild(self) -> None:
+        """Follows parameters that were converted, groups and state that were replaced."""
+        raise NotImplementedError
+
     @property
     def n_averaged(self) -> int:
-        """Samples in the average, of the group that has most."""
+        """Samples in the average, of the group that has most. The weights that an average starts
+        with (``initial``) are one."""
         opt = self._itself
         opt.engine.read_back()
         counts = opt.engine.counts(opt.param_groups, opt.state)
-        return max((counted.n_averaged for counted in counts), default=0)
+        now = any(g["params"] and _starts_now(g["average"]) for g in opt.param_groups)
+        return max((counted.n_averaged for counted in counts), default=0) or int(now)
 
     def averaged(
         self, model: nn.Module | None = None, *, blend: float = 1.0
@@ -102,13 +109,24 @@ class Averages:
     def averages(self, model: nn.Module) -> dict[str, Tensor]:
         """The live averages by the model's names: the same tensors for as long as a run lasts, also
         across ``load_state_dict``. Not those without a sample. An average that is the parameter
-        itself (RBWA) is the parameter, or its master.
+        itself (RBWA) is the parameter, or its master. One with ``initial="now"`` starts here, if
+        there was no step before.
 
         Raises:
             ValueError: for a model none of whose parameters is the optimizer's.
         """
-        self._itself.engine.refuse_midway("averages")
-        return evaluate.averages_by_name(self._itself, model)
+        if self is not self._itself:
+            found: dict[str, Tensor] = self._itself.averages(model)
+            return found
+        self.engine.refuse_midway("averages")
+        now = [group for group in self.param_groups if _starts_now(group["average"])]
+        if now and self.engine.swapped is None:
+            if not self.engine.tables.describes(self.param_groups, self.state):
+                self._rebuild()
+            starting = self.engine.starting(now)
+            if starting:
+                self.engine.prepare(starting)
+        return evaluate.averages_by_name(self, model)
 
     def adopt(self, model: nn.Module | None = None) -> None:
         """Makes the averages the weights (and masters) for good, which is what a run may end with.
@@ -126,6 +144,10 @@ class Averages:
         opt.engine.refuse_inside_averaged("adopt")
         opt.engine.refuse_midway("adopt")
         evaluate.adopt(opt, model)
+
+
+def _starts_now(policy: Any) -> bool:
+    return isinstance(policy, Average) and policy.initial == "now"
 
 
 def _blend(value: float) -> float:

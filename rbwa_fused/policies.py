@@ -1,6 +1,7 @@
 """The usual averaging policies, by their names.
 
-Steps are counted from 1 and only when taken; an epoch has ``steps_per_epoch`` of them.
+Steps are counted from 1 and only when taken; an epoch has ``steps_per_epoch`` of them. Arguments
+that several have mean what Average says.
 
 Sources: SWA, Izmailov et al. 2018; RSWA, RBWA and RBWA-E, the recurrent (batch) weight averaging
 paper; Lookahead, Zhang et al. 2019; Switch-EMA, Li et al. 2024.
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Literal, ParamSpec
 
-from rbwa_fused.average import Algorithm2, Average, Ema, Mean
+from rbwa_fused.average import Algorithm2, Average, Ema, Initial, Mean
 from rbwa_fused.numbers import fraction, integer, number
 
 Given = ParamSpec("Given")
@@ -30,32 +31,55 @@ def _prints_its_call(make: Callable[Given, Average]) -> Callable[Given, Average]
 
 
 @_prints_its_call
-def mean(start: int = 0, every: int = 1, write_back_every: int = 0) -> Average:
+def mean(
+    start: int = 0,
+    every: int = 1,
+    write_back_every: int = 0,
+    *,
+    initial: Initial = "first_sample",
+    offset: int = 0,
+) -> Average:
     """Running mean of the samples; units are steps."""
-    return Average(Mean(), start=start, every=every, write_back_every=write_back_every)
+    return Average(
+        Mean(),
+        start=start,
+        every=every,
+        write_back_every=write_back_every,
+        initial=initial,
+        offset=offset,
+    )
 
 
 @_prints_its_call
-def ema(decay: float = 0.999, start: int = 0, every: int = 1) -> Average:
+def ema(
+    decay: float = 0.999,
+    start: int = 0,
+    every: int = 1,
+    *,
+    initial: Initial = "first_sample",
+    offset: int = 0,
+) -> Average:
     """Exponential moving average kept beside the weights (shadow weights), 0 <= decay < 1.
 
     For a scheduled decay use ``Average(lambda n, step: 1 - decay(step))``.
     """
-    return Average(Ema(decay), start=start, every=every)
+    return Average(Ema(decay), start=start, every=every, initial=initial, offset=offset)
 
 
 @_prints_its_call
 def swa(
     start: int = 0,
     every: int = 1,
-    initial: Literal["first_sample", "current"] = "first_sample",
+    initial: Initial = "first_sample",
+    *,
+    offset: int = 0,
 ) -> Average:
     """Stochastic weight averaging (Izmailov et al.; the RBWA paper's Algorithm 1).
 
     ``every`` is the cycle length in steps; samples are taken at cycle ends. ``"current"`` takes
     the weights at ``start`` as the first sample, as Izmailov et al. do.
     """
-    return Average(Mean(), start=start, every=every, initial=initial)
+    return Average(Mean(), start=start, every=every, initial=initial, offset=offset)
 
 
 @_prints_its_call

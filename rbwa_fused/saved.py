@@ -38,7 +38,6 @@ class Saved(Averages, Optimizer):
         return itself
 
     def _rebuild(self) -> None:
-        """Follows parameters that were converted, groups and state that were replaced."""
         engine = self.engine
         for group in self.param_groups:
             if type(group.get("average", "")) is str:  # put in place from outside

@@ -35,7 +35,7 @@ def agree(
         assert theirs["n_averaged"] == ours.averaged
         assert theirs["implicit_momentum"] == ours.beta
         assert theirs["average"] == (None if ours.policy is None else ours.policy.describe())
-    assert opt.n_averaged == max(group.averaged for group in twin.groups)
+    assert opt.n_averaged == max(group.told for group in twin.groups)
     for i, (p, member) in enumerate(zip(params, twin.members, strict=True)):
         name = f"parameter {i}"
         compare(name, p, member.theta, member.dtype)

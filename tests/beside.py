@@ -103,6 +103,13 @@ def swa_from(a: Weights, x: Weights, n: int, step: int) -> bool:
     return False
 
 
+def ema_from_now(a: Weights, x: Weights, n: int, step: int) -> bool:
+    """`a` begins as the initial weights; samples behind steps 5, 8, 11."""
+    if step in (5, 8, 11):
+        _towards(a, x, 1 - 0.75)
+    return False
+
+
 def switch_ema(a: Weights, x: Weights, n: int, step: int) -> bool:
     _towards(a, x, 1.0 if n == 0 else 1 - 0.75)
     return step % 5 == 0
@@ -126,6 +133,7 @@ POLICIES: dict[str, tuple[rf.Average, Callable[..., bool]]] = {
     "rswa": (rf.rswa(4, 1), rswa),
     "lookahead": (rf.lookahead(3, 0.25), lookahead),
     "swa current": (rf.swa(start=2, every=3, initial="current"), swa_from),
+    "ema now": (rf.ema(0.75, start=4, every=3, initial="now", offset=1), ema_from_now),
     "switch_ema": (rf.switch_ema(0.75, steps_per_epoch=5), switch_ema),
     "function": (rf.Average(lambda n, step: 3 / (3 + step)), function),
 }

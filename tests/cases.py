@@ -19,6 +19,7 @@ AVERAGES: dict[str, rf.Average | None] = {
     "mean-write-back": rf.mean(start=1, every=2, write_back_every=4),
     "ema": rf.ema(0.7, start=1, every=2),
     "swa-current": rf.swa(start=2, every=2, initial="current"),
+    "ema-now": rf.ema(0.7, start=3, every=2, initial="now", offset=1),
     "rswa": rf.rswa(steps_per_epoch=2, start_epoch=1),
     "rbwa": rf.rbwa(steps_per_epoch=2, start_epoch=1),
     "algorithm2": rf.rbwa(steps_per_epoch=3, start_epoch=1, count="algorithm2"),

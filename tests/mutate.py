@@ -122,7 +122,8 @@ AVERAGE_H = [
     ("1.0 - policy.numbers[0]", "policy.numbers[0]"),
     ("(step - 1) / steps_per_epoch + 1", "step / steps_per_epoch + 1"),
     ("(step - 1) % steps_per_epoch", "step % steps_per_epoch"),
-    ("past <= 0", "past < 0"),
+    ("past <= 0 ||", ""),
+    ("static_cast<double>(step) > policy.begins", "policy.begins < 1e300"),
     ("buffered.current = buffered.sample = 1", "buffered.sample = 1"),
     ("past % write_back_every == 0", "true"),
     ("return n + 1;", "return n;"),
@@ -194,7 +195,10 @@ AVERAGE = [
     ("divmod(step - 1, self.steps_per_epoch)", "divmod(step, self.steps_per_epoch)"),
     ("(epochs + 1 - self.start_epoch)", "(epochs - self.start_epoch)"),
     ("past > 0 and past % self.every == 0", "past >= 0 and past % self.every == 0"),
-    ("(step - self.start) % self.write_back_every == 0", "step % self.write_back_every == 0"),
+    ("(step - self.origin) % self.write_back_every == 0", "step % self.write_back_every == 0"),
+    ("self.start + (self.offset - self.every if self.offset else 0)", "self.start"),
+    ("return 0 if self.initial", "return 1 if self.initial"),
+    ('if self.initial == "now" else self.start', 'if self.initial != "now" else self.start'),
     ("self.write_back_every == 1 and", "self.write_back_every >= 1 and"),
 ]
 SAMPLER = [
@@ -239,6 +243,7 @@ UPLOADS = [
     ("table.ages += torch.tensor(older", "table.ages + torch.tensor(older"),
 ]
 COUNTERS = [
+    ("& (step.to(tl.float64) > begins)", "& (begins < 1e300)"),
     ("1.0 / tl.where(due, k + 1, 1)", "1.0 / tl.where(due, k + 2, 1)"),
     ("1.0 - decay", "decay"),
     ("(step - 1) % steps_per_epoch", "step % steps_per_epoch"),

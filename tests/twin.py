@@ -102,6 +102,12 @@ class Group:
         """Samples in the averages; there are none without parameters."""
         return self.samples if self.members else 0
 
+    @property
+    def told(self) -> int:
+        """What a reader is told: initial weights are a sample before the first step, too."""
+        now = self.policy is not None and self.policy.initial == "now"
+        return self.averaged or int(now and bool(self.members))
+
     def average_dtype(self, member: Member) -> torch.dtype | None:
         """Of a member's average, or None where it keeps none beside the parameter."""
         if self.policy is None:
@@ -114,16 +120,19 @@ class Group:
         """For the step to come: whether the average starts at the weights before it, the weight of
         its sample (None: none is taken) and whether the average is written back. Counts it."""
         policy = self.policy
-        past = step - policy.start if policy is not None else 0
-        if policy is None or past <= 0:
+        if policy is None:
             return False, None, False
-        current = self.samples == 0 and policy.initial == "current"
+        began = {"first_sample": False, "current": step > policy.start, "now": True}
+        current = self.samples == 0 and began[policy.initial]
         self.samples += current
-        if past % policy.every != 0:
+        # Samples follow steps start + every, start + 2 every; or begin `offset` behind start.
+        sample, between = divmod(step - policy.start - policy.offset, policy.every)
+        sample += policy.offset > 0
+        if between != 0 or sample < 1:
             return current, None, False
         weight = self._weight(policy.weight, step)
         self.samples += 1
-        back = policy.write_back_every > 0 and past % policy.write_back_every == 0
+        back = policy.write_back_every > 0 and sample * policy.every % policy.write_back_every == 0
         return current, weight, back
 
     def _weight(self, weight: Any, step: int) -> float:

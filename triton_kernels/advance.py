@@ -32,17 +32,17 @@ def sample(policy, n, step, mask):
     average starts at theta, and is written back.
     """
     kind = number(policy, 0, mask)
-    past = step - number(policy, 1, mask)  # start
+    past = step - number(policy, 1, mask)  # origin
     every = tl.maximum(number(policy, 2, mask), 1)
     write_back_every = number(policy, 3, mask)
     decay = tl.load(policy + 5, mask=mask, other=0)  # Ema's
     steps_per_epoch = tl.maximum(number(policy, 5, mask), 1)  # Algorithm2's
     start_epoch = number(policy, 6, mask)
 
-    active = (kind != 0) & (past > 0)
-    current = active & (n == 0) & (number(policy, 4, mask) != 0)  # initial
+    begins = tl.load(policy + 4, mask=mask, other=0)
+    current = (kind != 0) & (n == 0) & (step.to(tl.float64) > begins)
     n = tl.where(current, 1, n)
-    due = active & (past % every == 0)
+    due = (kind != 0) & (past > 0) & (past % every == 0)
     written = (write_back_every > 0) & (past % tl.maximum(write_back_every, 1) == 0)
 
     epochs = (step - 1) // steps_per_epoch

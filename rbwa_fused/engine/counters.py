@@ -93,10 +93,10 @@ def policy_row(policy: Average | None) -> list[float]:
     numbers = weight.numbers()
     return [
         weight.on_device,
-        policy.start,
+        policy.origin,
         policy.every,
         policy.write_back_every,
-        policy.initial == "current",
+        policy.begins,
         *numbers,
         *[0.0] * (WEIGHT_NUMBERS - len(numbers)),
     ]

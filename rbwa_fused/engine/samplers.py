@@ -37,8 +37,8 @@ class Sampler:
             return n
         w = 0.0
         current = due = self.written_back = False
-        if policy is not None and step > policy.start:
-            if n == 0 and policy.initial == "current":
+        if policy is not None:
+            if n == 0 and step > policy.begins:
                 current = True
                 n = 1
             due = policy.due(step)

@@ -163,9 +163,11 @@ class ParameterState:
 
     @torch.no_grad()
     def copy_weights(self, params: Iterable[Tensor]) -> None:
-        """Averages that there are become the weights of now."""
+        """Averages in buffers become the weights of now."""
         for p in params:
-            local(self.of(p)[AVERAGE]).copy_(local(p))
+            held = self.of(p)
+            if AVERAGE in held:
+                local(held[AVERAGE]).copy_(local(held.get(MASTER, p)))
 
     def _put(self, table: Segments, given: Given) -> None:
         """Puts what was made into the state, and then into the table."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -108,17 +109,21 @@ class Upkeep:
         """Whether there was a step, or a sample before the first."""
         return self.steps > 0 or any(plan.n_averaged > 0 for plan in self.tables.plan.groups)
 
-    def starting(self) -> list[GroupPlan]:
-        """The groups whose averages begin with the weights before the step to come
-        (``initial="current"``)."""
+    def starting(self, of: Sequence[Group] | None = None) -> list[GroupPlan]:
+        """The groups, or those of some, whose averages begin with the weights before the step to
+        come (``initial="current"`` and ``"now"``)."""
         waiting = [
-            (group, group.policy.start)
+            (group, group.policy.begins)
             for group in self.tables.plan.groups
-            if group.policy is not None and group.policy.initial == "current"
+            if group.policy is not None
+            and group.policy.begins < math.inf
+            and (of is None or any(group.group is one for one in of))
         ]
         if any(group.n_averaged == 0 for group, _ in waiting):
             self.read_back()  # the host knows no other way where that step is
-        return [group for group, start in waiting if start == self.steps and group.n_averaged == 0]
+        return [
+            group for group, begins in waiting if begins <= self.steps and group.n_averaged == 0
+        ]
 
     def prepare(self, groups: Sequence[GroupPlan]) -> None:
         """Makes the averages that are missing, before a step that others take. Those of some groups

@@ -42,7 +42,7 @@ def test_every_policy_beside_every_optimizer_is_its_literal_loop(
     hooked = None if by == "hand" else optimizers[0] if len(optimizers) == 1 else optimizers
     averager = rf.Averager(net, average, optimizer=hooked)
     a = [p.detach().clone() for p in plain.parameters()]
-    n = [int(average.initial == "current")]
+    n = [int(average.initial != "first_sample")]
 
     def behind(step: int) -> None:
         x = [p.detach() for p in plain.parameters()]

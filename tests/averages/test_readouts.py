@@ -160,3 +160,76 @@ def test_a_model_may_be_evaluated_with_a_blend() -> None:
     tensors = rf.Averager(net.parameters(), rf.ema(0.5))
     with pytest.raises(TypeError, match="needs a model here"):
         tensors.averages()
+
+
+# ---- averages that start before the first step ---------------------------------------------------
+
+
+@pytest.mark.parametrize("sampled", ["by the optimizer", "by a hook", "by hand"])
+def test_an_average_from_now_on_is_there_before_the_first_step_and_before_start(
+    sampled: str,
+) -> None:
+    """By its definition in float64: the initial weights, then samples behind steps 3 and 5."""
+    policy = rf.ema(0.75, start=2, every=2, initial="now", offset=1)
+    net = Net().double()
+    first = [p.detach().clone() for p in net.parameters()]
+    opt: Any
+    if sampled == "by the optimizer":
+        opt = averager = rf.FusedSGD(net.parameters(), lr=0.1, average=policy)
+    else:
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        averager = rf.Averager(net, policy, optimizer=opt if sampled == "by a hook" else None)
+    assert averager.n_averaged == 1
+    with averager.averaged():
+        assert all(map(torch.equal, net.parameters(), first))
+    expected = [p.clone() for p in first]
+    for step in range(1, 6):
+        loss(net, step).backward()
+        opt.step()
+        opt.zero_grad()
+        if sampled == "by hand":
+            averager.update()
+        if step in (3, 5):
+            for a, p in zip(expected, net.parameters(), strict=True):
+                a += 0.25 * (p.detach() - a)
+        held = list(averager.averages(net).values())
+        assert all(map(torch.equal, held, expected))
+        assert averager.n_averaged == 1 + (step - 1) // 2
+        with averager.averaged():
+            assert all(map(torch.equal, net.parameters(), expected))
+    fresh = rf.FusedSGD(net.parameters(), lr=0.1, average=policy)
+    if sampled == "by the optimizer":
+        fresh.load_state_dict(opt.state_dict())
+        assert fresh.n_averaged == 3
+
+
+def test_the_average_from_now_on_of_loaded_weights_is_of_those() -> None:
+    """An optimizer is often made before its model's checkpoint is loaded."""
+    net, other = Net(), Net()
+    opt = rf.FusedSGD(net.parameters(), lr=0.1, average=rf.ema(0.75, start=5, initial="now"))
+    assert not opt.state  # or torch.distributed.checkpoint takes it for one that has stepped
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2)
+    net.load_state_dict(other.state_dict())
+    loss(net, 1).backward()
+    opt.step()
+    held = list(opt.averages(net).values())
+    assert all(map(torch.equal, held, other.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_asked_for_before_the_first_step_are_those_that_are_sampled(
+    dtype: torch.dtype,
+) -> None:
+    net = Net().to(dtype)
+    policy = rf.ema(0.75, initial="now")
+    opt = rf.FusedSGD(net.parameters(), lr=0.1, average=policy, master_weights=True)
+    before = [p.detach().clone() for p in net.parameters()]
+    held = opt.averages(net)
+    assert all(torch.equal(a.to(dtype), p) for a, p in zip(held.values(), before, strict=True))
+    loss(net, 1).backward()
+    opt.step()
+    again = opt.averages(net)
+    assert all(again[name] is held[name] for name in held) and opt.n_averaged == 2
+    assert any(not torch.equal(a.to(dtype), p) for a, p in zip(again.values(), before, strict=True))

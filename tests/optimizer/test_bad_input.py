@@ -188,6 +188,22 @@ POLICIES: dict[str, tuple[Call, type[Exception], str]] = {
         ValueError,
         "write_back_every.*-2",
     ),
+    "an offset beyond a cycle": (
+        lambda: rf.Average(rf.Mean(), every=2, offset=3),
+        ValueError,
+        "offset.*3.*every=2",
+    ),
+    "an offset below 0": (lambda: rf.ema(0.5, offset=-1), ValueError, "offset.*-1"),
+    "another initial": (
+        lambda: rf.ema(0.5, initial="later"),
+        ValueError,
+        "initial.*later.*first_sample.*current.*now",
+    ),
+    "an average that is the parameter, from now on": (
+        lambda: rf.mean(start=2, write_back_every=1, initial="now"),
+        ValueError,
+        "initial.*now.*current",
+    ),
     "write_back_every between samples": (
         lambda: rf.Average(rf.Mean(), every=2, write_back_every=3),
         ValueError,
@@ -234,7 +250,7 @@ POLICIES: dict[str, tuple[Call, type[Exception], str]] = {
     "ema every": (lambda: rf.ema(every=0), ValueError, "every.*0"),
     "swa start": (lambda: rf.swa(start=-5), ValueError, "start.*-5"),
     "swa every": (lambda: rf.swa(every=0), ValueError, "every.*0"),
-    "swa initial": (lambda: rf.swa(initial="now"), ValueError, "initial.*'now'"),  # type: ignore[arg-type]
+    "swa initial": (lambda: rf.swa(initial="later"), ValueError, "initial.*'later'"),  # type: ignore[arg-type]
     "rswa steps_per_epoch": (lambda: rf.rswa(0), ValueError, "steps_per_epoch.*0"),
     "rswa steps_per_epoch a float": (lambda: rf.rswa(10.0), TypeError, "steps_per_epoch.*10.0"),  # type: ignore[arg-type]
     "rswa start_epoch": (lambda: rf.rswa(10, -1), ValueError, "start_epoch.*-1"),

@@ -44,7 +44,7 @@ def samples(kwargs: dict[str, Any], steps: int) -> int:
     policy = kwargs.get("average")
     if policy is None:
         return 0
-    return sum(map(policy.due, range(1, steps + 1))) + (policy.initial == "current")
+    return sum(map(policy.due, range(1, steps + 1))) + (policy.initial != "first_sample")
 
 
 class TestState(TestCase):

@@ -45,19 +45,27 @@ decays = st.sampled_from([0.5, 0.0, 0.9, 0.999]) | st.floats(0.0, 1.0, exclude_m
 
 
 def _average(
-    weight: Any, start: int, every: int, back: int, initial: Any, dtype: torch.dtype | None = None
+    weight: Any,
+    start: int,
+    every: int,
+    back: int,
+    initial: Any,
+    offset: int,
+    dtype: torch.dtype | None = None,
 ) -> rf.Average:
+    itself = back * every == 1 and start > 0
     return rf.Average(
         weight,
         start=start,
         every=every,
         write_back_every=back * every,
-        initial=initial,
+        initial="current" if itself and initial == "now" else initial,
         dtype=dtype,
+        offset=min(offset, every),
     )
 
 
-initial = st.sampled_from(["first_sample", "current"])
+initial = st.sampled_from(["first_sample", "current", "now"])
 own_dtype = dtypes | st.none()
 named = st.builds(rf.Mean) | st.builds(rf.Ema, decays)
 custom = st.sampled_from(CUSTOM)
@@ -71,10 +79,13 @@ NAMED: tuple[SearchStrategy[rf.Average], ...] = (
     st.builds(rf.rbwa_e, decays, steps_per_epoch=lengths, start_epoch=counts),
     st.builds(rf.lookahead, lengths, st.sampled_from([0.5, 0.3, 1.0])),
     st.builds(rf.switch_ema, decays, steps_per_epoch=lengths),
-    st.builds(_average, named, counts, lengths, counts, initial),
-    *[st.builds(_average, named, counts, lengths, counts, initial, dtypes)] * 3,
+    st.builds(_average, named, counts, lengths, counts, initial, counts),
+    *[st.builds(_average, named, counts, lengths, counts, initial, counts, dtypes)] * 3,
 )
-ANY = (*NAMED, *[st.builds(_average, custom, counts, lengths, counts, initial, own_dtype)] * 5)
+ANY = (
+    *NAMED,
+    *[st.builds(_average, custom, counts, lengths, counts, initial, counts, own_dtype)] * 5,
+)
 
 
 sizes = (

@@ -32,12 +32,15 @@ ACTIONS = ["step", "step", "step", "evaluate", "save", "exchange"]
 def policies(draw: st.DrawFn) -> rf.Average:
     every = draw(st.integers(1, 3))
     weight: Any = draw(st.one_of(st.just(rf.Mean()), st.floats(0.0, 0.96875, width=16).map(rf.Ema)))
+    start, write_back_every = draw(st.integers(0, 4)), every * draw(st.integers(0, 2))
+    later = ["now"] if start == 0 or write_back_every != 1 else []
     return rf.Average(
         weight,
-        start=draw(st.integers(0, 4)),
+        start=start,
         every=every,
-        write_back_every=every * draw(st.integers(0, 2)),
-        initial=draw(st.sampled_from(["first_sample", "current"])),
+        write_back_every=write_back_every,
+        initial=draw(st.sampled_from(["first_sample", "current", *later])),
+        offset=draw(st.integers(0, every)),
     )
 
 
@@ -51,13 +54,15 @@ class Literal:
 
     def before(self, step: int, x: Tensor) -> None:
         """Where nobody sees the weights before a step, behind the step before it."""
-        if self.policy.initial == "current" and step == self.policy.start + 1 and self.n == 0:
+        first = {"first_sample": 0, "current": self.policy.start + 1, "now": 1}
+        if step == first[self.policy.initial] and self.n == 0:
             self.a, self.n = x.clone(), 1
 
     def behind(self, step: int, x: Tensor) -> None:
         """Changes the weights where the average is written back."""
-        past = step - self.policy.start
-        if past <= 0 or past % self.policy.every:
+        sample, between = divmod(step - self.policy.start - self.policy.offset, self.policy.every)
+        sample += self.policy.offset > 0
+        if between or sample < 1:
             return
         w = 1.0
         if self.n > 0 and self.a is not None:
@@ -65,7 +70,10 @@ class Literal:
             w = 1 - weight.decay if isinstance(weight, rf.Ema) else 1 / (self.n + 1)
         self.a = x.clone() if w == 1.0 or self.a is None else self.a + w * (x - self.a)
         self.n += 1
-        if self.policy.write_back_every and past % self.policy.write_back_every == 0:
+        if (
+            self.policy.write_back_every
+            and sample * self.policy.every % self.policy.write_back_every == 0
+        ):
             x.copy_(self.a)
 
 
@@ -140,6 +148,9 @@ def test_it_is_the_literal_average_whatever_happens(
                 group["params"] = [new if p is old else p for p in group["params"]]
                 if old in optimizer.state:
                     optimizer.state[new] = optimizer.state.pop(old)
+    if policy.initial == "now" and step == 0:
+        for n, q in plain.named_parameters():
+            literals[n].before(1, q.detach())
     assert averager.n_averaged == max(literal.n for literal in literals.values())
     averages = averager.averages()
     for n, p in net.named_parameters():

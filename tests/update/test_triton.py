@@ -452,7 +452,8 @@ class Counters(SimpleNamespace):
 
 def expected_rows(policy: rf.Average, n: int, step: int) -> tuple[Tensor, Tensor, int]:
     """Both rows of a policy after n samples, from its documentation, and the samples after it."""
-    current = policy.initial == "current" and n == 0 and step > policy.start
+    begun = {"first_sample": False, "current": step > policy.start, "now": True}
+    current = n == 0 and begun[policy.initial]
     n += current
     due = policy.due(step)
     w = weight_of(policy.weight, n, step) if due else 0.0
