@@ -103,7 +103,7 @@ class Averager(Averages):
         flag("buffers", buffers)
         self._module: Followed | None = None
         if isinstance(params, nn.Module):
-            self._module = Followed(params, exclude, bool(buffers))
+            self._module = Followed(params, exclude, buffers=bool(buffers))
             self.param_groups = self._module.groups([average] * (1 + bool(buffers)))
         elif buffers:
             raise TypeError("buffers=True needs a module (expected nn.Module for params)")
@@ -399,7 +399,7 @@ class Averager(Averages):
         saved = foreign.read(state_dict)
         left_out = [] if self._module is None else self._module.names()
         state: Any = defaultdict(dict)
-        plan_of = {p: plan for plan in self.engine.tables.plan.groups for p in plan.params}
+        plan_of = {p: plan for plan in self.engine.tables.of_groups for p in plan.params}
         for _, p, value in foreign.matched(saved, self.param_groups, left_out):
             shard = shard_of(value.detach(), p)
             dtype = plan_of[p].dtype_of(AVERAGE, p)

@@ -124,9 +124,10 @@ def read(engine: Engine, groups: Sequence[Group], state_dict: Any, step: int | N
         else:
             state[key] = held
     counts = [counted(saved) for saved in saved_groups]
-    for plan, (n_averaged, _) in zip(engine.tables.plan.groups, counts, strict=True):
+    plans = zip(engine.tables.of_groups, counts, strict=True)
+    for number, (plan, (n_averaged, _)) in enumerate(plans):
         for i, p in enumerate(plan.group["params"]):
-            name = f"parameter {i} of group {plan.index}"
+            name = f"parameter {i} of group {number}"
             check_state(name, p, state.get(p, {}), engine.rule.streams, plan, n_averaged)
     return Loaded(merged, state, taken, counts, list(notes))
 
@@ -178,9 +179,13 @@ def check_counters(rule: Rule, saved: dict[str, Any]) -> None:
     if theirs != rule.name:
         raise ValueError(f"the checkpoint's rule is {theirs!r}, the optimizer's {rule.name!r}")
     for key in ("step", "n_averaged"):
-        count = saved.get(key)
-        if count is not None and (not isinstance(count, int) or count < 0):
-            raise ValueError(f"Invalid {key} in the checkpoint: {count!r} (expected a count)")
+        check_count(key, saved.get(key))
+
+
+def check_count(name: str, count: Any) -> None:
+    """Raise for what is neither None nor a count."""
+    if count is not None and (not isinstance(count, int) or count < 0):
+        raise ValueError(f"Invalid {name} in the checkpoint: {count!r} (expected a count)")
 
 
 def leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, None]) -> set[Any]:

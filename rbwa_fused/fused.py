@@ -11,10 +11,12 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rbwa_fused import checkpoint, rules
+from rbwa_fused.buffers import Buffers
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.sharded import is_flattened, kind_of_shard
@@ -31,12 +33,19 @@ class FusedOptimizer(Saved):
     _watched = False  # hooks and profiler are told of the step under way
 
     def __init__(
-        self, params: ParamsT, defaults: Group, rule: rules.Rule, options: Options
+        self,
+        params: ParamsT,
+        defaults: Group,
+        rule: rules.Rule,
+        options: Options,
+        buffers: nn.Module | None = None,
     ) -> None:
         if options.in_backward and options.capturable:
             raise ValueError("capturable=True does not go with in_backward=True")
         rule.check(defaults)
         checks.average(defaults, options.capturable)
+        if buffers is not None:
+            self._beside = Buffers(buffers, defaults["average"], options.capturable)
         self._begin(Engine(rule, options))
         super().__init__(params, {**defaults, **dict.fromkeys(checkpoint.OURS)})
         self.register_state_dict_post_hook(export)

@@ -40,7 +40,9 @@ class Into:
     def __init__(self, target: nn.Module | Sequence[Tensor]) -> None:
         if not isinstance(target, nn.Module | list | tuple):
             raise TypeError(f"Invalid into: {type(target).__name__} (expected a module or tensors)")
-        self._module = Followed(target, (), True) if isinstance(target, nn.Module) else None
+        self._module: Followed | None = None
+        if isinstance(target, nn.Module):
+            self._module = Followed(target, (), buffers=True)
         self._tensors = [] if isinstance(target, nn.Module) else list(target)
         self._found: list[tuple[list[Tensor], list[Tensor]]] = []  # parameters and their targets
 

@@ -22,18 +22,20 @@ class Followed:
 
     Args:
         exclude: patterns of names to leave out.
-        buffers: whether floating buffers are followed, beside parameters.
+        parameters, buffers: whether parameters are followed, and floating buffers.
 
     Raises:
         ValueError: for a pattern that no name fits.
     """
 
-    def __init__(self, module: nn.Module, exclude: Sequence[str], buffers: bool) -> None:
+    def __init__(
+        self, module: nn.Module, exclude: Sequence[str], *, buffers: bool, parameters: bool = True
+    ) -> None:
         self.module: nn.Module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
         self._exclude = exclude
-        self._with_buffers = buffers
+        self._with_parameters, self._with_buffers = parameters, buffers
         reshard(self.module)
-        self._sharded = any(map(is_sharded, self.module.parameters()))
+        self._sharded = parameters and any(map(is_sharded, self.module.parameters()))
         self.look()
         check_patterns(exclude, list(chain(*self._all())))
 
@@ -42,7 +44,11 @@ class Followed:
         going through named_parameters()."""
         dicts: list[dict[str, Any]] = []
         for m in self.module.modules():
-            dicts += (m._parameters, m._modules, m._buffers)[: 2 + self._with_buffers]
+            dicts.append(m._modules)
+            if self._with_parameters:
+                dicts.append(m._parameters)
+            if self._with_buffers:
+                dicts.append(m._buffers)
         self._full = [(d, tuple(d.values())) for d in dicts if d]
         self._empty = [d for d in dicts if not d]
 
@@ -57,8 +63,8 @@ class Followed:
         )
 
     def groups(self, averages: Sequence[Average | None]) -> list[Group]:
-        """The parameters, and the buffers if they are followed, each with its policy. What has
-        several names is called by the first."""
+        """The parameters and the buffers, as far as they are followed, each with its policy. What
+        has several names is called by the first."""
         kept = [_without(named, self._exclude) for named in self._all()]
         return [
             {"params": list(named.values()), "average": average, "param_names": list(named)}
@@ -72,7 +78,9 @@ class Followed:
         return [name for name, _ in chain(parameters, buffers)]
 
     def _all(self) -> list[dict[str, Tensor]]:
-        found: list[dict[str, Tensor]] = [dict(self.module.named_parameters())]
+        found: list[dict[str, Tensor]] = []
+        if self._with_parameters:
+            found.append(dict(self.module.named_parameters()))
         if self._with_buffers:
             named = self.module.named_buffers()
             found.append({name: b for name, b in named if b.is_floating_point()})

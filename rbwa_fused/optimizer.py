@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from rbwa_fused import rules
@@ -52,6 +52,10 @@ class FusedSGD(FusedOptimizer):
             memory; not with GradScaler, closures, accumulated gradients, DTensor parameters or
             DistributedDataParallel, and what looks at all gradients before the step (clipping by
             their norm) finds none (default: False).
+        buffers (nn.Module, optional): the model whose floating buffers, such as BatchNorm's
+            statistics, are averaged by ``average`` in the same launch, and exchanged with the
+            weights. They are followed by their names, are in no param group nor ``state``, and
+            their averages are a state dict's ``"buffers"`` (default: None).
         foreach, fused, differentiable: torch's choice of an implementation. Taken, and without a
             meaning here: there is one. ``differentiable=True`` is refused.
 
@@ -85,6 +89,7 @@ class FusedSGD(FusedOptimizer):
         capturable: bool = False,
         master_weights: bool = False,
         in_backward: bool = False,
+        buffers: nn.Module | None = None,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
@@ -100,7 +105,7 @@ class FusedSGD(FusedOptimizer):
             "average": average,
         }
         options = Options(backend, flatten, capturable, master_weights, in_backward)
-        super().__init__(params, defaults, rules.SGD, options)
+        super().__init__(params, defaults, rules.SGD, options, buffers)
 
 
 DIFFERENCES = {
@@ -126,7 +131,8 @@ class RSGDM(FusedOptimizer):
         difference (str, optional): "implicit" keeps one buffer and asks for a constant momentum
             (docs/equivalences.md); "explicit" keeps the paper's three; None is the paper's SGDM
             baseline without the difference (default: "implicit").
-        maximize, average, backend, flatten, capturable, master_weights, in_backward: as FusedSGD's.
+        maximize, average, backend, flatten, capturable, master_weights, in_backward, buffers: as
+            FusedSGD's.
 
     Raises:
         ValueError: also where ``momentum`` changes after the first step under "implicit".
@@ -149,6 +155,7 @@ class RSGDM(FusedOptimizer):
         capturable: bool = False,
         master_weights: bool = False,
         in_backward: bool = False,
+        buffers: nn.Module | None = None,
     ) -> None:
         if difference not in tuple(DIFFERENCES):
             raise ValueError(
@@ -162,4 +169,4 @@ class RSGDM(FusedOptimizer):
             "average": average,
         }
         options = Options(backend, flatten, capturable, master_weights, in_backward)
-        super().__init__(params, defaults, DIFFERENCES[difference], options)
+        super().__init__(params, defaults, DIFFERENCES[difference], options, buffers)

@@ -141,7 +141,7 @@ def lr_on_device(group: Group) -> Tensor | None:
     Raises:
         TypeError: for one of another dtype than float32.
     """
-    lr = group["lr"]
+    lr = group.get("lr")
     if not isinstance(lr, Tensor) or lr.device.type == "cpu":
         return None
     if lr.dtype != torch.float32:
@@ -214,7 +214,7 @@ class Rule:
         remember: makes that, of a group that was checked.
         check_memory: raises for a group that contradicts what it has left.
         moves: whether it moves the weights. Where others do, an average is never the parameter.
-        inputs: the hyperparameters of a group, as a tuple.
+        inputs: the hyperparameters of a group, as a tuple; of a rule without any a rate of 0.
     """
 
     name: str
@@ -230,7 +230,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         names = self.hyperparameters
-        object.__setattr__(self, "inputs", itemgetter(*names) if names else lambda group: ())
+        object.__setattr__(self, "inputs", itemgetter(*names) if names else lambda group: (0.0,))
 
     @property
     def streams(self) -> tuple[str, ...]:

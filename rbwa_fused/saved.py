@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from rbwa_fused import adopted, checkpoint, form, rules
 from rbwa_fused.averages import Averages
+from rbwa_fused.buffers import KEY, Buffers, LoadedBuffers
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.tables import Options
@@ -21,11 +22,13 @@ class Saved(Averages, Optimizer):
     and state are exchanged, saved or loaded."""
 
     _early: InBackward | None = None  # the hooks that step inside the backward pass
+    _beside: Buffers | None = None  # of a model, averaged beside the parameters
     _rule = rules.SGD  # of a state that names none, such as torch.optim.Optimizer's
 
     def _begin(self, engine: Engine) -> None:
         self._weak_self = weakref.ref(self)
         self.engine = engine
+        engine.beside = self._beside
         if engine.options.in_backward:
             self._early = InBackward(self, engine, weakref.WeakMethod(self._rebuild))
 
@@ -87,13 +90,20 @@ class Saved(Averages, Optimizer):
         for group in self.param_groups:
             checks.params(group, engine.options.master_weights)
         loaded = checkpoint.read(engine, self.param_groups, state_dict, step)
+        of_buffers = LoadedBuffers(0, {})
+        if self._beside is not None:
+            self._beside.follow()
+            of_buffers = self._beside.read(state_dict, loaded.notes)
         if loaded.notes:
             warnings.warn("; ".join(loaded.notes), stacklevel=backends.user_level())
+        if self._beside is not None:
+            self._beside.load(of_buffers.averages)
         for group, new in zip(self.param_groups, loaded.groups, strict=True):
             group.update(new)
         checkpoint.keep_tensors(loaded.state, self.state)
         self.state = loaded.state
-        engine.build(self.param_groups, loaded.state, loaded.steps, loaded.counts)
+        counted = loaded.steps, loaded.counts
+        engine.build(self.param_groups, loaded.state, *counted, beside=of_buffers.n_averaged)
         self._laid_out()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -111,6 +121,8 @@ class Saved(Averages, Optimizer):
             "state": held,
             "engine": (engine.rule.name, engine.options._asdict(), engine.steps),
             "counts": engine.counts(self.param_groups, self.state),
+            "beside": engine.beside_count(self.state),
+            "_beside": self._beside,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -126,7 +138,7 @@ class Saved(Averages, Optimizer):
             self.engine.refuse_inside_averaged("__setstate__")
             self.engine.refuse_midway("__setstate__")
         state = {**self.__dict__, **state}
-        counts = state.pop("counts", None)
+        counts, beside = state.pop("counts", None), state.pop("beside", 0)
         engine = state.pop("engine", None)
         if not isinstance(engine, Engine):
             rule, options, steps = engine or (self._rule.name, {}, 0)
@@ -139,12 +151,13 @@ class Saved(Averages, Optimizer):
                 engine, self.defaults, state["param_groups"], state["state"], loaded=loaded
             )
             state["state"] = held
+            beside = engine.beside_count(held)
         super().__setstate__(state)
         self._begin(engine)
         if export not in self._optimizer_state_dict_post_hooks.values():
             self.register_state_dict_post_hook(export)
         move = engine.options.flatten and not live
-        engine.build(self.param_groups, self.state, steps, counts, move=move)
+        engine.build(self.param_groups, self.state, steps, counts, move=move, beside=beside)
         self._laid_out()
 
 
@@ -153,3 +166,5 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
     opt = opt._itself
     opt.engine.refuse_midway("state_dict")
     checkpoint.export(opt.engine, opt.param_groups, opt.state, state_dict)
+    if isinstance(opt.engine.beside, Buffers):
+        state_dict[KEY] = opt.engine.beside.export(opt.engine.beside_count(opt.state))

@@ -107,7 +107,9 @@ class Swap:
             reshard(self._model)
         except Exception as error:
             wrong["FSDP could not free what it has gathered"] = error
-        members = {p for group in self._owner.param_groups for p in group["params"]}
+        beside = [] if self._owner.engine.beside is None else [self._owner.engine.beside.group]
+        groups = [*self._owner.param_groups, *beside]
+        members = {p for group in groups for p in group["params"]}
         with _plain():
             for p, saved in list(self._saved.items()):
                 try:
@@ -162,7 +164,7 @@ def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has an average beside it, with that average, laid out as it is."""
     for plan in _sampled(opt):
         for p in plan.group["params"]:
-            average = (opt.state.get(p) or {}).get("average")
+            average = _held(opt, plan, p).get(AVERAGE)
             if plan.has_buffer(p) and average is not None:
                 yield p, beside(shard_of(average, p), p)
 
@@ -171,7 +173,7 @@ def live(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has samples, with the live tensor that holds its average."""
     for plan in _sampled(opt):
         for p in plan.group["params"]:
-            held = opt.state.get(p) or {}
+            held = _held(opt, plan, p)
             if plan.has_buffer(p) and held.get(AVERAGE) is not None:
                 yield p, held[AVERAGE]
             elif plan.is_the_weights(p):
@@ -181,23 +183,31 @@ def live(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
 def _sampled(opt: Averaging) -> list[GroupPlan]:
     """The groups whose averages have at least one sample."""
     opt.engine.read_back()
+    if opt.engine.beside is not None and opt.engine.swapped is None:
+        opt.engine.beside.follow()
     return [plan for plan in opt.engine.tables.plan.groups if plan.n_averaged > 0]
 
 
 def _fitting(opt: Averaging) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, parameter and average (its shard) of all that is to be put in place, checked."""
+    of_groups = opt.engine.tables.of_groups
     for plan in _sampled(opt):
         group = plan.group
+        where = f"of group {of_groups.index(plan)}" if plan in of_groups else "of the buffers"
         try:
-            checks.params(group, opt.engine.options.master_weights)
-            checks.state(group, opt.state)
+            checks.params(group, plan.master_weights)
+            checks.state(group, opt.state if plan.state is None else plan.state)
         except (TypeError, ValueError) as error:
             raise RuntimeError(f"averaged() left the weights as they are: {error}") from error
         for i, p in enumerate(group["params"]):
-            average = (opt.state.get(p) or {}).get("average")
+            average = _held(opt, plan, p).get(AVERAGE)
             if plan.has_buffer(p) and average is not None and p.numel() > 0:
-                name = f"{checks.name_of(group, i)} of group {plan.index}"
-                yield name, p, shard_of(average, p)
+                yield f"{checks.name_of(group, i)} {where}", p, shard_of(average, p)
+
+
+def _held(opt: Averaging, plan: GroupPlan, param: Tensor) -> dict[str, Any]:
+    """The streams of a parameter, or of what is averaged beside them."""
+    return (opt.state if plan.state is None else plan.state).get(param) or {}
 
 
 def _bring_back(param: Tensor, saved: Saved, taken: set[int]) -> None:

@@ -49,6 +49,7 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
 
     Raises:
         TypeError: for another optimizer class.
+        ValueError: for ``buffers``.
 
     Example:
         >>> opt = rbwa_fused.distributed.ZeroRedundancyOptimizer(
@@ -65,6 +66,11 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         ours = isinstance(optimizer_class, type) and issubclass(optimizer_class, FusedOptimizer)
         if not ours:
             raise TypeError(f"Invalid optimizer_class: {optimizer_class} (expected one of ours)")
+        if options.get("buffers") is not None:
+            raise ValueError(
+                "buffers= with ZeroRedundancyOptimizer, whose state dict has no place for them "
+                "(expected an Averager with buffers=True behind it)"
+            )
         self._counters: list[dict[str, Any]] = []
         super().__init__(params, optimizer_class, **options)
 

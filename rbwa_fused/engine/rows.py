@@ -23,7 +23,12 @@ ROWS_PER_GROUP = 2  # the usual row, and that of a parameter of age 0, at its fi
 
 
 class GroupPlan:
-    """What belongs to a param group beside its hyperparameters."""
+    """What belongs to a param group beside its hyperparameters.
+
+    Attributes:
+        rule: what its rows are made by.
+        state: what its parameters' streams are in, where that is not the state of all.
+    """
 
     def __init__(
         self,
@@ -33,8 +38,11 @@ class GroupPlan:
         counts: list[int],
         memory: rules.Memory,
         master_weights: bool,
-        moves: bool,
+        rule: rules.Rule,
+        state: Any,
     ) -> None:
+        self.rule = rule
+        self.state = state
         self.group = group
         self.params = list(group["params"])
         self.index = index
@@ -44,7 +52,6 @@ class GroupPlan:
         self.kind = rules.Kind.PLAIN  # of its rows
         self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
         self.master_weights = master_weights
-        self._moves = moves
         self._counts = counts
         self._one_element = any(p.numel() == 1 for p in self.params)
 
@@ -72,7 +79,7 @@ class GroupPlan:
 
     def is_the_weights(self, param: Tensor) -> bool:
         """Whether the average of a parameter is the parameter itself, or its master."""
-        if self.policy is None or not self._moves:
+        if self.policy is None or not self.rule.moves:
             return False
         return self.policy.elided_for(streams.working_dtype(param.dtype, self.master_weights))
 
@@ -123,9 +130,14 @@ class Plan:
         self._master_weights = master_weights
 
     def add(
-        self, group: Group, n_averaged: int = 0, memory: rules.Memory | None = None
+        self,
+        group: Group,
+        n_averaged: int = 0,
+        memory: rules.Memory | None = None,
+        beside: Any = None,
     ) -> GroupPlan:
-        """Appends a group's rows, and those of its policy where no other group has them."""
+        """Appends a group's rows, and those of its policy where no other group has them. One that
+        is only averaged (upkeep.Beside) has a state of its own."""
         policy = group["average"]
         for sampler in self.samplers:
             if sampler.policy is policy and self.counts[sampler.index] == n_averaged:
@@ -135,9 +147,9 @@ class Plan:
             self._samplings.grow(ROWS_PER_SAMPLER)
             self.samplers.append(sampler)
             self.counts.append(n_averaged)
-        options = self._master_weights, self._rule.moves
         index, own = len(self.groups), dict(memory or {})
-        plan = GroupPlan(group, index, sampler, self.counts, own, *options)
+        how = (self._master_weights, self._rule) if beside is None else (False, rules.NONE)
+        plan = GroupPlan(group, index, sampler, self.counts, own, *how, beside)
         self._rows.grow(ROWS_PER_GROUP)
         self.groups.append(plan)
         return plan
@@ -168,7 +180,7 @@ class Plan:
                     f"Invalid average: {plan.group['average']!r} was assigned to a group that was "
                     f"added with {plan.policy!r}"
                 )
-            inputs = (*self._rule.inputs(plan.group), scale)
+            inputs = (*plan.rule.inputs(plan.group), scale)
             try:
                 changed = inputs != plan.rule_inputs
             except RuntimeError:  # a tensor of several elements; the check will say so
@@ -194,11 +206,11 @@ class Plan:
         group = plan.group
         if lr_on_device and rules.lr_on_device(group) is not None:
             group = {**group, "lr": 0.0}
-        self._rule.check(group)
-        self._rule.check_memory(group, plan.memory)
+        plan.rule.check(group)
+        plan.rule.check_memory(group, plan.memory)
         plan.rule_inputs = None  # until both rows hold them
         for first in (False, True):
-            kind, s, *rest = self._rule.row(group, first)
+            kind, s, *rest = plan.rule.row(group, first)
             if kind != plan.kind:
                 self.state_is_due = True
                 plan.kind = rules.Kind(int(kind))

@@ -26,30 +26,48 @@ from rbwa_fused.streams import AVERAGE, MASTER, STREAMS
 
 State = MutableMapping[Tensor, Any]
 Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
+Untouched = tuple[Tensor, dict[str, Any], str]  # a parameter, its state, and a key of it
 Given = dict[str, dict[int, Tensor]]  # by streams and segments
 
 
 class ParameterState:
-    """The state of the parameters of some tables.
+    """The state of the parameters of some tables: of a group that has none of its own, in what all
+    others share.
 
     Attributes:
         held: what stood in the state when the tables were made for it.
+        beside: the same of what groups have for their own.
         lost: whether some average was missing then that had samples. It starts again as a copy,
             which is a change of the state.
     """
 
     def __init__(self, plan: Plan, rule: Rule, state: State) -> None:
         self.held: Standing = Held(state)
+        self.beside: list[tuple[State, Standing]] = []
         self.lost = False
         self._plan = plan
         self._rule = rule
         self._state = state
         self._made: dict[int, Tensor] = {}  # by their ids, the tensors that `give` has made
 
-    def of(self, param: Tensor) -> dict[str, Any]:
+    def of(self, group: GroupPlan, param: Tensor) -> dict[str, Any]:
         """A parameter's state, or an empty one."""
-        held = self._state.get(param)
+        held = self._where(group).get(param)
         return {} if held is None else held
+
+    def _where(self, group: GroupPlan) -> State:
+        return self._state if group.state is None else group.state
+
+    def stands(self, state: State) -> bool:
+        """Whether this is the same state, with the same in it, and so is what groups have of their
+        own."""
+        return self.held.stands(state) and all(held.stands(own) for own, held in self.beside)
+
+    def _look(self) -> None:
+        """From now on the state is what it is then."""
+        self.held = Held(self._state)
+        own = [plan.state for plan in self._plan.groups if plan.state is not None]
+        self.beside = [(one, Held(one)) for one in own]
 
     # ---- taken over ----------------------------------------------------------------------------
 
@@ -66,7 +84,7 @@ class ParameterState:
                 held[stream] = tensor
         plans = self._plan.groups
         self.lost = any(self._is_lost(plan, p) for plan in plans for p in plan.params)
-        self.held = Held(self._state)
+        self._look()
 
     def take_over(self, table: Segments, new: set[Tensor], taken: memory.Spans) -> list[Change]:
         """Gives a table the state that there is of new parameters.
@@ -78,9 +96,9 @@ class ParameterState:
         for stream in STREAMS:
             tensors: dict[int, Tensor] = {}
             for i, p in enumerate(table.params):
-                held = self.of(p) if p in new else {}
-                value = held.get(stream)
                 group = self._plan.groups[table.groups[i]]
+                held = self.of(group, p) if p in new else {}
+                value = held.get(stream)
                 gone = {AVERAGE: not group.has_buffer(p), MASTER: not group.has_master(p)}
                 if stream in held and (gone.get(stream) or value is None):
                     changes.append((held, stream, None))  # after model.float(): no master
@@ -115,9 +133,10 @@ class ParameterState:
         behind: list[Call] = []
         for i, p in enumerate(table.params):
             group = self._plan.groups[table.groups[i]]
-            if group.policy is not None and self._state.get(p) is None:
+            state = self._where(group)
+            if group.policy is not None and state.get(p) is None:
                 # torch.distributed.checkpoint takes a step with an optimizer without any state.
-                self._state[p] = {}
+                state[p] = {}
             if self._allocate(table, i, group, grads[i] is not None, given):
                 lacking.append(i)
             if grads[i] is not None and group.kind != Kind.PLAIN:
@@ -134,7 +153,7 @@ class ParameterState:
         """Makes what a segment lacks, as far as this step needs it. Returns whether it will lack
         something once it has a gradient."""
         p = table.params[i]
-        held = self.of(p)
+        held = self.of(group, p)
 
         def give(stream: str, value: Tensor | None) -> None:
             tensor = memory.laid_out(table.memory[i], group.dtype_of(stream, p))
@@ -155,17 +174,17 @@ class ParameterState:
     def _started_again(self, table: Segments, i: int, group: GroupPlan, given: Given) -> list[Call]:
         """A lost average is a copy of the weights as the step leaves them."""
         p = table.params[i]
-        held = self.of(p)
+        held = self.of(group, p)
         average = memory.laid_out(table.memory[i], group.dtype_of(AVERAGE, p))
         master = given[MASTER].get(i, held.get(MASTER))
         weights = local(p if master is None else master).detach()
         return [(average.copy_, weights), (setitem, held, AVERAGE, beside(average, p))]
 
     @torch.no_grad()
-    def copy_weights(self, params: Iterable[Tensor]) -> None:
-        """Averages in buffers become the weights of now."""
-        for p in params:
-            held = self.of(p)
+    def copy_weights(self, group: GroupPlan) -> None:
+        """A group's averages in buffers become the weights of now."""
+        for p in group.params:
+            held = self.of(group, p)
             if AVERAGE in held:
                 local(held[AVERAGE]).copy_(local(held.get(MASTER, p)))
 
@@ -175,14 +194,14 @@ class ParameterState:
             self._made.update((id(tensor), tensor) for tensor in tensors.values())
         for stream, tensors in given.items():
             for i, tensor in tensors.items():
-                p = table.params[i]
-                held = self.of(p)
+                p, group = table.params[i], self._plan.groups[table.groups[i]]
+                held = self.of(group, p)
                 held[stream] = beside(tensor, p)
-                self._state[p] = held
+                self._where(group)[p] = held
         for stream, tensors in given.items():
             table.attach(stream, tensors)
-        if any(given.values()) or not self.held.stands(self._state):
-            self.held = Held(self._state)
+        if any(given.values()) or not self.stands(self._state):
+            self._look()
 
     def _is_lost(self, group: GroupPlan, param: Tensor) -> bool:
         """Whether an average is missing that its group has taken samples of: it starts again, as a
@@ -192,18 +211,20 @@ class ParameterState:
             and group.has_buffer(param)
             and group.policy is not None
             and group.policy.write_back_every != 1
-            and AVERAGE not in self.of(param)
+            and AVERAGE not in self.of(group, param)
         )
 
-    def untouched(self, tables: Iterable[Segments], *, averages: bool) -> list[tuple[Tensor, str]]:
+    def untouched(self, tables: Iterable[Segments], *, averages: bool) -> list[Untouched]:
         """Parameters and their streams that `give` has made and no step has followed; with
         averages, before the first step."""
         found = []
         for table in tables:
-            for p, age in zip(table.params, table.ages, strict=False):  # one may be half added
+            # One may be half added.
+            for p, age, number in zip(table.params, table.ages, table.groups, strict=False):
                 streams = () if age > 0 else self._rule.streams
+                held = self.of(self._plan.groups[number], p)
                 for stream in (*streams, AVERAGE) if averages else streams:
-                    tensor = self.of(p).get(stream)
+                    tensor = held.get(stream)
                     if isinstance(tensor, Tensor) and id(local(tensor)) in self._made:
-                        found.append((p, stream))
+                        found.append((p, held, stream))
         return found

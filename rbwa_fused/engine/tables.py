@@ -11,7 +11,7 @@ momentum or a master but has had no gradient yet waits in `Segments.lacking`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from rbwa_fused.engine.doors import Backend, Grads
 from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import local
-from rbwa_fused.engine.state import Change, ParameterState, State
+from rbwa_fused.engine.state import Change, ParameterState, State, Untouched
 from rbwa_fused.rules import Memory, Rule
 
 Group = dict[str, Any]
@@ -43,6 +43,24 @@ class Counts(NamedTuple):
 
     n_averaged: int = 0
     memory: Memory | None = None  # that its first step has left, see rules.Rule
+
+
+class Beside(Protocol):
+    """What is averaged beside the parameters and moved by no optimizer, such as a model's buffers.
+
+    Attributes:
+        group: its tensors, names and policy, as of the last look.
+        state: of each tensor a dict of streams.
+    """
+
+    group: Group
+    state: dict[Tensor, dict[str, Any]]
+
+    def changed(self) -> bool:
+        """Whether it has become something else since the last look."""
+
+    def follow(self) -> None:
+        """Looks."""
 
 
 class Tables:
@@ -69,6 +87,7 @@ class Tables:
         self._segments: dict[tuple[torch.device, int], Segments] = {}
         self._sharded: list[Segments] = []
         self.state = ParameterState(self.plan, rule, state)
+        self._beside: list[tuple[Beside, GroupPlan]] = []
 
     @torch._disable_dynamo
     def add(
@@ -77,12 +96,14 @@ class Tables:
         counts: Sequence[Counts] | None = None,
         *,
         move: bool = False,
+        beside: Beside | None = None,
     ) -> None:
         """Adds groups, and takes over the state that there is of their parameters.
 
         Args:
             counts: of each group (default: nothing is counted so far).
             move: parameters on the CPU into flat buffers, where their memory is theirs.
+            beside: whose group this is, if it is none of the param groups.
         """
         plan, options = self.plan, self._options
         self.state.forget()  # until the end: where this fails, the tables describe nothing
@@ -98,7 +119,9 @@ class Tables:
             memory.move([p for p, own in zip(new, alone[len(known) :], strict=True) if own])
         self.alone = {p for p, own in zip(known + new, alone, strict=True) if own}
         for group, counted in zip(groups, counts or [Counts()] * len(groups), strict=True):
-            group_plan = plan.add(group, *counted)
+            group_plan = plan.add(group, *counted, beside=None if beside is None else beside.state)
+            if beside is not None:
+                self._beside.append((beside, group_plan))
             for index, p in enumerate(group["params"]):
                 table = self._segments.setdefault((p.device, turn_of[p]), Segments())
                 table.add(p, group_plan.index, index, group_plan.row, group_plan.sampling(p))
@@ -124,18 +147,29 @@ class Tables:
 
     def describes(self, groups: Sequence[Group], state: State) -> bool:
         """Whether groups, parameters and state are those that the tables were made for."""
-        if not self.state.held.stands(state) or not self.describes_groups(groups):
+        if not self.describes_state(state) or not self.describes_groups(groups):
             return False
         return not self._sharded or all(map(Segments.holds_shards, self._sharded))
 
     def describes_groups(self, groups: Sequence[Group]) -> bool:
         """Whether these are the groups that there are, with the parameters in them."""
-        plans = self.plan.groups
+        plans = self.of_groups
         return len(plans) == len(groups) and all(map(GroupPlan.describes, plans, groups))
 
     def describes_state(self, state: State) -> bool:
         """Whether the state is what the tables were made for."""
-        return self.state.held.stands(state)
+        if not self._beside:
+            return self.state.held.stands(state)
+        return self.state.stands(state) and all(
+            not own.changed() and plan.describes(own.group) for own, plan in self._beside
+        )
+
+    @property
+    def of_groups(self) -> list[GroupPlan]:
+        """The plans of the param groups, in their order."""
+        if not self._beside:
+            return self.plan.groups
+        return [plan for plan in self.plan.groups if plan.state is None]
 
     def were_cleared(self, state: State) -> bool:
         """Whether the state is empty, which once was not."""
@@ -146,7 +180,7 @@ class Tables:
         plan_of = {p: plan for plan in self.plan.groups for p in plan.params}
         return next((plan_of[p] for p in group["params"] if p in plan_of), None)
 
-    def untouched(self, *, averages: bool) -> list[tuple[Tensor, str]]:
+    def untouched(self, *, averages: bool) -> list[Untouched]:
         """See ParameterState.untouched."""
         return self.state.untouched((table for table, _ in self.launches), averages=averages)
 

@@ -13,7 +13,7 @@ from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.on_device import OnDevice
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.state import State
-from rbwa_fused.engine.tables import Counts, Group, Options, Tables
+from rbwa_fused.engine.tables import Beside, Counts, Group, Options, Tables
 
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 
@@ -39,12 +39,14 @@ class Upkeep:
         tables: of the groups as they were built, or rebuilt, with what is counted.
         device_counters: where the devices count; else None.
         swapped: inside averaged(), or after one that could not be undone; else None.
+        beside: what is averaged beside the parameters, in the same launch; else None.
         stepped: the parameters that a backward pass has stepped (in_backward.py), up to the end of
             that step; else None.
     """
 
     device_counters: OnDevice | None = None
     swapped: Swapped | None = None
+    beside: Beside | None = None
     stepped: set[Tensor] | None = None
     _warned = False  # that the reference runs
 
@@ -68,11 +70,15 @@ class Upkeep:
         counts: Sequence[Counts] | None = None,
         *,
         move: bool = False,
+        beside: int = 0,
     ) -> None:
         """Makes the tables anew, for a run that has got so far; where that fails, they are what
-        they were. See Tables.add."""
+        they were. ``beside`` are the samples of what is beside. See Tables.add."""
         tables = Tables(self.rule, self.options, state, steps)
         tables.add(groups, counts, move=move)
+        if self.beside is not None:
+            self.beside.follow()
+            tables.add([self.beside.group], [Counts(beside)], beside=self.beside)
         self.__dict__.update(tables=tables, device_counters=None)  # both, or neither
         self._warn_of_reference()
 
@@ -98,11 +104,12 @@ class Upkeep:
         """
         self.read_back()
         counted = self.counted
-        for p, stream in self.tables.untouched(averages=not counted):
-            state[p].pop(stream, None)
+        for _, held, stream in self.tables.untouched(averages=not counted):
+            held.pop(stream, None)
         if not counted:
             checks.refuse_uncounted(state)
-        self.build(groups, state, self.steps, self.counts(groups, state) if counted else None)
+        counts = self.counts(groups, state) if counted else None
+        self.build(groups, state, self.steps, counts, beside=self.beside_count(state))
 
     @property
     def counted(self) -> bool:
@@ -132,7 +139,7 @@ class Upkeep:
         for table, _ in tables.launches:
             tables.state.give(table, [None] * len(table.params))
         for group in groups:
-            tables.state.copy_weights(group.params)
+            tables.state.copy_weights(group)
         for group in groups:
             tables.plan.counts[group.sampler.index] = 1
         if groups:
@@ -160,6 +167,14 @@ class Upkeep:
             counts.append(Counts(n_averaged, None if cleared else dict(plan.memory)))
         return counts
 
+    def beside_count(self, state: State) -> int:
+        """The samples of what is beside. Where the state of the parameters was cleared, it starts
+        again with them."""
+        if self.beside is None or self.tables.were_cleared(state):
+            return 0
+        known = self.tables.known(self.beside.group)
+        return 0 if known is None else known.n_averaged
+
     def read_back(self) -> None:
         """Reads the device's counters, if it counts."""
         if self.device_counters is not None:
@@ -170,6 +185,6 @@ class Upkeep:
         dict leaves them out."""
         self.read_back()
         found: dict[Tensor, set[str]] = {}
-        for p, stream in self.tables.untouched(averages=False):
+        for p, _, stream in self.tables.untouched(averages=False):
             found.setdefault(p, set()).add(stream)
         return found

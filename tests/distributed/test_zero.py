@@ -174,6 +174,7 @@ REFUSED = {
     "another policy": ("ValueError", "the checkpoint's average is Average(Ema(decay=0.8)"),
     "another number of groups": ("ValueError", "groups of [4] parameters (expected [4, 1])"),
     "another optimizer": ("TypeError", "Invalid optimizer_class: <class 'torch.optim.sgd.SGD'>"),
+    "buffers": ("ValueError", "(expected an Averager with buffers=True behind it)"),
     "no averages": ("TypeError", "Invalid opt: ZeroRedundancyOptimizer over Adam"),
     "no sharding": ("TypeError", "Invalid opt: FusedSGD over NoneType"),
     "a group inside": ("RuntimeError", "add_param_group() inside averaged()"),

@@ -279,6 +279,11 @@ def refusals() -> dict[str, str]:
         "another optimizer": refused(
             lambda: ZeroRedundancyOptimizer(Driven().parameters(), torch.optim.SGD, lr=0.1)
         ),
+        "buffers": refused(
+            lambda: ZeroRedundancyOptimizer(
+                [torch.ones(2)], rf.FusedSGD, average=rf.ema(0.5), buffers=torch.nn.BatchNorm1d(2)
+            )
+        ),
         "no averages": refused(lambda: averaged(adam).__enter__()),
         "no sharding": refused(lambda: averaged(rf.FusedSGD(Driven().parameters())).__enter__()),
         "joined": refused(lambda: Joined(sgd)),

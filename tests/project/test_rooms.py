@@ -28,11 +28,12 @@ FLOORS: dict[str, Sequence[str]] = {
         "rbwa_fused.engine",
         *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate", "estimate")),
         *(f"rbwa_fused.{name}" for name in ("averages", "form", "checkpoint", "adopted")),
+        *(f"rbwa_fused.{name}" for name in ("members", "buffers")),
         *(
             f"rbwa_fused.{name}"
             for name in ("in_backward", "saved", "fused", "optimizer", "replicas")
         ),
-        *(f"rbwa_fused.{name}" for name in ("members", "into", "foreign", "steppers", "averager")),
+        *(f"rbwa_fused.{name}" for name in ("into", "foreign", "steppers", "averager")),
         *(f"rbwa_fused.{name}" for name in ("distributed", "integrations")),
         "rbwa_fused",
     ),

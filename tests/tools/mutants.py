@@ -199,8 +199,8 @@ SWAP: Mutants = [
     ("if plan.n_averaged > 0]", "]"),
     ("if plan.has_buffer(p) and average is not None:", "if average is not None:"),
     ("if plan.has_buffer(p) and average is not None and", "if average is not None and"),
-    ("            checks.params(group, opt.engine.options.master_weights)\n", ""),
-    ("            checks.state(group, opt.state)\n", ""),
+    ("            checks.params(group, plan.master_weights)\n", ""),
+    ("            checks.state(group, opt.state if plan.state is None else plan.state)\n", ""),
     ("        self.left = True\n", ""),
     (" or self._context() is None", ""),
     ("self._missing is not None or self.restore()", "self.restore()"),
@@ -261,21 +261,21 @@ UPKEEP: Mutants = [
 TABLES_OF_GROUPS: Mutants = [
     (" if own])", "])"),
     ("group_plan.sampling(p))\n", "group_plan.sampler.first_row)\n"),
-    ("not self.state.held.stands(state) or not", "not"),
+    ("not self.describes_state(state) or not", "not"),
     ("or not self.describes_groups(groups)", ""),
     ("        self.state.forget()  #", "        #"),
 ]
 STATE: Mutants = [
-    ("self.of(p) if p in new else {}", "self.of(p)"),
+    ("self.of(group, p) if p in new else {}", "self.of(group, p)"),
     ("own.copy_(shard_of(value, p).detach())", "own.zero_()"),
     ("own.copy_(shard_of(value, p).detach())", "own.copy_(shard_of(value, p))"),
-    ("                self._state[p] = {}\n", "                pass\n"),
+    ("                state[p] = {}\n", "                pass\n"),
     ("changes.append((held, stream, beside(own, p)))", "pass"),
     ("                        and own.dtype == dtype\n", ""),
     ("                        and taken.add(own)\n", ""),
     ("                        and memory.lies_as(own, table.memory[i])\n", ""),
     ("tensor.zero_() if value is None", "tensor.fill_(1) if value is None"),
-    ("if any(given.values()) or not self.held.stands(self._state):", "if False:"),
+    ("if any(given.values()) or not self.stands(self._state):", "if False:"),
     ("held.pop(stream, None)", "pass"),
     ("give(AVERAGE, local(p).detach())", "give(AVERAGE, None)"),
     ("                lacking.append(i)\n", "                pass\n"),
@@ -434,7 +434,14 @@ SHARDS_IN_MEMBERS: Mutants = [
     ("            reshard(self.module)\n        return", "            pass\n        return")
 ]
 MEMBERS: Mutants = [
-    ("[: 2 + self._with_buffers]", "[:3]"),
+    (
+        "            if self._with_buffers:\n                dicts",
+        "            if True:\n                dicts",
+    ),
+    (
+        "            if self._with_parameters:\n                dicts",
+        "            if True:\n                dicts",
+    ),
     ("        return any(self._empty) or not all(", "        return not all("),
     ("len(members) == len(seen) and all", "all"),
     ("if b.is_floating_point()}", "}"),
@@ -442,6 +449,54 @@ MEMBERS: Mutants = [
     ('getattr(module, "_orig_mod", module)', "module"),
     ('{"average": average, **group, **own}', '{**group, "average": average, **own}'),
     ("    if len(set(everything)) != len(everything):", "    if False:"),
+]
+BUFFERS: Mutants = [
+    (
+        "            self.state[buffer] = held if fits else {}",
+        "            self.state[buffer] = held",
+    ),
+    (
+        "            self.state[buffer] = held if fits else {}",
+        "            self.state[buffer] = {}",
+    ),
+    ("            del self.state[buffer]", "            pass"),
+    ("        self._followed.look()", "        pass"),
+    ("        checks.params(group, master_weights=False)", "        pass"),
+    (
+        '            if any(group.get("n_averaged")',
+        '            if not any(group.get("n_averaged")',
+    ),
+    ("        checkpoint.check_policy(", "        (lambda *given: None)("),
+    ("complete=bool(n)", "complete=False"),
+    ("        if missing or further:", "        if missing:"),
+    ("            _check(name, averages.get(name), buffer)", "            pass"),
+    ("            checkpoint.keep_tensors({None: new}, {None: held})", "            pass"),
+    ("            held.update(new)", "            pass"),
+]
+BESIDE_PARAMETERS: Mutants = [  # what an engine has beside the param groups
+    (
+        "(self._master_weights, self._rule) if beside is None else (False, rules.NONE)",
+        "(self._master_weights, self._rule)",
+    ),
+    (
+        "(self._master_weights, self._rule) if beside is None else (False, rules.NONE)",
+        "(self._master_weights, self._rule if beside is None else rules.NONE)",
+    ),
+]
+BESIDE_IN_TABLES: Mutants = [
+    ("            not own.changed() and plan", "            plan"),
+    (
+        "            not own.changed() and plan.describes(own.group)",
+        "            not own.changed()",
+    ),
+    ("[plan for plan in self.plan.groups if plan.state is None]", "self.plan.groups"),
+]
+BESIDE_IN_UPKEEP: Mutants = [
+    ("            self.beside.follow()\n", ""),
+    (
+        "        if self.beside is None or self.tables.were_cleared(state):",
+        "        if self.beside is None:",
+    ),
 ]
 FOREIGN: Mutants = [
     ('if "shadow_params" in state_dict:', "if False:"),
@@ -635,6 +690,10 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ),
     ("rbwa_fused/members.py", MEMBERS, BESIDE, False),
     ("rbwa_fused/into.py", INTO, BESIDE, False),
+    ("rbwa_fused/buffers.py", BUFFERS, ("averages/test_buffers.py",), False),
+    ("rbwa_fused/engine/rows.py", BESIDE_PARAMETERS, ("averages/test_buffers.py",), False),
+    ("rbwa_fused/engine/tables.py", BESIDE_IN_TABLES, ("averages/test_buffers.py",), False),
+    ("rbwa_fused/engine/upkeep.py", BESIDE_IN_UPKEEP, ("averages/test_buffers.py",), False),
     ("rbwa_fused/foreign.py", FOREIGN, ("averages/test_foreign_averages.py",), False),
     ("rbwa_fused/engine/memory.py", MEMORY, STEPS, False),
     ("rbwa_fused/engine/memory.py", SHARDS_IN_MEMORY, SHARDS, False),
