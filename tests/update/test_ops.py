@@ -141,6 +141,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "dimensions whose strides overflow": (edit(segments.DIMS, 2**62), "outside its tables"),
     "state out of range": (edit(MOMENTUM, 3), "outside its state"),
     "state below range": (edit(MOMENTUM, -2), "outside its state"),
+    "state far out of range": (edit(MOMENTUM, 2**50), "outside its state"),
     "state far below range": (edit(MOMENTUM, -(2**40)), "outside its state"),
     "state of another length": (
         lambda a: a[2].__setitem__(2, torch.zeros(41)),
