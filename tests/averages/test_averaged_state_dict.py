@@ -284,7 +284,7 @@ def test_another_models_training_weights_are_not_given_for_averages(policy: str)
 
 
 def test_parts_that_others_train_or_nobody_does_are_the_models_own() -> None:
-    """A frozen part, and an optimizer of two models."""
+    """A frozen part, an optimizer of two models, and a model that has no parameters."""
     model, critic = nn.Sequential(OfCopies(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4)
     model[1].requires_grad_(False)
     parameters = [*model[0].parameters(), *critic.parameters()]
@@ -295,6 +295,8 @@ def test_parts_that_others_train_or_nobody_does_are_the_models_own() -> None:
         opt.step()
     assert held(opt.averaged_state_dict(model)) == inside(opt, model)
     assert held(opt.averaged_state_dict(critic)) == inside(opt, critic)
+    whitening = nn.BatchNorm1d(4, affine=False)
+    assert held(opt.averaged_state_dict(whitening)) == held(whitening.state_dict())
 
 
 def test_a_sharded_model_that_returns_copies_returns_averaged_ones(process_group: None) -> None:

@@ -226,6 +226,8 @@ def test_rsgdm_is_loaded_by_the_class_too(difference: Any) -> None:
     set_all(other)
     with pytest.raises(ValueError, match="rule is 'sgd'"):
         Optimizer.load_state_dict(other, train(make(torch.optim.SGD)).state_dict())
+    with pytest.raises(ValueError, match="rule is 'sgd'"):
+        other.__setstate__({"param_groups": torch.optim.SGD(params(other), lr=0.5).param_groups})
     with pytest.raises(ValueError, match="rule is"):
         Optimizer.load_state_dict(make(rf.FusedSGD), opt.state_dict())
 
