@@ -89,6 +89,16 @@ def test_a_run_that_is_evaluated_is_the_run_that_is_not(method: str, dtype: torc
         assert result(opt) == result(opt2), step
 
 
+def test_after_an_evaluation_a_copy_disturbs_no_backward_pass_under_way() -> None:
+    model, opt = build("ema")
+    train(model, opt, 1, STEPS)
+    with opt.averaged():
+        pass
+    loss = sum(p.square().sum() for p in model.parameters())
+    copy.deepcopy(opt)
+    loss.backward()
+
+
 def test_parameters_that_share_memory_come_back() -> None:
     for backend in ("cpu", "reference"):
         memory = torch.randn(10)

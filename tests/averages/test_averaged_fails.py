@@ -308,7 +308,7 @@ def test_what_is_written_to_the_weights_inside_never_reaches_the_average(
     same_as_undisturbed(model, opt, master_weights=masters)
 
 
-@pytest.mark.parametrize("where", ["another parameter", "another's average", "one new tensor"])
+@pytest.mark.parametrize("where", ["the first", "the last", "another's average", "one new tensor"])
 def test_parameters_made_to_share_memory_inside_have_their_own_weights_again(where: str) -> None:
     a, b = (nn.Parameter(torch.full((4,), value)) for value in (1.0, 2.0))
     opt = rf.FusedSGD([a, b], lr=1.0, average=rf.ema(0.5))
@@ -317,8 +317,12 @@ def test_parameters_made_to_share_memory_inside_have_their_own_weights_again(whe
         opt.step()
     before = result(opt)
     with opt.averaged():
-        new = {"another parameter": a.data, "another's average": opt.state[b]["average"]}
-        shared = new.get(where, torch.zeros(4))
+        old = {
+            "the first": a.data,
+            "the last": b.data,
+            "another's average": opt.state[b]["average"],
+        }
+        shared = old.get(where, torch.zeros(4))
         a.data, b.data = shared, shared
     assert result(opt) == before
     assert (

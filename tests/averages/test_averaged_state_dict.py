@@ -227,6 +227,17 @@ class Wrapper(Tensor):
         return Wrapper(result) if isinstance(result, Tensor) else result
 
 
+def test_an_average_that_is_not_saved_is_no_reason_to_ask_a_model_twice() -> None:
+    model, asked = nn.Linear(4, 4), []
+    model.register_buffer("scratch", torch.ones(4), persistent=False)
+    model._register_state_dict_hook(lambda *of: asked.append(of[0]))
+    averager = rf.Averager(model, rf.ema(0.5), buffers=True)
+    averager.update()
+    assert averager.averages(model).keys() == {"weight", "bias", "scratch"}
+    assert averager.averaged_state_dict(model).keys() == {"weight", "bias"}
+    assert asked == [model]
+
+
 def test_what_has_no_memory_is_not_taken_for_a_frozen_weight_that_has_none() -> None:
     def quantize(state: dict[str, Any], layer: nn.Linear) -> None:
         state["0.quantized"] = Wrapper(layer.weight.detach().clone())

@@ -253,3 +253,5 @@ def test_autocasts_cache_does_not_keep_the_weights_of_before(grad: Callable[[], 
         with opt.averaged():
             assert bits(model(x)) == averaged != live
         assert bits(model(x)) == live
+        opt.adopt(model)
+        assert bits(model(x)) == averaged
