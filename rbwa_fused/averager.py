@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rbwa_fused import checkpoint, foreign, form, rules
+from rbwa_fused import checkpoint, foreign, form, members, rules
 from rbwa_fused.average import Average
 from rbwa_fused.averages import Averages
 from rbwa_fused.engine import backends, checks
@@ -48,8 +48,9 @@ class Averager(Averages):
     torch's. The optimizer keeps the averager: ``remove()`` ends it sooner.
 
     Parameters stay where they are. A module is followed: parameters that are exchanged under their
-    names, added or removed between steps are so in the averages. DTensor parameters (FSDP2, tensor
-    parallel) are averaged as the shards that a process holds, without communication.
+    names, some or all of them, go on with these names' averages, one that gets another name keeps
+    its own, and what is added or removed between steps is so in the averages. DTensor parameters
+    (FSDP2, tensor parallel) are averaged as the shards that a process holds, without communication.
 
     Args:
         params: a module; or float32, float64, bfloat16 or float16 tensors, pairs of names and
@@ -221,14 +222,12 @@ class Averager(Averages):
 
     def _before_step(self) -> None:
         self.engine.refuse_inside_averaged("step")
-        starting = self.engine.starting()
-        if not starting:
+        if not self.engine.starting():
             return
         self._follow()
         if not self.engine.tables.describes(self.param_groups, self.state):
             self._rebuild()
-            starting = self.engine.starting()
-        self.engine.prepare(starting)
+        self.engine.prepare(self.engine.starting())
 
     def _prepare(self) -> None:
         """Before the first step there are averages, for whoever loads into them. With an optimizer
@@ -251,23 +250,17 @@ class Averager(Averages):
     # ---- parameters ----------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        """Takes over what has become of a module's parameters since the last look."""
+        """Takes over what has become of a module's parameters since the last look. What fails or is
+        interrupted here is done again by the next look: the module is looked at last."""
         if self._module is None or not self._module.changed():
             return
         new = self._module.groups([group["average"] for group in self.param_groups])
-        now: dict[str, Tensor] = {}
         for group in new:
             self._check(group)
-            now.update(zip(group["param_names"], group["params"], strict=True))
-        state = defaultdict(dict, self.state)
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                held = state.pop(p, None)
-                if held is not None and name in now and self.engine.counted:
-                    state[now[name]] = held
-        self.state = state
+        self.state = members.inherited(self.param_groups, new, self.state, self.engine.counted)
         for group, own in zip(self.param_groups, new, strict=True):
             group.update(own)
+        self._rebuild()
         self._module.look()
 
     def _rebuild(self) -> None:
@@ -278,7 +271,9 @@ class Averager(Averages):
                 held = (self.state.get(p) or {}).get(AVERAGE)
                 if held is not None and held.shape != p.shape:
                     del self.state[p]  # another parameter of that name; it starts as a copy
-        self.engine.rebuild(self.param_groups, self.state)
+        if self._into is not None:
+            self._into.attach(self.param_groups, self.state)
+        self.engine.rebuild(self.param_groups, self.state, same=True)
         self._check_into()
         if self.engine.steps == 0:
             self._prepare()
@@ -379,10 +374,14 @@ class Averager(Averages):
             loaded = self._of_others(state_dict, step)
         if loaded.notes:
             warnings.warn("; ".join(loaded.notes), stacklevel=backends.user_level())
+        if not (loaded.steps or any(counted.n_averaged for counted in loaded.counts)):
+            loaded = loaded._replace(state=defaultdict(dict))  # averages of nothing
         checkpoint.keep_tensors(loaded.state, self.state)
         self.state = loaded.state
         engine.build(self.param_groups, loaded.state, loaded.steps, loaded.counts)
         engine.swapped = None
+        if engine.steps == 0:
+            self._prepare()
 
     def _own(self, state_dict: dict[str, Any], step: int | None) -> checkpoint.Loaded:
         if self._into is None:

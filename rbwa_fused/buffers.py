@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rbwa_fused import checkpoint, form
 from rbwa_fused.average import Average
 from rbwa_fused.engine import checks
-from rbwa_fused.members import Followed
+from rbwa_fused.members import Followed, inherited
 from rbwa_fused.streams import AVERAGE, DTYPES
 
 Group = dict[str, Any]
@@ -57,12 +57,10 @@ class Buffers:
         """Takes over what has become of the buffers."""
         [group] = self._followed.groups([self.group["average"]])
         checks.params(group, master_weights=False)
-        known = self.named()
-        # Done again from any line on, it comes to the same.
-        for name, buffer in zip(group["param_names"], group["params"], strict=True):
-            held = known.get(name, {})
-            fits = AVERAGE in held and held[AVERAGE].shape == buffer.shape
-            self.state[buffer] = held if fits else {}
+        state = inherited([self.group], [group], self.state, counted=True)
+        for buffer in group["params"]:  # done again from any line on, it comes to the same
+            fits = AVERAGE in state[buffer] and state[buffer][AVERAGE].shape == buffer.shape
+            self.state[buffer] = state[buffer] if fits else {}
         self.group.update(group)
         for buffer in self.state.keys() - set(group["params"]):
             del self.state[buffer]
@@ -71,7 +69,7 @@ class Buffers:
     def named(self) -> dict[str, dict[str, Any]]:
         """The state by the buffers' names."""
         pairs = zip(self.group["param_names"], self.group["params"], strict=True)
-        return {name: self.state[buffer] for name, buffer in pairs}
+        return {name: self.state.get(buffer, {}) for name, buffer in pairs}
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
 from operator import is_
@@ -49,17 +50,17 @@ class Followed:
                 dicts.append(m._parameters)
             if self._with_buffers:
                 dicts.append(m._buffers)
-        self._full = [(d, tuple(d.values())) for d in dicts if d]
-        self._empty = [d for d in dicts if not d]
+        self._seen = [(d, tuple(d.values())) for d in dicts if d], [d for d in dicts if not d]
 
     def changed(self) -> bool:
         """Whether something was exchanged, added or removed since the last look. A forward pass
         under FSDP2 may leave what it has gathered in the parameters' places; that is freed."""
         if self._sharded:
             reshard(self.module)
-        return any(self._empty) or not all(
+        full, empty = self._seen
+        return any(empty) or not all(
             len(members) == len(seen) and all(map(is_, members.values(), seen))
-            for members, seen in self._full
+            for members, seen in full
         )
 
     def groups(self, averages: Sequence[Average | None]) -> list[Group]:
@@ -117,6 +118,27 @@ def _named(params: Iterable[Any], exclude: Sequence[str]) -> Group:
         if not isinstance(p, Tensor):
             raise TypeError(f"Invalid params: {type(p).__name__} (expected a torch.Tensor)")
     return {"params": members}
+
+
+def inherited(
+    before: Sequence[Group], now: Sequence[Group], state: Mapping[Tensor, Any], counted: bool
+) -> defaultdict[Tensor, Any]:
+    """The state of what groups have now. A parameter keeps its own, under whatever name; one that
+    is new takes over that of the parameter of its name, which is gone, if anything is counted.
+    """
+    old = {name: p for group in before for name, p in _by_name(group)}
+    new = {p for group in now for p in group["params"]}
+    mine = {p for group in before for p in group["params"]}
+    kept = defaultdict(dict, {p: held for p, held in state.items() if p in new or p not in mine})
+    for name, p in chain.from_iterable(map(_by_name, now)):
+        gone = old.get(name)
+        if counted and gone is not None and gone not in new and gone in state:
+            kept.setdefault(p, state[gone])
+    return kept
+
+
+def _by_name(group: Group) -> Iterable[tuple[str, Tensor]]:
+    return zip(group["param_names"], group["params"], strict=True)
 
 
 def check_patterns(exclude: Sequence[str], names: Sequence[str]) -> None:

@@ -96,8 +96,11 @@ class Upkeep:
                 backends.warn_of_reference(table.params[0].device)
                 return
 
-    def rebuild(self, groups: Sequence[Group], state: State) -> None:
+    def rebuild(self, groups: Sequence[Group], state: State, *, same: bool = False) -> None:
         """Follows parameters that were converted, groups and state that were replaced.
+
+        Args:
+            same: the groups are those that there were, in their order, whatever is in them now.
 
         Raises:
             ValueError: for averages that were assigned before the first step.
@@ -108,7 +111,7 @@ class Upkeep:
             held.pop(stream, None)
         if not counted:
             checks.refuse_uncounted(state)
-        counts = self.counts(groups, state) if counted else None
+        counts = self.counts(groups, state, same=same) if counted else None
         self.build(groups, state, self.steps, counts, beside=self.beside_count(state))
 
     @property
@@ -152,13 +155,13 @@ class Upkeep:
 
     # ---- counters ------------------------------------------------------------------------------
 
-    def counts(self, groups: Sequence[Group], state: State) -> list[Counts]:
-        """Of each group, as counted for the group that has had its parameters. Where the state was
-        cleared, averages in buffers start again."""
+    def counts(self, groups: Sequence[Group], state: State, *, same: bool = False) -> list[Counts]:
+        """Of each group, as counted for the group that has had its parameters, or its place where
+        they are the ``same``. Where the state was cleared, averages in buffers start again."""
         cleared = self.tables.were_cleared(state)
         counts = []
-        for group in groups:
-            plan = self.tables.known(group)
+        for i, group in enumerate(groups):
+            plan = self.tables.plan.groups[i] if same else self.tables.known(group)
             if plan is None:
                 counts.append(Counts())
                 continue
@@ -172,8 +175,8 @@ class Upkeep:
         again with them."""
         if self.beside is None or self.tables.were_cleared(state):
             return 0
-        known = self.tables.known(self.beside.group)
-        return 0 if known is None else known.n_averaged
+        plans = [plan for plan in self.tables.plan.groups if plan.state is not None]
+        return max((plan.n_averaged for plan in plans), default=0)
 
     def read_back(self) -> None:
         """Reads the device's counters, if it counts."""

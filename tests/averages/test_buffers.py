@@ -191,6 +191,19 @@ def test_what_becomes_of_a_buffer_is_followed() -> None:
     assert opt.n_averaged == 7
 
 
+def test_buffers_that_are_all_exchanged_go_on_with_the_averages_of_their_names() -> None:
+    net, opt = made()
+    train(net, opt, 1, 3)
+    before = held(net, opt)
+    for name in FLOATING:
+        module, _, own = name.rpartition(".")
+        setattr(net.get_submodule(module), own, net.get_buffer(name).clone())
+    assert as_bits(held(net, opt)) == as_bits(before)
+    train(net, opt, 4, 4)
+    assert opt.state_dict()["buffers"]["n_averaged"] == 4
+    assert all(a is b for a, b in zip(held(net, opt), before, strict=True))
+
+
 def test_a_converted_model_keeps_its_averages() -> None:
     net, opt = made()
     train(net, opt, 1, 3)

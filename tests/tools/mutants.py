@@ -248,7 +248,6 @@ ENGINE: Mutants = [
     ("return [*before, call,", "return [call,"),
     ("*((param.copy_, copy) for param, copy in table.copies)]", "]"),
     ("            calls += self.finish(table, grads, absent, scale)\n", ""),
-    ("calls + behind", "calls"),
     ("        if absent:\n", "        if False:\n"),
     ("torch.tensor(1.0 / scale", "torch.tensor(scale"),
     ("if table.copies and not all(", "if False and not all("),
@@ -394,7 +393,6 @@ AVERAGER: Mutants = [
     ("            if writer is not None and writer is not self:", "            if False:"),
     ("            _writers[p] = weakref.ref(self)", "            pass"),
     ("                del _writers[p]", "                pass"),
-    ("for stepper in followed]", "for stepper in followed[-1:]]"),
     ("followed[-1].register_step_post_hook", "followed[0].register_step_post_hook"),
     ('getattr(stepper, "found_inf", None)', "None"),
     ("            handle.remove()\n", "            pass\n"),
@@ -404,25 +402,16 @@ AVERAGER: Mutants = [
     ('        self.engine.refuse_inside_averaged("update")\n', ""),
     ("self.engine.starting() if self._optimizer is None else []", "self.engine.starting()"),
     ("if starting or self.engine.steps == 0:", "if starting:"),
-    (
-        "            into.attach(self.param_groups, self.state)\n        while",
-        "            pass\n        while",
-    ),
-    (
-        "            torch.autograd.graph.increment_version(into.written(self.param_groups))",
-        "            pass",
-    ),
-    ("name in now and self.engine.counted", "name in now"),
-    ("                    state[now[name]] = held", "                    pass"),
+    ("            into.attach(self.param_groups, self.state)\n", ""),
+    ("same=True", "same=False"),
+    ("        if not (loaded.steps or any(", "        if False and not (loaded.steps or any("),
     ("        self._module.look()\n", "        pass\n"),
     ("if held is not None and held.shape != p.shape:", "if False:"),
     ("        if self._into is not None:\n            state = {}", "        pass"),
     ("loaded._replace(notes=[*loaded.notes, note])", "loaded"),
-    ("        count = max(1, saved.samples or 1)", "        count = 0"),
-    ("steps = count if step is None else", "steps = 0 if step is None else"),
     ("        checkpoint.keep_tensors(loaded.state, self.state)\n", ""),
-    ("        engine.swapped = None\n", ""),
 ]
+SAMPLES: Mutants = []
 STEPPERS: Mutants = [
     ("if p.requires_grad and p not in theirs", "if p not in theirs"),
     ('    while getattr(optimizer, "optimizer", None) is not None:', "    while False:"),
@@ -431,7 +420,10 @@ SHARDS_IN_AVERAGER: Mutants = [
     ("super().averaged(self._or_own(model), blend", "super().averaged(model, blend"),
 ]
 SHARDS_IN_MEMBERS: Mutants = [
-    ("            reshard(self.module)\n        return", "            pass\n        return")
+    (
+        "            reshard(self.module)\n        full, empty",
+        "            pass\n        full, empty",
+    )
 ]
 MEMBERS: Mutants = [
     (
@@ -442,7 +434,10 @@ MEMBERS: Mutants = [
         "            if self._with_parameters:\n                dicts",
         "            if True:\n                dicts",
     ),
-    ("        return any(self._empty) or not all(", "        return not all("),
+    ("        return any(empty) or not all(", "        return not all("),
+    ("gone not in new and", ""),
+    ("if counted and gone", "if gone"),
+    ("            kept.setdefault(p, state[gone])", "            pass"),
     ("len(members) == len(seen) and all", "all"),
     ("if b.is_floating_point()}", "}"),
     ("        if not any(fnmatchcase", "        if False and not any(fnmatchcase"),
@@ -452,11 +447,11 @@ MEMBERS: Mutants = [
 ]
 BUFFERS: Mutants = [
     (
-        "            self.state[buffer] = held if fits else {}",
-        "            self.state[buffer] = held",
+        "            self.state[buffer] = state[buffer] if fits else {}",
+        "            self.state[buffer] = state[buffer]",
     ),
     (
-        "            self.state[buffer] = held if fits else {}",
+        "            self.state[buffer] = state[buffer] if fits else {}",
         "            self.state[buffer] = {}",
     ),
     ("            del self.state[buffer]", "            pass"),
@@ -504,7 +499,6 @@ FOREIGN: Mutants = [
     ("        if missing or further:\n", "        if further:\n"),
     ("{*names, *left_out}", "{*names}"),
     ("        if value.shape != p.shape:\n", "        if False:\n"),
-    ('("ema_model.", "step"), ', ""),
 ]
 INTO: Mutants = [
     ("    if dtypes == natural:\n", "    if True:\n"),
@@ -651,6 +645,7 @@ STEPS = (
 )
 BESIDE = (
     "averages/test_averager.py",
+    "averages/test_averager_follows.py",
     "averages/test_readouts.py",
     "averages/test_foreign_averages.py",
 )
@@ -722,6 +717,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         ("integrations/test_transformers.py", "integrations/test_transformers_checkpoints.py"),
         False,
     ),
+    ("rbwa_fused/engine/engine.py", SAMPLES, BESIDE, False),
     ("rbwa_fused/steppers.py", STEPPERS, BESIDE, False),
     (
         "rbwa_fused/averager.py",
