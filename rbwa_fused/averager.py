@@ -354,7 +354,7 @@ class Averager(Averages):
 
         Args:
             step (int, steps, >= 0): how many were taken. Ours say it themselves; of others it is
-                the number of their samples, if they say that, and else 1 (default: None).
+                the number of their steps or samples, if they say one, and else 1 (default: None).
 
         Raises:
             ValueError, TypeError: for an optimizer's checkpoint, another kind of policy,
@@ -404,8 +404,8 @@ class Averager(Averages):
             dtype = plan_of[p].dtype_of(AVERAGE, p)
             own = torch.empty_like(local(p), dtype=dtype, requires_grad=False).copy_(shard)
             state[p] = {AVERAGE: beside(own, p)}
-        count = max(1, saved.samples or 1)
-        steps = count if step is None else integer("step", step, least=0)
+        count = saved.samples
+        steps = saved.steps if step is None else integer("step", step, least=0)
         counts = [Counts(count * (group["average"] is not None)) for group in self.param_groups]
         return checkpoint.Loaded([], state, steps, counts, [])
 

@@ -19,27 +19,37 @@ Group = dict[str, Any]
 
 
 class Saved(NamedTuple):
-    """Averages by name, or in the order of the parameters, and how many samples they have, where
-    that is known."""
+    """Averages by name, or in the order of the parameters.
+
+    Attributes:
+        samples: in the averages; 0 where the next one is to be a copy, 1 where nothing is said.
+        steps: that were taken, as far as that is known.
+    """
 
     averages: dict[str, Tensor] | list[Tensor]
-    samples: int | None
+    samples: int = 1
+    steps: int = 1
 
 
 def read(state_dict: Mapping[str, Any]) -> Saved:
     """What a state dict of one of these layouts says."""
     if "shadow_params" in state_dict:
-        return Saved(list(state_dict["shadow_params"]), _count(state_dict, "optimization_step"))
-    for prefix, counter in (("ema_model.", "step"), ("module.", "n_averaged")):
-        named = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        if named:
-            return Saved(named, _count(state_dict, counter))
-    return Saved(dict(state_dict), None)
+        steps = int(state_dict.get("optimization_step", 1))
+        samples = max(0, steps - int(state_dict.get("update_after_step", 0)))
+        return Saved(list(state_dict["shadow_params"]), samples, steps)
+    named = _below("ema_model.", state_dict)
+    if named:
+        steps = int(state_dict.get("step", 1))
+        return Saved(named, steps if state_dict.get("initted", True) else 0, steps)
+    named = _below("module.", state_dict)
+    if named:
+        samples = int(state_dict.get("n_averaged", 1))
+        return Saved(named, samples, samples)
+    return Saved(dict(state_dict))
 
 
-def _count(state_dict: Mapping[str, Any], key: str) -> int | None:
-    value = state_dict.get(key)
-    return None if value is None else int(value)
+def _below(prefix: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
 
 
 def matched(

@@ -46,7 +46,7 @@ def of_timm(net: nn.Module) -> tuple[Any, Callable[[], object], nn.Module]:
 
 def of_ema_pytorch(net: nn.Module) -> tuple[Any, Callable[[], object], nn.Module]:
     library = pytest.importorskip("ema_pytorch")
-    averaged = library.EMA(net, beta=0.5, update_every=1, update_after_step=0)
+    averaged = library.EMA(net, beta=0.5, min_value=0.5, update_every=1, update_after_step=0)
     return averaged, averaged.update, averaged.ema_model
 
 
@@ -95,6 +95,67 @@ def test_diffusers_list_goes_by_the_order_of_the_parameters() -> None:
     assert all(map(torch.equal, found, shadow)) and averager.n_averaged == 7
     with pytest.raises(ValueError, match=r"2 averages \(expected 6\)"):
         averager.load_state_dict({"shadow_params": shadow[:2]})
+
+
+# EMAModel's options, and the policy that says the same. Its own decay begins at (1 + n) / (10 + n),
+# n >= 1 being the samples in the average.
+OF_DIFFUSERS: dict[str, tuple[dict[str, Any], rf.Average]] = {
+    "its own decay": (
+        {"decay": 0.75},
+        rf.Average(lambda n, step: 1 - min((1 + n) / (10 + n), 0.75), name="diffusers"),
+    ),
+    "constant": ({"decay": 0.75, "min_decay": 0.75}, rf.ema(0.75)),
+    "warmup": (
+        {"decay": 0.75, "use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.5},
+        rf.Average(lambda n, step: 1 - min(1 - (1 + n / 2) ** -0.5, 0.75), name="warmup"),
+    ),
+    "late": ({"decay": 0.75, "min_decay": 0.75, "update_after_step": 3}, rf.ema(0.75, start=3)),
+}
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3, 4, 6])
+@pytest.mark.parametrize("options", OF_DIFFUSERS)
+def test_a_run_goes_on_with_what_diffusers_has_saved_to_what_it_would_come_to(
+    options: str, stop: int
+) -> None:
+    """In float64, within two units of the last place a sample: EMAModel rounds a - (1 - d) (a - x),
+    and copies as 0 a + x. Before its first sample it holds the initial weights, or copies."""
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    its, policy = OF_DIFFUSERS[options]
+    net = Net().double()
+    opt = adamw(net)
+    theirs = training_utils.EMAModel(net.parameters(), **its)
+    train(net, [opt], 1, stop, lambda step: theirs.step(net.parameters()))
+    averager = rf.Averager(net, policy, optimizer=opt)
+    averager.load_state_dict(through_a_file(theirs.state_dict()))
+    late = its.get("update_after_step", 0)
+    assert averager.engine.steps == stop and averager.n_averaged == max(0, stop - late)
+    last = 9
+    train(net, [opt], stop + 1, last, lambda step: theirs.step(net.parameters()))
+    assert averager.n_averaged == last - late
+    for p, shadow in zip(net.parameters(), theirs.shadow_params, strict=True):
+        a = averager.state[p]["average"]
+        if not p.requires_grad:
+            assert torch.equal(a, shadow)
+        largest = torch.maximum(shadow.abs().max(), p.detach().abs().max())
+        bound = 2 * last * torch.finfo(torch.float64).eps * largest
+        assert (a - shadow).abs().max() <= bound
+
+
+@pytest.mark.parametrize("library", ["AveragedModel", "ema-pytorch"])
+def test_a_run_goes_on_from_before_another_librarys_first_sample(library: str) -> None:
+    """As of a run that was stopped before SWA starts: the weights of then are no sample."""
+    net = Normed()
+    opt = adamw(net)
+    theirs, update, module = LIBRARIES[library](net)
+    train(net, [opt], 1, 2)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    averager.load_state_dict(through_a_file(theirs.state_dict()))
+    assert averager.n_averaged == 0
+    train(net, [opt], 3, 4, lambda step: update())
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(averager.averages()[name], p.detach(), rtol=1e-6, atol=1e-6)
+    assert averager.n_averaged == 2
 
 
 def test_a_plain_state_dict_is_averages_too_and_step_says_where_the_run_stands() -> None:

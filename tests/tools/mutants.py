@@ -409,6 +409,8 @@ AVERAGER: Mutants = [
     ("if held is not None and held.shape != p.shape:", "if False:"),
     ("        if self._into is not None:\n            state = {}", "        pass"),
     ("loaded._replace(notes=[*loaded.notes, note])", "loaded"),
+    ("        count = saved.samples\n", "        count = 0\n"),
+    ("steps = saved.steps if step is None else", "steps = 0 if step is None else"),
     ("        checkpoint.keep_tensors(loaded.state, self.state)\n", ""),
 ]
 SAMPLES: Mutants = []
@@ -499,6 +501,10 @@ FOREIGN: Mutants = [
     ("        if missing or further:\n", "        if further:\n"),
     ("{*names, *left_out}", "{*names}"),
     ("        if value.shape != p.shape:\n", "        if False:\n"),
+    ('    named = _below("ema_model.", state_dict)\n', "    named = {}\n"),
+    (' if state_dict.get("initted", True) else 0', ""),
+    (' - int(state_dict.get("update_after_step", 0))', ""),
+    ('samples = int(state_dict.get("n_averaged", 1))', "samples = 1"),
 ]
 INTO: Mutants = [
     ("    if dtypes == natural:\n", "    if True:\n"),
