@@ -41,7 +41,8 @@ sanitize: .venv/dev
 # at random moments, and every variant of Triton's kernels compiled.
 soak: .venv/dev
 	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/properties/test_properties.py
-	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/engine/test_interrupted.py
+	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/engine/test_interrupted.py \
+		tests/engine/test_interrupted_averager.py
 	RBWA_PROFILE=long $(BIN)/python -m pytest -q tests/update/test_triton_compiled.py
 	RBWA_KILLS=50 $(BIN)/python -m pytest -q -s tests/studies/test_crash.py
 

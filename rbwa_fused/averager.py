@@ -20,6 +20,7 @@ from rbwa_fused import checkpoint, foreign, form, members, rules
 from rbwa_fused.average import Average
 from rbwa_fused.averages import Averages
 from rbwa_fused.engine import backends, checks
+from rbwa_fused.engine.doors import Call
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.sharded import beside, local, shard_of
 from rbwa_fused.engine.tables import Counts, Group, Options
@@ -113,6 +114,7 @@ class Averager(Averages):
         self.state: Any = defaultdict(dict)
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._handles: list[RemovableHandle] = []
+        self._owed: tuple[Tensor | None] | None = None  # found_inf of a step not sampled so far
         self.engine = Engine(rules.NONE, Options(backend=backend, flatten=False))
         self._into = None if into is None else Into(into)
         for group in self.param_groups:
@@ -124,10 +126,14 @@ class Averager(Averages):
                 self._check(group)
         followed = steppers(optimizer, self.param_groups)
         self._build()
-        self._claim()
-        if followed:
-            self._hook(followed)
-        self._prepare()
+        try:
+            self._claim()
+            if followed:
+                self._hook(followed)
+            self._prepare()
+        except BaseException:
+            self.remove()  # or the optimizers would keep it
+            raise
 
     def _build(self) -> None:
         """The tables of an averager that has counted nothing."""
@@ -203,10 +209,12 @@ class Averager(Averages):
             self._before_step()
 
         def behind(stepper: Optimizer, *arguments: Any) -> None:
-            self._sample(getattr(stepper, "found_inf", None))
+            self._owed = (getattr(stepper, "found_inf", None),)
+            self._catch_up()
 
         self._optimizer = weakref.ref(followed[-1])
-        self._handles = [stepper.register_step_pre_hook(before) for stepper in followed]
+        for stepper in followed:
+            self._handles.append(stepper.register_step_pre_hook(before))
         self._handles.append(followed[-1].register_step_post_hook(behind))
 
     def remove(self) -> None:
@@ -219,9 +227,12 @@ class Averager(Averages):
         for p, writer in list(_writers.items()):
             if writer() is self:
                 del _writers[p]
+        if self.engine.swapped is None:
+            self._catch_up()
 
     def _before_step(self) -> None:
         self.engine.refuse_inside_averaged("step")
+        self._catch_up()
         if not self.engine.starting():
             return
         self._follow()
@@ -236,16 +247,25 @@ class Averager(Averages):
         if starting or self.engine.steps == 0:
             self.engine.prepare(starting)
 
+    def _catch_up(self) -> None:
+        """Takes the sample of a step that has none so far: the last one, or one behind which
+        something failed or was interrupted."""
+        if self._owed is not None:
+            self._sample(*self._owed)
+            self._owed = None  # also where the step was skipped
+
     def _sample(self, found_inf: Tensor | None) -> None:
         self.engine.refuse_inside_averaged("update")
         self._follow()
         into = self._into
+        behind: list[Call] = [(setattr, self, "_owed", None)]
         if into is not None:
             into.attach(self.param_groups, self.state)
-        while not self.engine.sample(self.param_groups, self.state, found_inf):
+            behind.append((torch._C._increment_version, into.written(self.param_groups)))
+        unseen = self._optimizer is None
+        groups = self.param_groups
+        while not self.engine.sample(groups, self.state, found_inf, behind, unseen=unseen):
             self._rebuild()
-        if into is not None:
-            torch.autograd.graph.increment_version(into.written(self.param_groups))
 
     # ---- parameters ----------------------------------------------------------------------------
 
@@ -316,10 +336,15 @@ class Averager(Averages):
             raise TypeError("an Averager of tensors needs a model here (expected model=)")
         return model
 
+    def _look(self) -> None:
+        """Before something is read: not inside ``averaged()``."""
+        if self.engine.swapped is None:
+            self._catch_up()
+            self._follow()
+
     def _or_own(self, model: nn.Module | None) -> nn.Module | None:
         """The model to read averages for, of parameters that are looked for anew."""
-        if self.engine.swapped is None:
-            self._follow()
+        self._look()
         return self._module.module if model is None and self._module is not None else model
 
     # ---- checkpoints ---------------------------------------------------------------------------
@@ -330,8 +355,7 @@ class Averager(Averages):
         Tensors are the live ones. Parameters are numbered in the order of their groups. Averages
         that live ``into`` a module are in that module's state dict, and not in this.
         """
-        if self.engine.swapped is None:
-            self._follow()
+        self._look()
         numbers = {
             p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))
         }
@@ -379,7 +403,7 @@ class Averager(Averages):
         checkpoint.keep_tensors(loaded.state, self.state)
         self.state = loaded.state
         engine.build(self.param_groups, loaded.state, loaded.steps, loaded.counts)
-        engine.swapped = None
+        engine.swapped = self._owed = None
         if engine.steps == 0:
             self._prepare()
 

@@ -73,9 +73,20 @@ class Engine(Upkeep):
         return self._take(gathered, absent, negated, grad_scale, found_inf)
 
     def sample(
-        self, groups: Sequence[Group], state: State, found_inf: Tensor | None = None
+        self,
+        groups: Sequence[Group],
+        state: State,
+        found_inf: Tensor | None = None,
+        after: Sequence[Call] = (),
+        *,
+        unseen: bool = False,
     ) -> bool:
         """Counts a step that somebody else has taken; the averages sample the weights as they are.
+
+        Args:
+            after: what is to be done together with it, or not at all.
+            unseen: nobody will see the weights before the next step: averages that begin with them
+                take them now.
 
         Returns:
             False, with nothing changed, where the tables must be rebuilt first.
@@ -85,7 +96,7 @@ class Engine(Upkeep):
         gathered: list[tuple[Served, Grads]] = [
             (launch, [None] * len(launch[0].params)) for launch in self.tables.launches
         ]
-        return self._take(gathered, True, False, None, found_inf)
+        return self._take(gathered, True, False, None, found_inf, after, unseen)
 
     def _take(
         self,
@@ -94,6 +105,8 @@ class Engine(Upkeep):
         negated: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        after: Sequence[Call] = (),
+        unseen: bool = False,
     ) -> bool:
         """`step`, or `sample`, with gradients that were gathered."""
         tables, plan = self.tables, self.tables.plan
@@ -128,7 +141,9 @@ class Engine(Upkeep):
             calls.append(self.end())
         for (table, _), grads in gathered:
             calls += self.finish(table, grads, absent, scale)
-        return self.run(gathered, calls + behind)
+        if unseen and not on_device:
+            behind += self.beginning(self.starting(behind=True))
+        return self.run(gathered, [*calls, *behind, *after])
 
     def begin(self, scale: float = 1.0) -> None:
         """Brings the rows up to date for the step to come; gradients are ``scale`` times theirs."""

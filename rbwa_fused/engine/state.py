@@ -12,7 +12,6 @@ from collections.abc import Iterable, MutableMapping
 from operator import setitem
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rbwa_fused.engine import memory
@@ -180,13 +179,14 @@ class ParameterState:
         weights = local(p if master is None else master).detach()
         return [(average.copy_, weights), (setitem, held, AVERAGE, beside(average, p))]
 
-    @torch.no_grad()
-    def copy_weights(self, group: GroupPlan) -> None:
-        """A group's averages in buffers become the weights of now."""
+    def copies(self, group: GroupPlan) -> list[Call]:
+        """What makes a group's weights the averages in buffers that there are of them."""
+        calls: list[Call] = []
         for p in group.params:
             held = self.of(group, p)
             if AVERAGE in held:
-                local(held[AVERAGE]).copy_(local(held.get(MASTER, p)))
+                calls.append((local(held[AVERAGE]).copy_, local(held.get(MASTER, p)).detach()))
+        return calls
 
     def _put(self, table: Segments, given: Given) -> None:
         """Puts what was made into the state, and then into the table."""

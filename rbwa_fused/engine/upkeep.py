@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import setitem
 from typing import Protocol
 
 from torch import Tensor
 
 from rbwa_fused import rules
-from rbwa_fused.engine import backends, checks
+from rbwa_fused.engine import backends, checks, doors
+from rbwa_fused.engine.doors import Call
 from rbwa_fused.engine.on_device import OnDevice
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.state import State
@@ -119,9 +121,11 @@ class Upkeep:
         """Whether there was a step, or a sample before the first."""
         return self.steps > 0 or any(plan.n_averaged > 0 for plan in self.tables.plan.groups)
 
-    def starting(self, of: Sequence[Group] | None = None) -> list[GroupPlan]:
+    def starting(
+        self, of: Sequence[Group] | None = None, *, behind: bool = False
+    ) -> list[GroupPlan]:
         """The groups, or those of some, whose averages begin with the weights before the step to
-        come (``initial="current"`` and ``"now"``)."""
+        come (``initial="current"`` and ``"now"``), or with those ``behind`` it."""
         waiting = [
             (group, group.policy.begins)
             for group in self.tables.plan.groups
@@ -129,10 +133,13 @@ class Upkeep:
             and group.policy.begins < math.inf
             and (of is None or any(group.group is one for one in of))
         ]
-        if any(group.n_averaged == 0 for group, _ in waiting):
+        if not behind and any(group.n_averaged == 0 for group, _ in waiting):
             self.read_back()  # the host knows no other way where that step is
+        counts = self.tables.plan.next_counts if behind else self.tables.plan.counts
         return [
-            group for group, begins in waiting if begins <= self.steps and group.n_averaged == 0
+            group
+            for group, begins in waiting
+            if begins <= counts[0] and counts[group.sampler.index] == 0
         ]
 
     def prepare(self, groups: Sequence[GroupPlan]) -> None:
@@ -141,12 +148,15 @@ class Upkeep:
         tables = self.tables
         for table, _ in tables.launches:
             tables.state.give(table, [None] * len(table.params))
-        for group in groups:
-            tables.state.copy_weights(group)
-        for group in groups:
-            tables.plan.counts[group.sampler.index] = 1
+        doors.in_turn(self.beginning(groups))
         if groups:
             self.device_counters = None  # the next step hands the counters over anew
+
+    def beginning(self, groups: Sequence[GroupPlan]) -> list[Call]:
+        """What makes the weights the first sample of these groups, which have averages already."""
+        tables = self.tables
+        calls = [call for group in groups for call in tables.state.copies(group)]
+        return calls + [(setitem, tables.plan.counts, group.sampler.index, 1) for group in groups]
 
     def refuse_midway(self, what: str) -> None:
         """Raises where a step has begun in the backward pass and not ended."""

@@ -3,74 +3,17 @@ memory at any allocation: trained on, they come to what a run comes to in which 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from interrupts import FULL, Allocation, Line, tried
 from runs import STEPS, build, feed, result, train
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import rbwa_fused as rf
-
-OURS = (str(Path(rf.__file__).parent), str(Path(torch.optim.__file__).parent / "optimizer.py"))
-FULL = os.environ.get("RBWA_PROFILE") == "long"
 Run = tuple[Any, Any]  # a model and its optimizer
-
-
-class Line:
-    """Interrupts the n-th line that is run of the package, or of torch.optim.Optimizer.
-
-    Attributes:
-        seen: which lines were run, in their order.
-    """
-
-    def __init__(self, n: int) -> None:
-        self.left, self.fired = n, False
-        self.seen: list[tuple[str, int]] = []
-
-    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(OURS):
-            return None
-        if event == "line":
-            self.seen.append((frame.f_code.co_filename, frame.f_lineno))
-            self.left -= 1
-            if self.left == 0:
-                self.fired = True
-                raise KeyboardInterrupt
-        return self
-
-    def __enter__(self) -> None:
-        self._before = sys.gettrace()
-        sys.settrace(self)
-
-    def __exit__(self, *raised: Any) -> None:
-        sys.settrace(self._before)
-
-
-class Allocation(TorchDispatchMode):
-    """Lets the n-th operation that makes a tensor fail."""
-
-    MAKING = ("empty", "clone", "zeros", "ones", "full", "_to_copy", "cat", "stack")
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.left, self.fired = n, False
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.split("::")[1].startswith(self.MAKING):
-            self.seen.append(func._schema.name)
-            self.left -= 1
-            if self.left == 0:
-                self.fired = True
-                raise torch.OutOfMemoryError("out of memory")
-        return func(*args, **(kwargs or {}))
 
 
 def started(method: str, steps: int, **options: Any) -> Run:
@@ -162,17 +105,10 @@ def again(case: Case, run: Run) -> None:
 
 
 def events(disturbance: Any, case: Case, method: str) -> list[int]:
-    """The numbers of those that are tried: of each line the first time and the last that it is run,
-    and every allocation."""
     run, counting = ready(case, method), disturbance(-1)
     with counting:
         case.act(run)
-    seen = counting.seen
-    if disturbance is Allocation or FULL:
-        return list(range(1, len(seen) + 1))
-    first = {line: n for n, line in reversed(list(enumerate(seen, 1)))}
-    last = {line: n for n, line in enumerate(seen, 1)}
-    return sorted({*first.values(), *last.values()})
+    return tried(disturbance, counting.seen)
 
 
 @pytest.mark.parametrize("method", MANY if FULL else FEW)

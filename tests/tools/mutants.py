@@ -248,6 +248,7 @@ ENGINE: Mutants = [
     ("return [*before, call,", "return [call,"),
     ("*((param.copy_, copy) for param, copy in table.copies)]", "]"),
     ("            calls += self.finish(table, grads, absent, scale)\n", ""),
+    ("*calls, *behind, *after]", "*calls, *after]"),
     ("        if absent:\n", "        if False:\n"),
     ("torch.tensor(1.0 / scale", "torch.tensor(scale"),
     ("if table.copies and not all(", "if False and not all("),
@@ -393,6 +394,7 @@ AVERAGER: Mutants = [
     ("            if writer is not None and writer is not self:", "            if False:"),
     ("            _writers[p] = weakref.ref(self)", "            pass"),
     ("                del _writers[p]", "                pass"),
+    ("for stepper in followed:", "for stepper in followed[-1:]:"),
     ("followed[-1].register_step_post_hook", "followed[0].register_step_post_hook"),
     ('getattr(stepper, "found_inf", None)', "None"),
     ("            handle.remove()\n", "            pass\n"),
@@ -403,6 +405,13 @@ AVERAGER: Mutants = [
     ("self.engine.starting() if self._optimizer is None else []", "self.engine.starting()"),
     ("if starting or self.engine.steps == 0:", "if starting:"),
     ("            into.attach(self.param_groups, self.state)\n", ""),
+    ("            behind.append((torch._C._increment_version,", "            ((torch._C,"),
+    (
+        "        self._catch_up()\n        if not self.engine.starting",
+        "        if not self.engine.starting",
+    ),
+    ("            self._catch_up()\n            self._follow()", "            self._follow()"),
+    ("            self._owed = None  # also", "            pass  # also"),
     ("same=True", "same=False"),
     ("        if not (loaded.steps or any(", "        if False and not (loaded.steps or any("),
     ("        self._module.look()\n", "        pass\n"),
@@ -412,8 +421,13 @@ AVERAGER: Mutants = [
     ("        count = saved.samples\n", "        count = 0\n"),
     ("steps = saved.steps if step is None else", "steps = 0 if step is None else"),
     ("        checkpoint.keep_tensors(loaded.state, self.state)\n", ""),
+    ("        engine.swapped = self._owed = None\n", "        self._owed = None\n"),
+    ("        engine.swapped = self._owed = None\n", "        engine.swapped = None\n"),
 ]
-SAMPLES: Mutants = []
+SAMPLES: Mutants = [
+    ("*calls, *behind, *after]", "*calls, *behind]"),
+    ("        if unseen and not on_device:", "        if False:"),
+]
 STEPPERS: Mutants = [
     ("if p.requires_grad and p not in theirs", "if p not in theirs"),
     ('    while getattr(optimizer, "optimizer", None) is not None:', "    while False:"),
@@ -652,6 +666,7 @@ STEPS = (
 BESIDE = (
     "averages/test_averager.py",
     "averages/test_averager_follows.py",
+    "averages/test_averager_fails.py",
     "averages/test_readouts.py",
     "averages/test_foreign_averages.py",
 )

@@ -1,0 +1,124 @@
+"""Samples of an Averager that fail behind others' steps, which were taken."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from beside import Net, adamw, as_bits, loss, train, trainable
+from torch import nn
+
+import rbwa_fused as rf
+from rbwa_fused.engine.engine import Engine
+
+# ---- a sample that fails behind a step -----------------------------------------------------------
+
+
+class Failing:
+    """Lets the next sample fail, before it has changed anything."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.armed = False
+        sample = Engine.sample
+
+        def failing(engine: Engine, *args: Any, **options: Any) -> bool:
+            if self.armed:
+                self.armed = False
+                raise torch.OutOfMemoryError("out of memory")
+            return sample(engine, *args, **options)
+
+        monkeypatch.setattr(Engine, "sample", failing)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    return Failing(monkeypatch)
+
+
+@pytest.mark.parametrize("asked", ["next step", "state_dict", "averaged", "averages", "remove"])
+def test_the_sample_of_a_step_that_was_taken_is_not_lost(asked: str, failing: Failing) -> None:
+    results = []
+    for fails in (True, False):
+        net = Net()
+        opt = adamw(net)
+        averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+        train(net, [opt], 1, 2)
+        failing.armed = fails
+        try:
+            train(net, [opt], 3, 3)
+        except torch.OutOfMemoryError:
+            assert averager.n_averaged == 2
+        if asked == "state_dict":
+            assert averager.state_dict()["param_groups"][0]["n_averaged"] == 3
+        elif asked == "averaged":
+            with averager.averaged():
+                results.append(as_bits(list(net.parameters())))
+        elif asked == "averages":
+            results.append(as_bits(averager.averages()))
+        elif asked == "remove":
+            averager.remove()
+            assert averager.n_averaged == 3
+        train(net, [opt], 4, 5, (lambda step: averager.update()) if asked == "remove" else None)  # noqa: B023
+        results.append(as_bits((list(net.parameters()), averager.state_dict())))
+    assert results[: len(results) // 2] == results[len(results) // 2 :]
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_skipped_step_stays_one_where_its_hook_fails(skipped: bool, failing: Failing) -> None:
+    net = Net()
+    opt = adamw(net, fused=True)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def step(number: int, overflows: bool) -> None:
+        opt.zero_grad()
+        scaler.scale(loss(net, number)).backward()
+        if overflows:
+            trainable(net)[0].grad[0, 0] = torch.inf  # type: ignore[index]
+        scaler.step(opt)
+        scaler.update()
+
+    step(1, False)
+    failing.armed = True
+    with pytest.raises(torch.OutOfMemoryError):
+        step(2, skipped)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    step(3, False)
+    assert averager.n_averaged == 3 - skipped
+
+
+def test_a_loaded_checkpoint_says_how_many_samples_there_are(failing: Failing) -> None:
+    net = Net()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    train(net, [opt], 1, 2)
+    saved = copy.deepcopy((net.state_dict(), opt.state_dict(), averager.state_dict()))
+    train(net, [opt], 3, 3)
+    expected = as_bits((list(net.parameters()), averager.averages()))
+    failing.armed = True
+    with pytest.raises(torch.OutOfMemoryError):
+        train(net, [opt], 4, 4)
+    for loaded, state in zip((net, opt, averager), saved, strict=True):
+        loaded.load_state_dict(state)  # type: ignore[attr-defined]
+    train(net, [opt], 3, 3)
+    assert as_bits((list(net.parameters()), averager.averages())) == expected
+    assert averager.n_averaged == 3
+
+
+def test_weights_of_before_the_next_step_are_taken_with_the_sample_before_it() -> None:
+    """Nobody sees them once another optimizer has stepped."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+
+    net = Last()
+    averager = rf.Averager(net, rf.swa(2, 1, "current"))
+    for value in (1.0, 2.0, 4.0):
+        with torch.no_grad():
+            net.weight.fill_(value)
+        averager.update()
+    assert averager.averages()["weight"].tolist() == [3.0, 3.0] and averager.n_averaged == 2
