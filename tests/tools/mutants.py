@@ -841,6 +841,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         (
             "checkpoints/test_checkpoint.py",
             "checkpoints/test_foreign_checkpoints.py",
+            "averages/test_custom_weights.py",
             "optimizer/test_bad_input.py",
             "averages/test_averaged.py",
             "optimizer/test_torchs_idioms.py",
