@@ -37,7 +37,11 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "PET_STANDALONE": "1",  # torchrun's --standalone: a port of its own
 }
-NEEDS = {"lightning_callback": "pytorch_lightning"}
+NEEDS = {
+    "accelerate_loop": "accelerate",
+    "lightning_callback": "pytorch_lightning",
+    "transformers_trainer": "transformers",
+}
 
 
 def commands(name: str) -> list[str]:
