@@ -30,6 +30,8 @@ from rbwa_fused.numbers import flag, integer
 from rbwa_fused.steppers import steppers
 from rbwa_fused.streams import AVERAGE
 
+CAPTURED = "an Averager without optimizer=, and its update() behind each replay"
+
 # Who writes averages back to a parameter, by the parameter.
 _writers: MutableMapping[Tensor, weakref.ref[Averager]] = WeakIdKeyDictionary()
 
@@ -185,7 +187,8 @@ class Averager(Averages):
         """Counts a step that an optimizer has taken, and samples the weights if one is due.
 
         Raises:
-            RuntimeError: inside ``averaged()``, and where ``optimizer`` calls it.
+            RuntimeError: inside ``averaged()``, where ``optimizer`` calls it, and while a CUDA
+                graph is captured: update behind its replays.
         """
         if self._optimizer is not None:
             stepper = self._optimizer()
@@ -231,6 +234,7 @@ class Averager(Averages):
             self._catch_up()
 
     def _before_step(self) -> None:
+        checks.captured("a step that an Averager follows", CAPTURED)
         self.engine.refuse_inside_averaged("step")
         self._catch_up()
         if not self.engine.starting():
@@ -255,6 +259,7 @@ class Averager(Averages):
             self._owed = None  # also where the step was skipped
 
     def _sample(self, found_inf: Tensor | None) -> None:
+        checks.captured("update()", CAPTURED)
         self.engine.refuse_inside_averaged("update")
         self._follow()
         into = self._into

@@ -91,6 +91,15 @@ def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
         )
 
 
+def captured(what: str, instead: str) -> None:
+    """Raise while a CUDA graph is captured: its replays would repeat what the host says now."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} while a CUDA graph is captured, whose replays would count nothing and take "
+            f"the same sample again and again (expected {instead})"
+        )
+
+
 def fit(table: Segments, grads: list[Tensor | None], groups: Sequence[dict[str, Any]]) -> bool:
     """Checks a table's gradients in full; copies one of another layout to its parameter's, and one
     whose memory does not hold its elements as they are.

@@ -15,7 +15,7 @@ from operator import is_, setitem
 import torch
 from torch import Tensor
 
-from rbwa_fused.engine import doors
+from rbwa_fused.engine import checks, doors
 from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.engine.doors import Call, Grads
 from rbwa_fused.engine.on_device import OnDevice
@@ -146,8 +146,14 @@ class Engine(Upkeep):
         return self.run(gathered, [*calls, *behind, *after])
 
     def begin(self, scale: float = 1.0) -> None:
-        """Brings the rows up to date for the step to come; gradients are ``scale`` times theirs."""
+        """Brings the rows up to date for the step to come; gradients are ``scale`` times theirs.
+
+        Raises:
+            RuntimeError: for an average that the host counts, while a CUDA graph is captured.
+        """
         plan = self.tables.plan
+        if self.tables.averages and self.rule.moves:
+            checks.captured("step() of an average", "capturable=True")
         plan.sample()
         plan.update(scale)
 

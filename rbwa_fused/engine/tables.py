@@ -74,6 +74,7 @@ class Tables:
         backend: the name of what runs.
         device_may_count: whether all backends and policies can do without the host's counters.
         kernels_check: whether all backends refuse gradients that do not fit.
+        averages: whether some group has a policy.
     """
 
     def __init__(self, rule: Rule, options: Options, state: State, steps: int = 0) -> None:
@@ -83,6 +84,7 @@ class Tables:
         self.alone: set[Tensor] = set()
         self.backend = ""
         self.device_may_count = self.kernels_check = True
+        self.averages = False
         self._options = options
         self._segments: dict[tuple[torch.device, int], Segments] = {}
         self._sharded: list[Segments] = []
@@ -138,6 +140,7 @@ class Tables:
         if launches:
             self.backend = launches[-1][1].name
         custom = any(p.policy is not None and p.policy.custom for p in plan.groups)
+        self.averages = any(p.policy is not None for p in plan.groups)
         self.device_may_count = not custom and all(
             backend.advance is not None for _, backend in self.launches
         )

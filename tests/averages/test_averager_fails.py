@@ -1,8 +1,10 @@
-"""Samples of an Averager that fail behind others' steps, which were taken."""
+"""What an Averager refuses beside others' steps, and what it makes good where one of its own
+samples fails."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,80 @@ from torch import nn
 
 import rbwa_fused as rf
 from rbwa_fused.engine.engine import Engine
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Says whether the current stream is being captured, as of a machine with a GPU in use."""
+
+    def say(captured: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+
+    return say
+
+
+def test_a_captured_sample_is_refused_since_a_replay_would_not_count(
+    capturing: Callable[[bool], None],
+) -> None:
+    net = Net()
+    averager = rf.Averager(net, rf.ema(0.5))
+    averager.update()
+    before = as_bits(averager.state_dict())
+    capturing(True)
+    with pytest.raises(
+        RuntimeError, match=r"update\(\) while a CUDA graph .*update\(\) behind each"
+    ):
+        averager.update()
+    assert as_bits(averager.state_dict()) == before
+    capturing(False)
+    averager.update()
+    assert averager.n_averaged == 2
+
+
+def test_a_captured_step_that_is_followed_is_refused_before_it_is_taken(
+    capturing: Callable[[bool], None],
+) -> None:
+    net = Net()
+    opt = torch.optim.SGD(trainable(net), lr=0.1)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
+    train(net, [opt], 1, 2)
+    before = as_bits((list(net.parameters()), averager.state_dict()))
+    capturing(True)
+    with pytest.raises(
+        RuntimeError, match=r"captured, whose replays .*Averager without optimizer="
+    ):
+        opt.step()
+    assert as_bits((list(net.parameters()), averager.state_dict())) == before
+    capturing(False)
+    train(net, [opt], 3, 3)
+    assert averager.n_averaged == 3
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_the_step_with_an_average_that_the_host_counts_is_refused_as_well(
+    capturing: Callable[[bool], None], in_backward: bool
+) -> None:
+    def step() -> None:
+        loss(net, 1).backward()
+        opt.step()
+
+    net = Net()
+    opt = rf.FusedSGD(trainable(net), lr=0.1, average=rf.ema(0.5), in_backward=in_backward)
+    plain = rf.FusedSGD(Net().parameters(), lr=0.1)
+    for p in plain.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    step()
+    opt.zero_grad()
+    before = as_bits((list(net.parameters()), opt.state_dict()))
+    capturing(True)
+    with pytest.raises(RuntimeError, match=r"captured, .*\(expected capturable=True\)"):
+        step()
+    assert as_bits((list(net.parameters()), opt.state_dict())) == before
+    plain.step()  # as torch.optim.SGD's, it has nothing to count
+
 
 # ---- a sample that fails behind a step -----------------------------------------------------------
 

@@ -412,6 +412,8 @@ AVERAGER: Mutants = [
     ),
     ("            self._catch_up()\n            self._follow()", "            self._follow()"),
     ("            self._owed = None  # also", "            pass  # also"),
+    ('        checks.captured("update()", CAPTURED)\n', ""),
+    ('        checks.captured("a step that an Averager follows", CAPTURED)\n', ""),
     ("same=True", "same=False"),
     ("        if not (loaded.steps or any(", "        if False and not (loaded.steps or any("),
     ("        self._module.look()\n", "        pass\n"),
@@ -427,6 +429,8 @@ AVERAGER: Mutants = [
 SAMPLES: Mutants = [
     ("*calls, *behind, *after]", "*calls, *behind]"),
     ("        if unseen and not on_device:", "        if False:"),
+    ("        if self.tables.averages and self.rule.moves:", "        if False:"),
+    ("        if self.tables.averages and self.rule.moves:", "        if True:"),
 ]
 STEPPERS: Mutants = [
     ("if p.requires_grad and p not in theirs", "if p not in theirs"),
