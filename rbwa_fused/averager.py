@@ -79,8 +79,8 @@ class Averager(Averages):
 
     Raises:
         ValueError, TypeError: for a parameter that cannot be averaged, that requires gradients and
-            is none of the optimizers', for a pattern that no name fits, and for an optimizer
-            without hooks.
+            is none of the optimizers', for a pattern that no name fits, for an optimizer without
+            hooks, and for one that has a parameter of ``into``.
 
     Example:
         >>> opt = torch.optim.AdamW(model.parameters())
@@ -127,6 +127,8 @@ class Averager(Averages):
                 group["average"] = policy
                 self._check(group)
         followed = steppers(optimizer, self.param_groups)
+        if self._into is not None:
+            self._into.refuse_trained(self.param_groups, followed)
         self._build()
         try:
             self._claim()

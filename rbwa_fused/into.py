@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rbwa_fused.average import Average, Ema, Mean
 from rbwa_fused.engine import checks
@@ -55,6 +56,23 @@ class Into:
         """
         pairs = zip(groups, self._targets(groups), strict=True)
         return [_in_dtype_of(group, targets) for group, targets in pairs]
+
+    def refuse_trained(self, groups: Sequence[Group], optimizers: Sequence[Optimizer]) -> None:
+        """Raises ValueError for a target that one of the optimizers has, too."""
+        owner = {
+            p: type(one).__name__
+            for one in optimizers
+            for group in one.param_groups
+            for p in group["params"]
+        }
+        for group, targets in zip(groups, self._targets(groups), strict=True):
+            for i, target in enumerate(targets if group["average"] is not None else ()):
+                if target in owner:
+                    raise ValueError(
+                        f"Invalid into: {owner[target]} has its parameter "
+                        f"{checks.name_of(group, i)}, which averages are written to (expected one "
+                        "that no optimizer has)"
+                    )
 
     def attach(self, groups: Sequence[Group], state: Any) -> bool:
         """Makes what the target holds the averages. Returns whether something was not so before."""

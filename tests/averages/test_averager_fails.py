@@ -89,6 +89,25 @@ def test_the_step_with_an_average_that_the_host_counts_is_refused_as_well(
     plain.step()  # as torch.optim.SGD's, it has nothing to count
 
 
+# ---- a teacher's owner ---------------------------------------------------------------------------
+
+
+def test_a_teacher_that_an_optimizer_has_is_refused() -> None:
+    """Its step would move what the averages have just been written to."""
+    net = Net()
+    teacher = copy.deepcopy(net)
+    both = torch.optim.AdamW([*trainable(net), *trainable(teacher)])
+    for target in (teacher, list(teacher.parameters())):
+        with pytest.raises(ValueError, match=r"into: AdamW has its parameter 0 \('first.weight'\)"):
+            rf.Averager(net, rf.ema(0.5), optimizer=both, into=target)
+    own = [adamw(net), torch.optim.SGD(teacher.last.parameters(), lr=0.1)]
+    with pytest.raises(ValueError, match=r"SGD has its parameter 4 \('last.weight'\)"):
+        rf.Averager(net, rf.ema(0.5), optimizer=own, into=teacher)
+    assert not own[0]._optimizer_step_post_hooks
+    rf.Averager(net, rf.ema(0.5), optimizer=own, into=teacher, exclude=["last.*"])
+    rf.Averager(net, rf.ema(0.5), optimizer=own[0], into=teacher)
+
+
 # ---- a sample that fails behind a step -----------------------------------------------------------
 
 
