@@ -110,7 +110,7 @@ def step_table(results: Sequence[Result]) -> str:
 
 
 def host_table(results: Sequence[Result], section: str, names: Sequence[str]) -> str:
-    """Host time of a step, of the rows that these results hold: a row is younger than some files."""
+    """Host time of a step, of the rows that these results hold: some files are older than a row."""
     rows = []
     for name in names:
         if name not in results[0][section]:
