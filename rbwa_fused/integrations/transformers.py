@@ -42,9 +42,9 @@ class AveragedWeights(TrainerCallback):
     behind whatever optimizer the Trainer builds, or an optimizer of ours by itself.
 
     In ``train()`` the averaged weights are live during each evaluation and prediction loop, and
-    while a checkpoint's model is saved; the training weights everywhere else and exactly as they
-    were. An evaluation that has raised leaves the averages until the next forward pass of training.
-    Before the first sample nothing moves.
+    once a checkpoint is due from the first ``model.state_dict()`` until ``on_save``; the training
+    weights everywhere else and exactly as they were. An evaluation that has raised leaves the
+    averages until the next forward pass of training. Before the first sample nothing moves.
 
     When ``train()`` has returned, the model has the averaged weights, or with
     ``load_best_model_at_end`` those of the best checkpoint, which are averages, too: ``evaluate``,
@@ -55,8 +55,8 @@ class AveragedWeights(TrainerCallback):
     A checkpoint folder holds the averages as the model (``model.safetensors``, what
     ``from_pretrained`` loads) and in ``averager.pt`` the training weights, the averages in their
     own dtype and their counts. ``train(resume_from_checkpoint=...)`` goes on from there as the run
-    that never stopped, bit for bit. Everything else is the Trainer's as ever. The folder must lie
-    in ``args.output_dir``, where it was saved, or be ``args.resume_from_checkpoint``, since the
+    that never stopped, bit for bit. The folder is looked for in ``args.output_dir`` and where it
+    was saved; one that was moved elsewhere must be ``args.resume_from_checkpoint``, too, since the
     Trainer tells no callback what it resumes from. A checkpoint without averages starts them.
 
     Args:
@@ -265,7 +265,7 @@ class AveragedWeights(TrainerCallback):
 
     def _saved(self, args: Any, state: Any) -> dict[str, Any] | None:
         """What the file of the checkpoint that the Trainer has resumed holds; None without one."""
-        marked = (state.stateful_callbacks or {}).get(self.KEY)
+        marked = state.stateful_callbacks.get(self.KEY)
         if state.global_step == 0 or marked is None:
             return None
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

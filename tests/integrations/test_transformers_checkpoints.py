@@ -66,6 +66,10 @@ RUNS: dict[str, tuple[Callable[[], AveragedWeights], dict[str, Any]]] = {
         {"eval_strategy": "steps", "eval_steps": 2},
     ),
     "written back": (lambda: AveragedWeights(rf.lookahead(3, 0.5)), {"bf16": True}),
+    "restored": (
+        lambda: AveragedWeights(POLICY),
+        {"restore_callback_states_from_checkpoint": True},
+    ),
     "excluded": (lambda: AveragedWeights(POLICY, exclude=["net.0.*"]), {}),
     "an optimizer of ours": (AveragedWeights, {"optimizer": own}),
     "one that writes back": (AveragedWeights, {"optimizer": written_back}),
@@ -82,7 +86,7 @@ def test_a_killed_run_resumed_is_the_run_that_never_stopped(name: str, tmp_path:
     run.train()
     expected, seen = ends(run, averaging), run.model.seen
     last = run.state.global_step
-    for step in (2, 5, last // 2, last - 1):
+    for step in (3, BATCHES + 1, last - 1):  # before a sample, at an epoch's end, within one
         folder = tmp_path / f"killed-{step}"
         killed = trainer(folder, callback(), Noting(dies=step), **options, **OFTEN)
         with pytest.raises(KeyboardInterrupt):
