@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
+from functools import wraps
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,24 @@ from rbwa_fused.numbers import flag, integer
 from rbwa_fused.steppers import steppers
 from rbwa_fused.streams import AVERAGE
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 CAPTURED = "an Averager without optimizer=, and its update() behind each replay"
 
 # Who writes averages back to a parameter, by the parameter.
 _writers: MutableMapping[Tensor, weakref.ref[Averager]] = WeakIdKeyDictionary()
+
+
+def _uncompiled(method: Method) -> Method:
+    """The method, which is one graph break in a compiled function. torch's wrapper alone would cost
+    each call a microsecond."""
+    broken = torch._disable_dynamo(method)
+
+    @wraps(method)
+    def called(*arguments: Any) -> Any:
+        return broken(*arguments) if torch.compiler.is_compiling() else method(*arguments)
+
+    return cast(Method, called)
 
 
 class Averager(Averages):
@@ -185,6 +200,7 @@ class Averager(Averages):
 
     # ---- samples -------------------------------------------------------------------------------
 
+    @_uncompiled
     def update(self) -> None:
         """Counts a step that an optimizer has taken, and samples the weights if one is due.
 
@@ -235,6 +251,7 @@ class Averager(Averages):
         if self.engine.swapped is None:
             self._catch_up()
 
+    @_uncompiled
     def _before_step(self) -> None:
         checks.captured("a step that an Averager follows", CAPTURED)
         self.engine.refuse_inside_averaged("step")
@@ -253,6 +270,7 @@ class Averager(Averages):
         if starting or self.engine.steps == 0:
             self.engine.prepare(starting)
 
+    @_uncompiled
     def _catch_up(self) -> None:
         """Takes the sample of a step that has none so far: the last one, or one behind which
         something failed or was interrupted."""
@@ -343,6 +361,7 @@ class Averager(Averages):
             raise TypeError("an Averager of tensors needs a model here (expected model=)")
         return model
 
+    @_uncompiled
     def _look(self) -> None:
         """Before something is read: not inside ``averaged()``."""
         if self.engine.swapped is None:

@@ -25,6 +25,7 @@ from beside import (
     trainable,
 )
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import rbwa_fused as rf
 
@@ -150,6 +151,39 @@ def test_it_goes_with_a_compiled_model_before_or_behind(first: str) -> None:
             opt.step()
         results.append(ends(net, averager))
     assert results[0] == results[1]
+
+
+@pytest.mark.filterwarnings("error:Dynamo does not know how to trace")
+@pytest.mark.parametrize("hooked", [False, True])
+def test_in_a_compiled_training_step_a_sample_is_a_graph_break_at_most(hooked: bool) -> None:
+    results, graphs, breaks = [], [], []
+    for averaged in (False, True):
+        for compiled in (False, True):
+            net = Net()
+            opt = torch.optim.SGD(trainable(net), lr=0.05)
+            behind = opt if hooked else None
+            averager = rf.Averager(net, rf.mean(), optimizer=behind) if averaged else None
+
+            def step(net: Net, opt: Any, averager: Any) -> None:
+                opt.zero_grad()
+                loss(net, 1).backward()
+                opt.step()
+                if averager is not None and not hooked:
+                    averager.update()
+
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            counter = CompileCounter()
+            function = torch.compile(step, backend=counter) if compiled else step
+            for _ in range(5):
+                function(net, opt, averager)
+            if compiled:
+                graphs.append(counter.frame_count)
+                breaks.append(len(torch._dynamo.utils.counters["graph_break"]))
+            if averager is not None:
+                results.append(ends(net, averager))
+    assert results[0] == results[1] and graphs[0] == graphs[1] > 0
+    assert breaks[1] <= breaks[0] + 1
 
 
 def test_a_parameter_exchanged_under_its_name_goes_on_with_its_average() -> None:
