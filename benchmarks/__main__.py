@@ -159,7 +159,7 @@ def on_cpu(args: argparse.Namespace) -> int:
     out = step.writable(args.out or step.RESULTS / f"{machine.slug()}-{date.today()}.json")
     line = ["--processes", "12" if args.full else "4", "--repeats", "30"]
     stepping = step.arguments([*line, "--threads", str(args.threads)])
-    rows, library = step.available_rows(["*"] if args.full else [])
+    rows, library = step.available_rows(["*"] if args.full else [], "float32")
 
     def steps(results: Results) -> None:
         with bar(stepping.processes * step.ticks(stepping), "round") as progress:

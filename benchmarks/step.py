@@ -79,7 +79,7 @@ def cpu_model(names: list[str] | None) -> str:
     return MODEL if names is None else names[0]
 
 
-def available_rows(patterns: list[str]) -> tuple[tuple[str, ...], str | None]:
+def available_rows(patterns: list[str], dtype: str) -> tuple[tuple[str, ...], str | None]:
     """Names of the rows that can be measured here, and the ceiling's library; the rest is said."""
     from benchmarks.measure import machine
     from benchmarks.rows import ceiling
@@ -89,7 +89,9 @@ def available_rows(patterns: list[str]) -> tuple[tuple[str, ...], str | None]:
     for row in rows:
         if not row.available():
             print(f"skipped: {row.name} ({row.needs} is not installed)")
-    rows = [row for row in rows if row.available()]
+        elif row.not_in == dtype:
+            print(f"skipped: {row.name} ({dtype} cannot hold what it keeps)")
+    rows = [row for row in rows if row.available() and row.not_in != dtype]
     library = None
     if any(row.kind == "ceiling" for row in rows):
         try:
@@ -207,7 +209,7 @@ def on_cpu(args: argparse.Namespace) -> None:
     from benchmarks.report import tables
 
     try:
-        rows, library = available_rows(args.only)
+        rows, library = available_rows(args.only, args.dtype)
         check_memory(model, args.dtype, len(rows))
     except ValueError as error:
         stop(str(error))

@@ -17,6 +17,7 @@ from benchmarks.rows.provider import Provider
 
 SAMPLED = 1000  # elements of each tensor
 CHECKED_STEPS = 3
+BETA_1, BETA_2, EPS, ADAMW_DECAY = 0.9, 0.999, 1e-8, 1e-2  # torch.optim.AdamW's defaults
 ULPS_A_STEP = 2  # of the largest value: a step rounds what it stores a few times, by half a unit
 
 
@@ -79,7 +80,13 @@ def expected(
     n = 0
     for t, gradient in enumerate(gradients, start=1):
         g = gradient.double() + WEIGHT_DECAY * theta
-        if maths.rule == "plain":
+        if maths.rule == "adamw":
+            g = gradient.double()
+            m = (1 - BETA_1) * g if m is None else BETA_1 * m + (1 - BETA_1) * g
+            z = (1 - BETA_2) * g * g if z is None else BETA_2 * z + (1 - BETA_2) * g * g
+            root = (z / (1 - BETA_2**t)).sqrt() + EPS
+            direction = m / (1 - BETA_1**t) / root + ADAMW_DECAY * theta
+        elif maths.rule == "plain":
             direction = g
         elif maths.rule == "momentum":
             m = g if m is None else MOMENTUM * m + g

@@ -18,8 +18,9 @@ class Average:
 
 @dataclass(frozen=True)
 class Maths:
-    """What a provider computes: torch's SGD with or without momentum, RSGDM, or schedule-free SGD
-    (Defazio et al., 2024), which has no weight decay here; an average."""
+    """What a provider computes: torch's SGD with or without momentum, RSGDM, AdamW with torch's
+    defaults except for the rate, or schedule-free SGD (Defazio et al., 2024), here without weight
+    decay; an average."""
 
-    rule: Literal["plain", "momentum", "rsgdm", "schedule_free"] = "momentum"
+    rule: Literal["plain", "momentum", "rsgdm", "adamw", "schedule_free"] = "momentum"
     average: Average | None = None

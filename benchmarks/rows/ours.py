@@ -78,15 +78,17 @@ def ours(
     return build
 
 
-def beside(into: bool) -> Build:
-    """An Averager behind torch's fused SGD, with averages of its own or in a teacher."""
+def beside(into: bool = False, rule: Literal["momentum", "adamw"] = "momentum") -> Build:
+    """An Averager behind torch's fused SGD or AdamW, with averages of its own or in a teacher."""
 
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
         # A 16-bit teacher could not move with this decay.
         wide = torch.promote_types(problem.dtype, torch.float32)
         teacher = problem.copy().to(wide) if into else None
-        opt = today.sgd(problem, model)
+        sgd = rule == "momentum"
+        opt = today.sgd(problem, model) if sgd else today.adamw(problem, model)
+        accesses = today.FUSED if sgd else today.ADAMW
         policy = rf.ema(today.EMA_DECAY)
         averager = rf.Averager(model, policy, optimizer=opt, into=teacher)
         weight = today.ema(today.EMA_DECAY)
@@ -95,15 +97,16 @@ def beside(into: bool) -> Build:
             name,
             model,
             opt,
-            today.FUSED + today.LERP,
+            accesses + today.LERP,
             "ours",
             average=Average((lambda n: 1 - today.EMA_DECAY) if into else weight),
+            rule=rule,
         )
         params = list(model.parameters())
         averages = [averager.state[p]["average"] for p in params]
         made.averages = lambda: averages
         item = problem.dtype.itemsize
-        moved = float((today.FUSED + 1) * item + 2 * wide.itemsize)
+        moved = float((accesses + 1) * item + 2 * wide.itemsize)
         made.moved = lambda: (moved, moved)
         of_torch = made.state
         made.state = lambda: [*of_torch(), *averages]

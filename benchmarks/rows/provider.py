@@ -72,7 +72,8 @@ Build = Callable[[Problem, str], Provider]
 @dataclass(frozen=True)
 class Row:
     """One row: its name, its group, how to build it, the module it cannot do without, whether a
-    CUDA graph replays it, and whether it takes so long to build that it must be asked for."""
+    CUDA graph replays it, whether it takes so long to build that it must be asked for, and a dtype
+    that cannot hold what it keeps."""
 
     name: str
     kind: Kind
@@ -80,6 +81,7 @@ class Row:
     needs: str | None = None
     captured: bool = False
     slow: bool = False
+    not_in: str | None = None
 
     def available(self) -> bool:
         return self.needs is None or find_spec(self.needs) is not None

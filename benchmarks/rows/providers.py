@@ -29,6 +29,7 @@ def _rows() -> list[Row]:
         Row(BASELINE, "baseline", today.torch_sgd("fused")),
         Row("torch SGD for-loop", "baseline", today.torch_sgd("for-loop")),
         Row("torch SGD foreach", "baseline", today.torch_sgd("foreach")),
+        Row("torch AdamW fused", "baseline", today.torch_adamw, not_in="float16"),
         _row("SGD, no momentum"),
         _row("SGD + momentum"),
         _row("SGD + momentum, flatten=False", flatten=False),
@@ -41,7 +42,8 @@ def _rows() -> list[Row]:
         _row("EMA, flatten=False", flatten=False),
         _row("EMA every 10"),
         _row("SWA"),
-        Row("fused + Averager (EMA)", "ours", beside(into=False)),
+        Row("fused + Averager (EMA)", "ours", beside()),
+        Row("AdamW fused + Averager (EMA)", "ours", beside(rule="adamw"), not_in="float16"),
         Row("fused + Averager into a teacher", "ours", beside(into=True)),
         Row("fused + teacher by foreach", "today", today.foreach_teacher),
         Row("fused + AveragedModel (mean)", "today", today.averaged_model("mean")),
@@ -73,6 +75,8 @@ HOST_ROWS: tuple[str, ...] = (
     "SGD + momentum, flatten=False",
     "fused + Averager (EMA)",
     "fused + AveragedModel (EMA)",
+    "fused + timm ModelEmaV3",
+    "fused + ema_pytorch EMA",
 )
 HOST_GROUP_ROWS: tuple[str, ...] = (BASELINE, "SGD + momentum", "RBWA", "EMA")
 

@@ -32,6 +32,7 @@ MEAN = 10  # without foreach: (theta - a): 3, / (n + 1): 2, a + …: 3, copied i
 SCALED_SUM = 5  # a *= decay: 2, a += (1 - decay) theta: 3
 COPY = 2
 SCHEDULE_FREE = 9  # y to z: 3, y += g: 3, z -= g: 3
+ADAMW = 7  # theta, g, m, v; theta, m, v
 RSGDM = 20  # the seven passes of rsgdm_foreach: 3 + 3 + 3 + 3 + 2 + 3 + 3
 
 
@@ -66,6 +67,11 @@ def sgd(problem: Problem, model: nn.Module, how: str = "fused") -> torch.optim.S
     )
 
 
+def adamw(problem: Problem, model: nn.Module) -> torch.optim.AdamW:
+    """torch's fused AdamW at its defaults but for the rate, for a copy of the problem's model."""
+    return torch.optim.AdamW(problem.groups(model), fused=True)
+
+
 def provider(
     problem: Problem,
     name: str,
@@ -76,8 +82,9 @@ def provider(
     step: Callable[[], object] | None = None,
     average: Average | None = None,
     averaged: nn.Module | None = None,
+    rule: Literal["momentum", "adamw"] = "momentum",
 ) -> Provider:
-    """A provider of torch's SGD, with averages in another module where there are some."""
+    """A provider of torch's SGD or AdamW, with averages in another module where there are some."""
 
     def averages() -> list[Tensor] | None:
         return None if averaged is None else list(averaged.parameters())
@@ -97,7 +104,7 @@ def provider(
     return Provider(
         name=name,
         kind=kind,
-        maths=Maths("momentum", average),
+        maths=Maths(rule, average),
         params=list(model.parameters()),
         step=opt.step if step is None else step,
         use_gradients=use_gradients_of(problem, model),
@@ -117,6 +124,12 @@ def torch_sgd(how: Literal["fused", "foreach", "for-loop"]) -> Callable[[Problem
         return provider(problem, name, model, sgd(problem, model, how), accesses, "baseline")
 
     return build
+
+
+def torch_adamw(problem: Problem, name: str) -> Provider:
+    """torch.optim.AdamW(fused=True)."""
+    model = problem.copy()
+    return provider(problem, name, model, adamw(problem, model), ADAMW, "baseline", rule="adamw")
 
 
 def averaged_model(

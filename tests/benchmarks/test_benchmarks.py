@@ -116,11 +116,14 @@ def needed(row: Row) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_every_row_computes_what_it_says(row: Row, dtype: torch.dtype) -> None:
     needed(row)
+    if row.not_in == str(dtype).removeprefix("torch."):
+        pytest.skip(f"{dtype} cannot hold what it keeps")
     checked(row.name, tiny(dtype))
 
 
 @pytest.mark.parametrize("name", HOST_ROWS)
 def test_every_host_row_computes_what_it_says(name: str) -> None:
+    needed(row_named(name))
     checked(name, small_tensors())
 
 
@@ -234,7 +237,9 @@ def test_a_run_prints_its_tables_and_writes_every_process(tmp_path, capsys) -> N
     printed = capsys.readouterr().out
     (process,) = json.loads(out.read_text())["processes"]
     expected = {BASELINE, "SGD + momentum", "plain loop: theta, g, m"}
-    assert set(process["step"]) == expected and set(process["host"]) == set(HOST_ROWS)
+    assert set(process["step"]) == expected and set(process["host"]) == {
+        row.name for row in named(HOST_ROWS) if row.available()
+    }
     assert all(f"| {name} " in printed for name in expected)
     assert json.loads(out.read_text())["machine"]["torch"] == torch.__version__
 
@@ -280,11 +285,21 @@ def test_rows_of_missing_packages_are_skipped_and_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("benchmarks.rows.provider.find_spec", lambda name: None)
-    names, _ = step.available_rows(["fused + *E[mM]*"])
+    names, _ = step.available_rows(["fused + *E[mM]*"], "float32")
     others = ("fused + Averager (EMA)", "fused + AveragedModel (EMA)")
     assert names == (BASELINE, *others)
     printed = capsys.readouterr().out
     assert "skipped: fused + timm ModelEmaV3 (timm is not installed)" in printed
+
+
+def test_rows_whose_state_a_dtype_cannot_hold_are_skipped_and_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names, _ = step.available_rows(["torch AdamW fused"], "float16")
+    assert names == (BASELINE,)
+    printed = capsys.readouterr().out
+    assert "skipped: torch AdamW fused (float16 cannot hold what it keeps)" in printed
+    assert step.available_rows(["torch AdamW fused"], "bfloat16")[0][1:] == ("torch AdamW fused",)
 
 
 def test_the_baseline_is_always_measured() -> None:
@@ -960,7 +975,7 @@ def test_the_suite_on_the_cpu_writes_every_part_and_names_one_that_fails(
     few = step.arguments(["--processes", "1", "--repeats", "2", "--no-host"])
     monkeypatch.setattr(step, "arguments", lambda argv: few)
     monkeypatch.setattr(step, "MODEL", "squeezenet1_1")
-    monkeypatch.setattr(step, "available_rows", lambda patterns: (names, None))
+    monkeypatch.setattr(step, "available_rows", lambda patterns, dtype: (names, None))
     monkeypatch.setattr(sizes, "COUNTS", (620, 6200))
     monkeypatch.setattr(bandwidth, "HOST_BYTES", 2**16)
     monkeypatch.setattr(training, "torchvision_model", network_of)
