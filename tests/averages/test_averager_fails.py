@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from beside import Net, adamw, as_bits, loss, train, trainable
+from beside import OPTIMIZERS, Net, adamw, as_bits, loss, train, trainable
 from torch import nn
 
 import rbwa_fused as rf
@@ -132,17 +132,20 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
     return Failing(monkeypatch)
 
 
+@pytest.mark.parametrize("optimizers", ["AdamW", "two"])
 @pytest.mark.parametrize("asked", ["next step", "state_dict", "averaged", "averages", "remove"])
-def test_the_sample_of_a_step_that_was_taken_is_not_lost(asked: str, failing: Failing) -> None:
+def test_the_sample_of_a_step_that_was_taken_is_not_lost(
+    asked: str, optimizers: str, failing: Failing
+) -> None:
     results = []
     for fails in (True, False):
         net = Net()
-        opt = adamw(net)
-        averager = rf.Averager(net, rf.ema(0.5), optimizer=opt)
-        train(net, [opt], 1, 2)
+        own = OPTIMIZERS[optimizers](net)
+        averager = rf.Averager(net, rf.ema(0.5), optimizer=own)
+        train(net, own, 1, 2)
         failing.armed = fails
         try:
-            train(net, [opt], 3, 3)
+            train(net, own, 3, 3)
         except torch.OutOfMemoryError:
             assert averager.n_averaged == 2
         if asked == "state_dict":
@@ -155,7 +158,10 @@ def test_the_sample_of_a_step_that_was_taken_is_not_lost(asked: str, failing: Fa
         elif asked == "remove":
             averager.remove()
             assert averager.n_averaged == 3
-        train(net, [opt], 4, 5, (lambda step: averager.update()) if asked == "remove" else None)  # noqa: B023
+        for step in (4, 5):
+            train(net, own, step, step)
+            if asked == "remove":
+                averager.update()
         results.append(as_bits((list(net.parameters()), averager.state_dict())))
     assert results[: len(results) // 2] == results[len(results) // 2 :]
 
