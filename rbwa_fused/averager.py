@@ -220,7 +220,6 @@ class Averager(Averages):
                 "already (expected one of the two)"
             )
         self._sample(None)
-        self._prepare()
 
     def _hook(self, followed: Sequence[Optimizer]) -> None:
         """From now on the optimizers keep this averager: one that fills a teacher (``into``) may

@@ -93,6 +93,9 @@ class Engine(Upkeep):
         """
         if not self.tables.describes(groups, state):
             return False
+        if unseen and self.device_counters is not None:
+            self.read_back()  # the host counts again: no scaler skips these steps
+            self.device_counters = None
         gathered: list[tuple[Served, Grads]] = [
             (launch, [None] * len(launch[0].params)) for launch in self.tables.launches
         ]
@@ -141,7 +144,7 @@ class Engine(Upkeep):
             calls.append(self.end())
         for (table, _), grads in gathered:
             calls += self.finish(table, grads, absent, scale)
-        if unseen and not on_device:
+        if unseen:
             behind += self.beginning(self.starting(behind=True))
         return self.run(gathered, [*calls, *behind, *after])
 

@@ -399,7 +399,6 @@ AVERAGER: Mutants = [
     ('getattr(stepper, "found_inf", None)', "None"),
     ("            handle.remove()\n", "            pass\n"),
     ("        self._optimizer = None\n", ""),
-    ("        self._sample(None)\n        self._prepare()", "        self._sample(None)"),
     ('        self.engine.refuse_inside_averaged("step")\n', ""),
     ('        self.engine.refuse_inside_averaged("update")\n', ""),
     ("self.engine.starting() if self._optimizer is None else []", "self.engine.starting()"),
@@ -430,7 +429,7 @@ AVERAGER: Mutants = [
 ]
 SAMPLES: Mutants = [
     ("*calls, *behind, *after]", "*calls, *behind]"),
-    ("        if unseen and not on_device:", "        if False:"),
+    ("        if unseen:", "        if False:"),
     ("        if self.tables.averages and self.rule.moves:", "        if False:"),
     ("        if self.tables.averages and self.rule.moves:", "        if True:"),
 ]

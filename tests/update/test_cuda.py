@@ -19,6 +19,7 @@ import rbwa_fused as rf
 from rbwa_fused.average import Average
 from rbwa_fused.engine import memory
 from rbwa_fused.engine.counters import DeviceCounters
+from rbwa_fused.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -459,5 +460,65 @@ def test_beside_another_optimizer_the_device_counts_the_steps_that_no_scaler_ski
             scaler.update()
         counting = averager.engine.device_counters is not None
         assert counting == (backend == "cuda" and not average.custom)
+        results.append(beside.ends(net, averager))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("policy", beside.POLICIES)
+def test_the_host_counts_again_once_an_averager_has_left_its_optimizer(policy: str) -> None:
+    """By hand no scaler skips a step, and averages may begin with the weights before the next."""
+    average, _ = beside.POLICIES[policy]
+    average = replace(average, start=average.start + 4 * (average.initial == "current"))
+    results = []
+    for backend in ("cpu", "cuda"):
+        net = beside.Net()
+        opt = beside.adamw(net, fused=True)
+        averager = rf.Averager(net, average, optimizer=opt, backend=backend)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(1, beside.STEPS + 1):
+            opt.zero_grad()
+            scaler.scale(beside.loss(net, step)).backward()
+            if step in (1, 3):
+                net.last.weight.grad[0, 0] = torch.inf  # type: ignore[index]
+            scaler.step(opt)
+            scaler.update()
+            if step == 5:
+                averager.remove()
+            if step > 5:
+                averager.update()
+        results.append(beside.ends(net, averager))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_sample_that_fails_while_the_device_counts_is_taken_before_the_next_step(
+    skipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = Engine.sample
+
+    def fails(engine: Engine, *arguments: Any, **options: Any) -> bool:
+        monkeypatch.setattr(Engine, "sample", sample)
+        raise torch.OutOfMemoryError("out of memory")
+
+    results = []
+    for failing in (False, True):
+        net = beside.Net()
+        opt = beside.adamw(net, fused=True)
+        averager = rf.Averager(net, rf.ema(0.5), optimizer=opt, backend="cuda")
+        for step in range(1, 6):
+            scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            opt.zero_grad()
+            scaler.scale(beside.loss(net, step)).backward()
+            if step == 3 and skipped:
+                net.last.weight.grad[0, 0] = torch.inf  # type: ignore[index]
+            if step == 3 and failing:
+                monkeypatch.setattr(Engine, "sample", fails)
+                with pytest.raises(torch.OutOfMemoryError):
+                    scaler.step(opt)
+                del opt.grad_scale, opt.found_inf  # as the scaler would have
+            else:
+                scaler.step(opt)
+        assert averager.engine.device_counters is not None
+        assert averager.n_averaged == 5 - skipped
         results.append(beside.ends(net, averager))
     assert results[0] == results[1]
