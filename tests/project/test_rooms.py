@@ -33,7 +33,10 @@ FLOORS: dict[str, Sequence[str]] = {
             f"rbwa_fused.{name}"
             for name in ("in_backward", "saved", "fused", "optimizer", "replicas")
         ),
-        *(f"rbwa_fused.{name}" for name in ("into", "foreign", "steppers", "averager")),
+        *(
+            f"rbwa_fused.{name}"
+            for name in ("into", "foreign", "steppers", "following", "averager")
+        ),
         *(f"rbwa_fused.{name}" for name in ("distributed", "integrations")),
         "rbwa_fused",
     ),

@@ -385,15 +385,6 @@ IN_BACKWARD: Mutants = [
 LOADED_WHERE_WEIGHTS_ARE_MISSING: Mutants = [("        engine.swapped = None  #", "        #")]
 AVERAGER: Mutants = [
     ("            self._hook(followed)\n", "            pass\n"),
-    ('Counts(int(group["average"] is not None))', "Counts(0)"),
-    ("        self._check_into()\n", "        pass\n"),
-    (
-        "            if writer is not None and writer is not self:",
-        "            if writer is not None:",
-    ),
-    ("            if writer is not None and writer is not self:", "            if False:"),
-    ("            _writers[p] = weakref.ref(self)", "            pass"),
-    ("                del _writers[p]", "                pass"),
     ("for stepper in followed:", "for stepper in followed[-1:]:"),
     ("followed[-1].register_step_post_hook", "followed[0].register_step_post_hook"),
     ('getattr(stepper, "found_inf", None)', "None"),
@@ -415,6 +406,17 @@ AVERAGER: Mutants = [
     ('        checks.captured("update()", CAPTURED)\n', ""),
     ('        checks.captured("a step that an Averager follows", CAPTURED)\n', ""),
     ("            self._into.refuse_trained(", "            (lambda *_: None)("),
+]
+FOLLOWING: Mutants = [
+    ('Counts(int(group["average"] is not None))', "Counts(0)"),
+    ("        self._check_into()\n", "        pass\n"),
+    (
+        "            if writer is not None and writer is not self:",
+        "            if writer is not None:",
+    ),
+    ("            if writer is not None and writer is not self:", "            if False:"),
+    ("            _writers[p] = weakref.ref(self)", "            pass"),
+    ("                del _writers[p]", "                pass"),
     ("same=True", "same=False"),
     ("        if not (loaded.steps or any(", "        if False and not (loaded.steps or any("),
     ("        self._module.look()\n", "        pass\n"),
@@ -737,6 +739,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         True,
     ),
     ("rbwa_fused/averager.py", AVERAGER, BESIDE, False),
+    ("rbwa_fused/following.py", FOLLOWING, BESIDE, False),
     (
         "rbwa_fused/integrations/transformers.py",
         TRANSFORMERS,
