@@ -241,10 +241,15 @@ def test_an_optimizer_that_knows_evaluation_is_told_of_it_as_before(tmp_path: Pa
 
 
 class Unaware(transformers.Trainer):  # type: ignore[misc]
-    """With an evaluation loop that tells the optimizer nothing."""
+    """With an evaluation loop that tells the optimizer nothing, from its second turn on."""
+
+    turns = 0
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        optimizer, self.optimizer = self.optimizer, None
+        self.turns += 1
+        optimizer = self.optimizer
+        if self.turns > 1:
+            self.optimizer = None
         try:
             return super().evaluation_loop(*args, **options)
         finally:
@@ -257,6 +262,7 @@ def test_an_evaluation_loop_that_would_see_the_training_weights_is_an_error(
     run = trainer(tmp_path, AveragedWeights(rf.ema(0.75)), kind=Unaware, eval_strategy="epoch")
     with pytest.raises(RuntimeError, match=r"does not call optimizer\.eval\(\)"):
         run.train()
+    assert run.turns == 2
 
 
 def test_what_averages_nothing_is_an_error(tmp_path: Path) -> None:
