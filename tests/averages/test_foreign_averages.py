@@ -151,6 +151,20 @@ def test_a_run_goes_on_from_before_another_librarys_first_sample(library: str) -
     assert averager.n_averaged == 2
 
 
+def test_ema_pytorch_before_it_is_initted_has_steps_and_no_sample() -> None:
+    """As versions that copy up to update_after_step leave it."""
+    net = Normed()
+    theirs, update, _ = of_ema_pytorch(net)
+    update()
+    saved = through_a_file(theirs.state_dict())
+    saved["step"].fill_(5)
+    for initted, samples in ((True, 5), (False, 0)):
+        saved["initted"].fill_(initted)
+        averager = rf.Averager(net, rf.ema(0.5))
+        averager.load_state_dict(saved)
+        assert averager.engine.steps == 5 and averager.n_averaged == samples
+
+
 def test_a_plain_state_dict_is_averages_too_and_step_says_where_the_run_stands() -> None:
     net, other = Net(), Net()
     averager = rf.Averager(net, rf.ema(0.5, start=10))

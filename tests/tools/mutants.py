@@ -402,7 +402,6 @@ AVERAGER: Mutants = [
     ),
     ("            self._catch_up()\n            self._follow()", "            self._follow()"),
     ("broken(*arguments) if torch.compiler.is_compiling() else ", ""),
-    ("            self._owed = None  # also", "            pass  # also"),
     ('        checks.captured("update()", CAPTURED)\n', ""),
     ('        checks.captured("a step that an Averager follows", CAPTURED)\n', ""),
     ("            self._into.refuse_trained(", "            (lambda *_: None)("),
