@@ -107,6 +107,7 @@ class Averager(Following):
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._handles: list[RemovableHandle] = []
         followed = steppers(optimizer, self.param_groups)
+        self._tell_of_buffers()
         if self._into is not None:
             self._into.refuse_trained(self.param_groups, followed)
         self._build()

@@ -94,6 +94,16 @@ class Following(Averages):
         for _, p in written:
             _writers[p] = weakref.ref(self)
 
+    def _tell_of_buffers(self) -> None:
+        """Warns of policies whose average would need no memory in an optimizer of ours."""
+        for policy in dict.fromkeys(group["average"] for group in self.param_groups):
+            if policy is not None and policy.write_back_every == 1 and self._into is None:
+                warnings.warn(
+                    f"{policy} keeps its average in memory of its own here: behind another "
+                    "optimizer's step it is not the parameter itself, as in FusedSGD",
+                    stacklevel=backends.user_level(),
+                )
+
     def _give_up(self) -> None:
         """Writes averages back to no parameter any more."""
         for p, writer in list(_writers.items()):

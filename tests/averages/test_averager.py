@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -337,6 +338,22 @@ def test_two_that_write_back_to_one_parameter_are_refused() -> None:
     del second
     gc.collect()
     rf.Averager(net.last, rf.rbwa(2))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_average_that_is_no_longer_the_parameter_itself_is_said_once(groups: int) -> None:
+    policy = rf.rbwa(4, 1)
+    members = [{"params": [nn.Parameter(torch.ones(3))]} for _ in range(groups)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        averager = rf.Averager(members, policy)
+        for _ in range(6):
+            averager.update()
+        averager.remove()
+        rf.Averager(members, rf.rswa(4, 1)).remove()
+    (warning,) = caught
+    assert str(warning.message).startswith("rbwa(4, 1) keeps its average in memory of its own here")
+    assert warning.filename == __file__
 
 
 def test_what_is_wrong_is_said_once_and_changes_nothing() -> None:
