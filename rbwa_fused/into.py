@@ -58,7 +58,8 @@ class Into:
         return [_in_dtype_of(group, targets) for group, targets in pairs]
 
     def refuse_trained(self, groups: Sequence[Group], optimizers: Sequence[Optimizer]) -> None:
-        """Raises ValueError for a target that one of the optimizers has, too."""
+        """Raises ValueError for a target that one of the optimizers would move, too: a frozen one,
+        as in ``SGD(model.parameters())`` of a model that has the teacher in it, gets no gradient."""
         owner = {
             p: type(one).__name__
             for one in optimizers
@@ -67,11 +68,11 @@ class Into:
         }
         for group, targets in zip(groups, self._targets(groups), strict=True):
             for i, target in enumerate(targets if group["average"] is not None else ()):
-                if target in owner:
+                if target.requires_grad and target in owner:
                     raise ValueError(
                         f"Invalid into: {owner[target]} has its parameter "
-                        f"{checks.name_of(group, i)}, which averages are written to (expected one "
-                        "that no optimizer has)"
+                        f"{checks.name_of(group, i)}, which averages are written to (expected a "
+                        "frozen one, or one that no optimizer has)"
                     )
 
     def attach(self, groups: Sequence[Group], state: Any) -> bool:

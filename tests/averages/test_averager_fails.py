@@ -108,6 +108,22 @@ def test_a_teacher_that_an_optimizer_has_is_refused() -> None:
     rf.Averager(net, rf.ema(0.5), optimizer=own[0], into=teacher)
 
 
+def test_a_frozen_teacher_may_be_in_the_optimizer() -> None:
+    """As in MoCo's program, whose model has both encoders: no gradient comes to it."""
+    net = Net()
+    teacher = copy.deepcopy(net).requires_grad_(False)
+    opt = torch.optim.AdamW([*net.parameters(), *teacher.parameters()], weight_decay=0.1)
+    rf.Averager(net, rf.ema(0.5), optimizer=opt, into=teacher)
+    a = [p.clone() for p in teacher.parameters()]
+
+    def behind(step: int) -> None:
+        for average, p in zip(a, net.parameters(), strict=True):
+            average.add_(0.5 * (p.detach() - average))
+
+    train(net, [opt], 1, 3, behind)
+    assert all(map(torch.equal, teacher.parameters(), a))
+
+
 # ---- a sample that fails behind a step -----------------------------------------------------------
 
 
