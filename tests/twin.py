@@ -188,8 +188,10 @@ class Twin:
                         member.state[name] = Value.of(value.v.to(wanted)), wanted
 
     def forget_skipped(self) -> None:
-        """Averages that only skipped steps have made are made again by the first that is taken."""
+        """What only skipped steps have made and left is made again by the first that is taken."""
         if self.steps == 0:
+            for group in self.groups:
+                group.beta = None
             for member in self.members:
                 member.state.pop(AVERAGE, None)
 

@@ -68,6 +68,7 @@ KINDS = [
     "average function",
     "average starts at the first_sample",
     "average starts at the current",
+    "average starts at the now",
     "average written back never",
     "average written back at every step",
     "average written back at each sample",
