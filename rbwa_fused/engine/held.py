@@ -77,10 +77,10 @@ def _tensors(state: Mapping[Tensor, Any]) -> Iterator[Tensor]:
 
 
 def _objects(state: Mapping[Tensor, Any]) -> Iterator[tuple[Any, ...]]:
-    """Each parameter with its state and that one's keys, values and memory."""
+    """Each parameter with its state's keys and values, and the memory of these."""
     for param, held in state.items():
         values = held.items() if isinstance(held, Mapping) else ()
-        yield param, held, [(key, value, *_memory(value)) for key, value in values]
+        yield param, [(key, value, *_memory(value)) for key, value in values]
 
 
 def _memory(value: Any) -> tuple[int, int]:
@@ -95,11 +95,10 @@ def _has_memory(value: Any) -> bool:
 def _same(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> bool:
     return len(before) == len(now) and all(
         p is q
-        and held is other
         and len(values) == len(others)
         and all(
             key is name and value is thing and memory == place
             for (key, value, *memory), (name, thing, *place) in zip(values, others, strict=True)
         )
-        for (p, held, values), (q, other, others) in zip(before, now, strict=True)
+        for (p, values), (q, others) in zip(before, now, strict=True)
     )

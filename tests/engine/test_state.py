@@ -316,3 +316,18 @@ def test_a_buffer_under_another_name_is_none(asked: None) -> None:
         train(opt, 3, 3)
     assert torch.equal(first(ours), first(theirs))
     assert torch.equal(ours.state[first(ours)]["mine"], theirs.state[first(theirs)]["mine"])
+
+
+def test_a_buffer_seen_the_other_way_round_is_another(asked: None) -> None:
+    """At the same address."""
+    ends = []
+    for cls in (rf.FusedSGD, torch.optim.SGD):
+        p = nn.Parameter(torch.zeros(2, 2))
+        opt: Any = cls([p], lr=0.125, momentum=0.75)
+        for _ in range(2):
+            p.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+            opt.step()
+            opt.state[p][STREAM] = opt.state[p][STREAM].t()
+        opt.step()
+        ends.append(p.tolist())
+    assert ends[0] == ends[1]

@@ -560,7 +560,6 @@ HELD: Mutants = [
     ("state is not self._state or not", "not"),
     ("all(local(t) is shard for t, shard in self._shards)", "True"),
     ("        p is q\n        and ", "        "),
-    ("and held is other\n", "\n"),
     ("and value is thing ", ""),
     (" and memory == place", ""),
     ("        and len(values) == len(others)\n", ""),
