@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import rbwa_fused as rf
+from rbwa_fused.engine.state import ParameterState
 
 DTYPES = [torch.float32, torch.bfloat16]
 WAYS: dict[str, dict[str, Any]] = {
@@ -243,6 +244,24 @@ def test_a_converted_parameter_without_a_gradient_gets_its_master_in_the_same_st
         return result(opt)
 
     assert run(True) == run(False)
+
+
+def test_a_parameter_at_rest_is_not_looked_at_again_in_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moving, resting = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))
+    opt = rf.FusedSGD([moving, resting], 0.1, 0.9, in_backward=True)
+    looked_at, give = [], ParameterState.give
+    monkeypatch.setattr(
+        ParameterState,
+        "give",
+        lambda state, table, grads: looked_at.extend(table.params) or give(state, table, grads),
+    )
+    for _ in range(3):
+        looked_at.clear()
+        moving.sum().backward()
+        opt.step()
+    assert len(looked_at) == 1 and looked_at[0] is moving
 
 
 def test_a_step_without_any_gradient_counts_nothing() -> None:

@@ -372,7 +372,6 @@ IN_BACKWARD: Mutants = [
     ("p.grad is not None or group.policy is not None", "p.grad is not None"),
     ("grads, grads[0] is None)", "grads, False)"),
     ("behind = engine.tables.state.give(table, grads)", "behind = []"),
-    ("if not self._engine.run(gathered, calls):", "if self._engine.run(gathered, calls) is None:"),
     ("if not engine.tables.fit(table, grads):", "if False:"),
     ("            if p in stepped:\n                continue\n", ""),
     ("if found_inf is not None:", "if False:"),
@@ -865,6 +864,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "known is None or known.rows is not rows:",
         "known is None:",
     ): ("rows grow with a group, for which `ParameterState.take_over` sets all tables' ages anew"),
+    (
+        "rbwa_fused/in_backward.py",
+        "if not self._engine.run(gathered, calls):",
+        "if self._engine.run(gathered, calls) is None:",
+    ): ("`_ready` has found that all fits; only another thread could convert a parameter since"),
     ("csrc/tables.cpp", "dims <= shape_count / 2 &&", ""): (
         "the product overflows then, and wraps to what is refused; `make sanitize` finds it"
     ),
