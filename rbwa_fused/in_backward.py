@@ -59,9 +59,10 @@ class InBackward:
 
     def attach(self) -> None:
         """Hooks the parameters of the engine's launches, once each; those that share memory wait
-        for step(), which moves them in their order."""
+        for step(), which moves them in their order, and so does what is only averaged."""
         self._launch_of = {launch[0].params[0]: launch for launch in self._engine.tables.launches}
-        hooked = self._launch_of.keys() & self._engine.tables.alone
+        stepped = {table.stepped[0] for table, _ in self._engine.tables.launches}
+        hooked = self._launch_of.keys() & self._engine.tables.alone & stepped
         for p in self._handles.keys() - hooked:
             self._handles.pop(p).remove()
         self._frozen = [p for p in hooked if p not in self._handles]
@@ -156,9 +157,10 @@ class InBackward:
             p, group = table.params[0], engine.tables.plan.groups[table.groups[0]]
             if p in stepped:
                 continue
-            moves = p.grad is not None or group.policy is not None
+            grad = table.stepped[0].grad
+            moves = grad is not None or group.policy is not None
             if moves or engine.tables.plan.state_is_due:
-                grads = [p.grad]
+                grads = [grad]
                 own = self._ready(launch, grads)
             if moves:
                 rest.append((launch, grads))

@@ -60,7 +60,7 @@ class Engine(Upkeep):
             grads, some_absent, some_present, some_negated = (
                 doors.described(table.gradients())
                 if table.shards
-                else doors.gradients(table.params)
+                else doors.gradients(table.stepped)
             )
             absent = absent or some_absent
             present = present or some_present
@@ -213,8 +213,8 @@ class Engine(Upkeep):
         if scale != 1.0:
             # A tensor: a number would be rounded to 16 bits before it multiplies 16-bit gradients.
             inverse = torch.tensor(1.0 / scale, dtype=torch.float64, device="cpu")
-            for p in written:
-                if p.grad is not None:
+            for p, g in zip(table.params, grads, strict=True):
+                if g is not None and p.grad is not None:
                     grad = p.grad if p.grad.dim() > 0 else p.grad.view(1)
                     calls.append((grad.mul_, inverse))
         return calls

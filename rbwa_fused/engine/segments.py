@@ -51,6 +51,8 @@ class Segments:
         params: the parameters, one segment each.
         memory: what the kernel steps: the parameter, or this process's shard of a DTensor, or a
             dense copy of one that is not dense or plain.
+        stepped: the parameters again; in the place of one that is only averaged, whose gradient
+            is its owner's, a tensor that has none.
         groups, index: the param group of each, and its number there.
         copies: the parameters (shards) that are not dense or plain, each with its copy.
         shards: the DTensor parameters, each with the shard that the table was made for.
@@ -60,6 +62,7 @@ class Segments:
     def __init__(self) -> None:
         self.params: list[Tensor] = []
         self.memory: list[Tensor] = []
+        self.stepped: list[Tensor] = []
         self.groups: list[int] = []
         self.index: list[int] = []
         self.copies: list[tuple[Tensor, Tensor]] = []
@@ -72,7 +75,9 @@ class Segments:
         self._ages: list[int] = []
         self._table: Table | None = None
 
-    def add(self, param: Tensor, group: int, index: int, row: int, sampling: int) -> None:
+    def add(
+        self, param: Tensor, group: int, index: int, row: int, sampling: int, *, steps: bool = True
+    ) -> None:
         """Appends a segment for a parameter, with its rows in the coefficient tables."""
         memory = shard = local(param)
         if is_sharded(param):
@@ -87,6 +92,7 @@ class Segments:
         self._made_for.append(torch.empty_like(memory, device="meta"))
         self.params.append(param)
         self.memory.append(memory)
+        self.stepped.append(param if steps else self._made_for[-1])
         self.groups.append(group)
         self.index.append(index)
         self._change()
@@ -122,7 +128,7 @@ class Segments:
     def gradients(self) -> list[Tensor | None]:
         """What the backward pass left, of DTensors the shards. A gradient laid out otherwise than
         its parameter is laid out anew, which communicates."""
-        grads = [p.grad for p in self.params]
+        grads = [p.grad for p in self.stepped]
         for i, g in enumerate(grads):
             if g is not None and is_sharded(g):
                 param = self.params[i]

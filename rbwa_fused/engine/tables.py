@@ -126,7 +126,8 @@ class Tables:
                 self._beside.append((beside, group_plan))
             for index, p in enumerate(group["params"]):
                 table = self._segments.setdefault((p.device, turn_of[p]), Segments())
-                table.add(p, group_plan.index, index, group_plan.row, group_plan.sampling(p))
+                rows = group_plan.row, group_plan.sampling(p)
+                table.add(p, group_plan.index, index, *rows, steps=beside is None)
         if not new:
             self.backend = backends.choose(options.backend, torch.device("cpu")).name
         launches: list[Served] = []

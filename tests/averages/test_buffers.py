@@ -164,6 +164,48 @@ def test_steps_without_a_gradient_sample_none() -> None:
     assert as_bits(held(net, opt)) == before
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_the_gradient_of_a_buffer_is_its_owners(in_backward: bool) -> None:
+    """No hook frees it, it makes no step, and nobody unscales it."""
+    net, opt = made(in_backward=in_backward)
+    net.register_buffer("bias", torch.ones(4, requires_grad=True))
+    net.bias.sum().backward()
+    opt.step()
+    assert opt.n_averaged == 0 and net.bias.grad.tolist() == [1.0] * 4
+    (net(torch.randn(8, 5)).square().mean() + net.bias.sum()).backward()
+    opt.step()
+    assert opt.n_averaged == 1 and net.bias.grad.tolist() == [2.0] * 4
+    assert opt.averages(net)["bias"].tolist() == net.bias.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("policy", [rf.ema(0.5), rf.lookahead(1, 0.5)], ids=str)
+def test_a_scaler_leaves_the_gradient_of_a_buffer_as_it_is(policy: rf.Average) -> None:
+    net, opt = made(policy)
+    net.register_buffer("bias", torch.ones(4, requires_grad=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for _ in range(2):  # another factor than that of the first step
+        opt.zero_grad()
+        scaler.scale(net(torch.randn(8, 5)).square().mean() + net.bias.sum()).backward()
+        scaler.step(opt)
+        scaler.update()
+    assert opt.engine.steps == 2 and net.bias.grad.tolist() == [8.0] * 4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_buffer_that_a_graph_hangs_on_is_averaged(in_backward: bool) -> None:
+    """As a forward pass leaves one that forgets detach(): it is asked for no gradient."""
+    net, opt = made(in_backward=in_backward)
+    net.register_buffer("seen", torch.ones(()))
+    for step in range(3):
+        loss = net(torch.full((8, 5), float(step)).add(torch.eye(8, 5))).square().mean()
+        net.seen = 0.5 * net.seen.detach() + loss
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    assert opt.n_averaged == 3 and torch.isfinite(opt.averages(net)["seen"])
+
+
 # ---- followed ------------------------------------------------------------------------------------
 
 
