@@ -16,6 +16,11 @@ from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.tables import Options
 from rbwa_fused.in_backward import InBackward
 
+BUFFERS_LEFT = (
+    "the averages of buffers start again: torch.optim.Optimizer.load_state_dict hands over none, "
+    "and those that there are belong to another step (expected opt.load_state_dict)"
+)
+
 
 class Saved(Averages, Optimizer):
     """Base of FusedOptimizer, which has the step: an engine, and what becomes of it where groups
@@ -151,7 +156,10 @@ class Saved(Averages, Optimizer):
                 engine, self.defaults, state["param_groups"], state["state"], loaded=loaded
             )
             state["state"] = held
-            beside = engine.beside_count(held)
+            if not loaded or steps == engine.steps:
+                beside = engine.beside_count(held)
+            elif self._beside is not None:
+                warnings.warn(BUFFERS_LEFT, stacklevel=backends.user_level())
         super().__setstate__(state)
         self._begin(engine)
         if export not in self._optimizer_state_dict_post_hooks.values():

@@ -386,6 +386,20 @@ def test_torch_loads_what_is_saved_and_the_other_way_round() -> None:
     assert as_bits(held(again, resumed)) == as_bits(floating(again))
 
 
+def test_torchs_own_load_of_another_step_starts_them_again_and_says_so() -> None:
+    """It hands over state and groups alone."""
+    net, opt = made()
+    train(net, opt, 1, 3)
+    again, resumed = made()
+    train(again, resumed, 11, 12)
+    again.load_state_dict(net.state_dict())
+    with pytest.warns(UserWarning, match="averages of buffers start again.*opt.load_state_dict"):
+        torch.optim.Optimizer.load_state_dict(resumed, copy.deepcopy(opt.state_dict()))
+    assert resumed.n_averaged == 3 and resumed.averages(again).keys().isdisjoint(FLOATING)
+    train(again, resumed, 4, 4)
+    assert as_bits(held(again, resumed)) == as_bits(floating(again))
+
+
 def test_a_checkpoint_without_them_starts_them_again_and_says_so() -> None:
     net = Normed()
     plain = rf.FusedSGD(net.parameters(), lr=0.05, average=rf.ema(0.5))
