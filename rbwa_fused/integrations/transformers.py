@@ -49,8 +49,8 @@ class AveragedWeights(TrainerCallback):
     When ``train()`` has returned, the model has the averaged weights, or with
     ``load_best_model_at_end`` those of the best checkpoint, which are averages, too: ``evaluate``,
     ``predict``, ``save_model`` and ``push_to_hub`` use them. ``restore()`` brings the training
-    weights back. So does another ``train()``, unless somebody has written other weights meanwhile;
-    it averages anew.
+    weights back. So does another ``train()`` of the model, unless somebody has written other
+    weights meanwhile; it averages anew. Where it is of another model, this one keeps its averages.
 
     A checkpoint folder holds the averages as the model (``model.safetensors``, what
     ``from_pretrained`` loads) and in ``averager.pt`` the training weights, the averages in their
@@ -118,7 +118,7 @@ class AveragedWeights(TrainerCallback):
         ours = None if self._average is not None else _ours(optimizer)
         saved = self._saved(args, state)
         self._detach()
-        self._bring_back(keep=state.global_step > 0)
+        self._bring_back(keep=state.global_step > 0 or model is not self._model)
         self._control, self._model = control, model
         if saved is not None:
             _write(model, saved["training_weights"])

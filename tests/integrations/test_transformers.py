@@ -143,6 +143,19 @@ def test_a_second_train_goes_on_with_the_training_weights_and_averages_anew(
     assert [*map(digests, noting.weights)] == [*map(digests, alone.weights)]
 
 
+def test_a_trained_model_keeps_its_averages_where_another_is_trained(tmp_path: Path) -> None:
+    """As with one callback for all folds of a cross validation."""
+    averaging, noting = AveragedWeights(rf.mean()), Noting()
+    first = trainer(tmp_path, averaging, noting, num_train_epochs=1)
+    first.train()
+    expected = replayed(noting.weights, rf.mean())[-1]
+    second = trainer(tmp_path, averaging, num_train_epochs=1)
+    second.train()
+    averaging.restore()
+    assert held(first.model) == expected
+    assert held(second.model) == digests(noting.weights[-1])
+
+
 def test_weights_that_were_written_after_training_are_those_of_the_next(tmp_path: Path) -> None:
     averaging, noting = AveragedWeights(rf.mean()), Noting()
     run = trainer(tmp_path, averaging, noting, num_train_epochs=1)
