@@ -71,6 +71,10 @@ class Buffers:
         pairs = zip(self.group["param_names"], self.group["params"], strict=True)
         return {name: self.state.get(buffer, {}) for name, buffer in pairs}
 
+    def heirs(self) -> dict[Tensor, Tensor]:
+        """What stands in the places of buffers that are gone."""
+        return self._followed.heirs([self.group])
+
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def export(self, n_averaged: int) -> dict[str, Any]:

@@ -98,9 +98,15 @@ def averages_by_name(opt: Averaging, model: nn.Module) -> dict[str, Tensor]:
     """See FusedOptimizer.averages."""
     reshard(model)  # or its parameters are what FSDP has gathered
     _check_members(opt, model)
-    found = dict(swap.live(opt))
+    found = _standing(opt, dict(swap.live(opt)))
     named = chain(model.named_parameters(), model.named_buffers())
     return {name: found[t] for name, t in named if t in found}
+
+
+def _standing(opt: Averaging, found: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """The averages by what stands in the places of their parameters, also inside averaged()."""
+    heirs = {} if opt.engine.swapped is None else swap.heirs_of(opt)
+    return {heirs.get(p, p): average for p, average in found.items()}
 
 
 def adopt(opt: Averaging, model: nn.Module | None) -> None:
@@ -120,5 +126,6 @@ def averaged_state_dict(opt: Averaging, model: nn.Module, blend: float = 1.0) ->
     """See FusedOptimizer.averaged_state_dict."""
     reshard(model)  # or its parameters are what FSDP has gathered
     _check_members(opt, model)
-    live = {p: swap.blended(opt, p, local(a), blend) for p, a in averages(opt)}
+    averaged = {p: swap.blended(opt, p, local(a), blend) for p, a in averages(opt)}
+    live = _standing(opt, averaged)
     return state_dict_with(model, {p: beside(value, p) for p, value in live.items()})

@@ -58,6 +58,7 @@ class Following(Averages):
             self.param_groups = grouped(params, average, exclude)
         self.state: Any = defaultdict(dict)
         self.engine = Engine(rules.NONE, Options(backend=backend, flatten=False))
+        self.engine.followed = self._module
         self._into = None if into is None else Into(into)
         for group in self.param_groups:
             self._check(group)

@@ -72,6 +72,15 @@ class Followed:
             for named, average in zip(kept, averages, strict=True)
         ]
 
+    def heirs(self, groups: Sequence[Group]) -> dict[Tensor, Tensor]:
+        """Of what these groups have and the module no longer: what has its name and its shape."""
+        if self._sharded:
+            reshard(self.module)
+        now = dict(chain.from_iterable(named.items() for named in self._all()))
+        there = set(now.values())
+        gone = [(n, p) for group in groups for n, p in _by_name(group) if p not in there]
+        return {p: now[name] for name, p in gone if name in now and now[name].shape == p.shape}
+
     def names(self) -> list[str]:
         """What a state dict of the module may have, averaged or not."""
         parameters = self.module.named_parameters(remove_duplicate=False)

@@ -9,7 +9,7 @@ from, so the other values stand in the parameters while such a model is asked ag
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -86,5 +86,6 @@ def _standing_in(model: nn.Module, other: Mapping[Tensor, Tensor]) -> Iterator[N
 
 def _write(values: Mapping[Tensor, Tensor]) -> None:
     for p, value in values.items():
-        local(p).data.copy_(local(value))
+        with torch.inference_mode() if p.is_inference() else nullcontext():  # a buffer made there
+            local(p).data.copy_(local(value))
     torch.clear_autocast_cache()  # of 16-bit copies, which does not look at versions

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,10 +36,11 @@ class Averaging(Protocol):
 
 
 class Saved(NamedTuple):
-    """A parameter's name, the address that it had, and its training weights."""
+    """What a parameter was, and its training weights."""
 
     name: str
     address: int
+    inference: bool
     weights: Tensor
 
 
@@ -76,7 +77,7 @@ class Swap:
             live = {p: blended(opt, p, average, blend) for _, p, average in fitting}
             self._averages = live
             self._saved = {
-                p: Saved(name, local(p).data_ptr(), local(p).detach().clone())
+                p: Saved(name, local(p).data_ptr(), p.is_inference(), local(p).detach().clone())
                 for name, p, _ in fitting
             }
         addresses = [average.data_ptr() for average in self._averages.values()]
@@ -91,7 +92,7 @@ class Swap:
         """Copies the averages over the weights."""
         with _plain():
             for p, average in self._averages.items():
-                local(p).copy_(average)
+                _write(local(p), average)
             _announce(self._averages)
 
     @torch._disable_dynamo
@@ -107,18 +108,20 @@ class Swap:
             reshard(self._model)
         except Exception as error:
             wrong["FSDP could not free what it has gathered"] = error
-        beside = [] if self._owner.engine.beside is None else [self._owner.engine.beside.group]
-        groups = [*self._owner.param_groups, *beside]
-        members = {p for group in groups for p in group["params"]}
+        groups, heirs = [*self._owner.param_groups], heirs_of(self._owner)
+        if self._owner.engine.beside is not None:
+            groups.append(self._owner.engine.beside.group)
+        now = {p: heirs.get(p, p) for group in groups for p in group["params"]}
         with _plain():
             for p, saved in list(self._saved.items()):
                 try:
-                    if p in members:  # or nobody will train it
-                        _bring_back(p, saved, self._taken)
+                    if p in now:  # or nobody will train it
+                        inference = saved.inference or now[p] is not p
+                        _bring_back(now[p], saved._replace(inference=inference), self._taken)
                     del self._saved[p]
                 except Exception as error:
                     wrong[f"parameter {saved.name}"] = error
-            _announce(self._averages)
+            _announce([now.get(p, p) for p in self._averages])
         if not wrong:
             self._owner.engine.swapped = None
             return None
@@ -144,7 +147,7 @@ def adopt(opt: Averaging) -> None:
     with _plain():
         fitting = [(p, average) for _, p, average in _fitting(opt)]
         for p, average in fitting:
-            local(p).copy_(average)
+            _write(local(p), average)
             master = (opt.state.get(p) or {}).get(MASTER)
             if master is not None:
                 local(master).copy_(average)
@@ -158,6 +161,16 @@ def blended(opt: Averaging, param: Tensor, average: Tensor, blend: float) -> Ten
     master = (opt.state.get(param) or {}).get(MASTER)
     weights = local(param if master is None else master).detach().to(average.dtype)
     return weights + blend * (average - weights)
+
+
+def heirs_of(opt: Averaging) -> dict[Tensor, Tensor]:
+    """What has been put inside averaged() in the places of parameters and buffers that are followed
+    by their names, such as the buffers of a model that was converted."""
+    engine = opt.engine
+    found = {} if engine.followed is None else engine.followed.heirs(opt.param_groups)
+    if engine.beside is not None:
+        found |= engine.beside.heirs()
+    return found
 
 
 def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
@@ -219,11 +232,18 @@ def _bring_back(param: Tensor, saved: Saved, taken: set[int]) -> None:
         raise ValueError(f"it has shape {tuple(shard.shape)} (expected {tuple(weights.shape)})")
     address = shard.data_ptr()
     foreign = address != saved.address and address in taken
-    if (foreign or shard.is_inference()) and not is_sharded(param):  # `p.data = ...` inside
+    lost = shard.is_inference() and not saved.inference
+    if (foreign or lost) and not is_sharded(param):  # `p.data = ...` inside
         param.data = torch.empty_like(shard)
         shard = param
-    shard.copy_(weights)
+    _write(shard, weights)
     taken.add(shard.data_ptr())
+
+
+def _write(param: Tensor, weights: Tensor) -> None:
+    """Also to a buffer that was made in inference mode, and may be written there alone."""
+    with torch.inference_mode() if param.is_inference() else nullcontext():
+        param.copy_(weights)
 
 
 @contextmanager

@@ -62,6 +62,9 @@ class Beside(Protocol):
     def follow(self) -> None:
         """Looks."""
 
+    def heirs(self) -> dict[Tensor, Tensor]:
+        """What stands in the places of tensors that are gone since the last look."""
+
 
 class Tables:
     """The segments and rows of some param groups, for their state.

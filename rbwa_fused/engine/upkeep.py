@@ -34,6 +34,13 @@ class Swapped(Protocol):
         """Tries to bring the weights back. Returns the error that says what is missing still."""
 
 
+class Places(Protocol):
+    """What knows the names of some groups' parameters."""
+
+    def heirs(self, groups: Sequence[Group]) -> dict[Tensor, Tensor]:
+        """What stands in the places of parameters that are gone."""
+
+
 class Upkeep:
     """What an engine has: tables, counters, and what forbids a step.
 
@@ -42,6 +49,7 @@ class Upkeep:
         device_counters: where the devices count; else None.
         swapped: inside averaged(), or after one that could not be undone; else None.
         beside: what is averaged beside the parameters, in the same launch; else None.
+        followed: what follows the parameters by their names; else None.
         stepped: the parameters that a backward pass has stepped (in_backward.py), up to the end of
             that step; else None.
     """
@@ -49,6 +57,7 @@ class Upkeep:
     device_counters: OnDevice | None = None
     swapped: Swapped | None = None
     beside: Beside | None = None
+    followed: Places | None = None
     stepped: set[Tensor] | None = None
     _warned = False  # that the reference runs
 

@@ -602,6 +602,24 @@ def test_statistics_that_are_averaged_are_not_estimated_anew() -> None:
         assert all(as_bits(value) == expected[name] for name, value in norm.items())
 
 
+@pytest.mark.parametrize("inside", ["converted", "assigned"])
+def test_what_takes_the_place_of_a_tensor_inside_gets_its_training_values(inside: str) -> None:
+    net = Normed()
+    opt = adamw(net)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt, buffers=True)
+    train(net, [opt], 1, 3)
+    before, averages = as_bits(net.state_dict()), as_bits(averager.averages())
+    with averager.averaged():
+        if inside == "converted":
+            net.double()
+        else:
+            net.norm.running_mean = net.norm.running_mean + 1.0  # type: ignore[operator]
+            net.norm.weight = nn.Parameter(torch.zeros_like(net.norm.weight))
+        assert averager.averages().keys() == averages.keys()
+    assert as_bits(net.float().state_dict()) == before
+    assert as_bits(averager.averages()) == averages
+
+
 def test_a_resized_buffer_starts_again_as_a_copy_and_a_new_one_joins() -> None:
     net = Normed()
     averager = rf.Averager(net, rf.ema(0.5), buffers=True)

@@ -320,6 +320,64 @@ def test_they_are_exchanged_with_the_weights_and_come_back() -> None:
     assert as_bits(floating(net)) == as_bits(held(net, opt))
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_statistics_of_a_model_that_is_converted_inside_come_back(inference: bool) -> None:
+    """A module's `half()` puts other tensors in its buffers' places."""
+    net, opt = made()
+    other, theirs = made()
+    train(net, opt, 1, 3)
+    train(other, theirs, 1, 3)
+    averages = opt.averages(net)
+    expected = [averages[name].double() for name in FLOATING]
+    with torch.inference_mode(inference), opt.averaged():
+        net.double()
+        assert as_bits(floating(net)) == as_bits(expected)
+        net.norm.running_mean = net.norm.running_mean + 1.0  # type: ignore[operator]
+        inside = opt.averages(net)
+        assert all(inside[name] is averages[name] for name in FLOATING)
+        state = opt.averaged_state_dict(net)["norm.running_mean"]
+        assert torch.equal(state, averages["norm.running_mean"].double())
+    net.float()
+    assert as_bits(floating(net)) == as_bits(floating(other))
+    train(net, opt, 4, 5)
+    train(other, theirs, 4, 5)
+    assert ends(net, opt) == ends(other, theirs)
+
+
+def test_a_buffer_that_has_another_shape_inside_is_another_one() -> None:
+    net, opt = made()
+    train(net, opt, 1, 3)
+    with opt.averaged():
+        net.cache = torch.full((9,), 4.0)
+    assert net.cache.tolist() == [4.0] * 9
+    train(net, opt, 4, 4)
+    assert opt.averages(net)["cache"].tolist() == [5.0] * 9
+
+
+@pytest.mark.parametrize("policy", [rf.ema(0.5), rf.lookahead(2, 0.5)], ids=str)
+def test_a_buffer_that_an_evaluation_has_made_is_exchanged_as_others_are(
+    policy: rf.Average,
+) -> None:
+    """In inference mode, as Lightning evaluates: nobody may write to it outside."""
+    net, opt = made(policy)
+    train(net, opt, 1, 1)
+    with torch.inference_mode():
+        net.register_buffer("table", torch.ones(3))
+    net.table.requires_grad_(False)
+    train(net, opt, 2, 3)
+    with torch.inference_mode():
+        net.table.add_(1.0)
+    train(net, opt, 4, 4)
+    live, average = net.table.tolist(), opt.averages(net)["table"].tolist()
+    with opt.averaged():
+        assert net.table.tolist() == average
+    assert net.table.tolist() == live
+    assert opt.averaged_state_dict(net)["table"].tolist() == average
+    opt.adopt()
+    assert net.table.tolist() == average
+    train(net, opt, 5, 5)
+
+
 def test_statistics_that_are_averaged_are_not_estimated_anew() -> None:
     net, opt = made()
     train(net, opt, 1, 3)

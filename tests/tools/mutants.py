@@ -205,10 +205,17 @@ SWAP: Mutants = [
     (" or self._context() is None", ""),
     ("self._missing is not None or self.restore()", "self.restore()"),
     ("            self._owner.engine.swapped = None\n", ""),
-    ("if p in members:", "if True:"),
+    ("if p in now:", "if True:"),
     (" or shard.dtype not in DTYPES", ""),
     ("if shard.shape != weights.shape:", "if False:"),
-    ("(foreign or shard.is_inference())", "foreign"),
+    ("(foreign or lost)", "foreign"),
+    ("shard.is_inference() and not saved.inference", "shard.is_inference()"),
+    ("saved.inference or now[p] is not p", "saved.inference"),
+    (
+        "with torch.inference_mode() if param.is_inference() else nullcontext():",
+        "with nullcontext():",
+    ),
+    ("heirs.get(p, p) for group in groups", "p for group in groups"),
     ("address != saved.address and ", ""),
     ("self._taken = {*addresses, *", "self._taken = {*"),
     ("*(saved.address for saved in self._saved.values())", ""),
@@ -260,7 +267,7 @@ UPKEEP: Mutants = [
 ]
 TABLES_OF_GROUPS: Mutants = [
     (" if own])", "])"),
-    ("group_plan.sampling(p))\n", "group_plan.sampler.first_row)\n"),
+    ("group_plan.row, group_plan.sampling(p)\n", "group_plan.row, group_plan.sampler.first_row\n"),
     ("not self.describes_state(state) or not", "not"),
     ("or not self.describes_groups(groups)", ""),
     ("        self.state.forget()  #", "        #"),
@@ -369,7 +376,7 @@ IN_BACKWARD: Mutants = [
         "            ",
     ),
     ("weakref.finalize(self, remove, self._handles).atexit = False", "pass"),
-    ("p.grad is not None or group.policy is not None", "p.grad is not None"),
+    ("grad is not None or group.policy is not None", "grad is not None"),
     ("grads, grads[0] is None)", "grads, False)"),
     ("behind = engine.tables.state.give(table, grads)", "behind = []"),
     ("if not engine.tables.fit(table, grads):", "if False:"),
@@ -457,6 +464,7 @@ MEMBERS: Mutants = [
     ),
     ("        return any(empty) or not all(", "        return not all("),
     ("gone not in new and", ""),
+    (" and now[name].shape == p.shape", ""),
     ("if counted and gone", "if gone"),
     ("            kept.setdefault(p, state[gone])", "            pass"),
     ("len(members) == len(seen) and all", "all"),
@@ -476,6 +484,7 @@ BUFFERS: Mutants = [
         "            self.state[buffer] = {}",
     ),
     ("            del self.state[buffer]", "            pass"),
+    ("        return self._followed.heirs([self.group])", "        return {}"),
     ("        self._followed.look()", "        pass"),
     ("        checks.params(group, master_weights=False)", "        pass"),
     (
@@ -506,7 +515,14 @@ BESIDE_IN_TABLES: Mutants = [
         "            not own.changed()",
     ),
     ("[plan for plan in self.plan.groups if plan.state is None]", "self.plan.groups"),
+    ("steps=beside is None", "steps=True"),
 ]
+BESIDE_IN_SAVED: Mutants = [("not loaded or steps == engine.steps", "not loaded")]
+BESIDE_IN_SAMPLES: Mutants = [
+    ("doors.gradients(table.stepped)", "doors.gradients(table.params)"),
+    ("if g is not None and p.grad is not None:", "if p.grad is not None:"),
+]
+BESIDE_IN_BACKWARD: Mutants = [("self._engine.tables.alone & stepped", "self._engine.tables.alone")]
 BESIDE_IN_UPKEEP: Mutants = [
     ("            self.beside.follow()\n", ""),
     (
@@ -763,6 +779,9 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/engine/rows.py", BESIDE_PARAMETERS, ("averages/test_buffers.py",), False),
     ("rbwa_fused/engine/tables.py", BESIDE_IN_TABLES, ("averages/test_buffers.py",), False),
     ("rbwa_fused/engine/upkeep.py", BESIDE_IN_UPKEEP, ("averages/test_buffers.py",), False),
+    ("rbwa_fused/saved.py", BESIDE_IN_SAVED, ("averages/test_buffers.py",), False),
+    ("rbwa_fused/engine/engine.py", BESIDE_IN_SAMPLES, ("averages/test_buffers.py",), False),
+    ("rbwa_fused/in_backward.py", BESIDE_IN_BACKWARD, ("averages/test_buffers.py",), False),
     ("rbwa_fused/foreign.py", FOREIGN, ("averages/test_foreign_averages.py",), False),
     ("rbwa_fused/engine/memory.py", MEMORY, STEPS, False),
     ("rbwa_fused/engine/memory.py", SHARDS_IN_MEMORY, SHARDS, False),
@@ -831,6 +850,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         (
             "averages/test_averaged.py",
             "averages/test_averaged_fails.py",
+            "averages/test_buffers.py",
             "averages/test_readouts.py",
             "optimizer/test_neighbours.py",
             "engine/test_interrupted.py",
