@@ -58,8 +58,8 @@ class Into:
         return [_in_dtype_of(group, targets) for group, targets in pairs]
 
     def refuse_trained(self, groups: Sequence[Group], optimizers: Sequence[Optimizer]) -> None:
-        """Raises ValueError for a target that one of the optimizers would move, too: a frozen one,
-        as in ``SGD(model.parameters())`` of a model that has the teacher in it, gets no gradient."""
+        """Raises ValueError for a target that one of the optimizers would move, too. A frozen one
+        gets no gradient, as under ``SGD(model.parameters())`` where the model has the teacher."""
         owner = {
             p: type(one).__name__
             for one in optimizers
