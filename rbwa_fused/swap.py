@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -234,16 +234,22 @@ def _bring_back(param: Tensor, saved: Saved, taken: set[int]) -> None:
     foreign = address != saved.address and address in taken
     lost = shard.is_inference() and not saved.inference
     if (foreign or lost) and not is_sharded(param):  # `p.data = ...` inside
-        param.data = torch.empty_like(shard)
+        # A tensor of inference mode with memory of another kind would be neither.
+        with nullcontext() if lost else _as_made(shard):
+            param.data = torch.empty_like(shard)
         shard = param
     _write(shard, weights)
     taken.add(shard.data_ptr())
 
 
 def _write(param: Tensor, weights: Tensor) -> None:
-    """Also to a buffer that was made in inference mode, and may be written there alone."""
-    with torch.inference_mode() if param.is_inference() else nullcontext():
+    with _as_made(param):
         param.copy_(weights)
+
+
+def _as_made(param: Tensor) -> AbstractContextManager[Any]:
+    """A buffer that was made in inference mode may be written there alone."""
+    return torch.inference_mode() if param.is_inference() else nullcontext()
 
 
 @contextmanager

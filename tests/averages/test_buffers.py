@@ -344,6 +344,17 @@ def test_the_statistics_of_a_model_that_is_converted_inside_come_back(inference:
     assert ends(net, opt) == ends(other, theirs)
 
 
+def test_a_buffer_of_inference_mode_in_an_averages_memory_leaves_it() -> None:
+    net, opt = made()
+    train(net, opt, 1, 3)
+    average = opt.averages(net)["norm.running_var"]
+    before = as_bits([average, net.norm.running_mean])
+    with torch.inference_mode(), opt.averaged():
+        net.norm.running_mean = torch.empty(0).set_(average.untyped_storage(), 0, (4,))
+        assert net.norm.running_mean.is_inference()
+    assert as_bits([average, net.norm.running_mean]) == before
+
+
 def test_a_buffer_that_has_another_shape_inside_is_another_one() -> None:
     net, opt = made()
     train(net, opt, 1, 3)
