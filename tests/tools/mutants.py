@@ -212,9 +212,10 @@ SWAP: Mutants = [
     ("shard.is_inference() and not saved.inference", "shard.is_inference()"),
     ("saved.inference or now[p] is not p", "saved.inference"),
     (
-        "with torch.inference_mode() if param.is_inference() else nullcontext():",
-        "with nullcontext():",
+        "return torch.inference_mode() if param.is_inference() else nullcontext()",
+        "return nullcontext()",
     ),
+    ("with nullcontext() if lost else _as_made(shard):", "with nullcontext():"),
     ("heirs.get(p, p) for group in groups", "p for group in groups"),
     ("address != saved.address and ", ""),
     ("self._taken = {*addresses, *", "self._taken = {*"),
