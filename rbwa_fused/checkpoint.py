@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ OURS = ("rule", "step", "n_averaged", *MEMORY)
 TORCHS = ("foreach", "differentiable", "fused")
 # A live group's value for one of these keys is its user's, and saved under this prefix and the key.
 OWN = "own:"
+
+
+Averages = Literal["load", "drop"]  # what becomes of those in a checkpoint
 
 
 class Loaded(NamedTuple):
@@ -79,13 +82,21 @@ def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Grou
             saved["state"][key] = {k: v for k, v in held if k not in waiting[p]}
 
 
-def read(engine: Engine, groups: Sequence[Group], state_dict: Any, step: int | None) -> Loaded:
+def read(
+    engine: Engine,
+    groups: Sequence[Group],
+    state_dict: Any,
+    step: int | None,
+    averages: Averages = "load",
+) -> Loaded:
     """What a state dict says to the engine of these groups; nothing is changed.
 
     Raises:
         ValueError, TypeError: see FusedOptimizer.load_state_dict.
     """
     step = None if step is None else integer("step", step, least=0)
+    if averages not in get_args(Averages):
+        raise ValueError(f"Invalid averages: {averages!r} (expected 'load' or 'drop')")
     form.check(state_dict)
     saved_groups = [_users_own(saved) for saved in deepcopy(state_dict["param_groups"])]
     if len(groups) != len(saved_groups):
@@ -101,6 +112,11 @@ def read(engine: Engine, groups: Sequence[Group], state_dict: Any, step: int | N
     for saved in saved_groups:
         check_counters(engine.rule, saved)
     outdated = leave_out_outdated(saved_groups, notes)
+    left_out = set(outdated)
+    if averages == "drop":
+        for saved in saved_groups:
+            left_out.update(saved["params"])
+            saved.update(average=None, n_averaged=None)
     for group, saved in zip(groups, saved_groups, strict=True):
         check_policy(group["average"], saved, notes)
         new = {**group, **live_keys(saved)}
@@ -119,7 +135,7 @@ def read(engine: Engine, groups: Sequence[Group], state_dict: Any, step: int | N
                 name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
                 for name, value in held.items()
                 if not (name in STREAMS and _absent(value))
-                and not (name == "average" and key in outdated)
+                and not (name == "average" and key in left_out)
             }
         else:
             state[key] = held

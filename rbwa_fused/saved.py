@@ -61,7 +61,13 @@ class Saved(Averages, Optimizer):
         if self._early is not None:
             self._early.attach()
 
-    def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
+    def load_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        step: int | None = None,
+        averages: checkpoint.Averages = "load",
+    ) -> None:
         """Loads a checkpoint of this class or of torch.optim.SGD; tensors are copied.
 
         Where torch.optim.SGD went on with a checkpoint of this class, the averages in it are older
@@ -71,6 +77,9 @@ class Saved(Averages, Optimizer):
             step (int, steps, >= 0): how many were taken when the checkpoint was written. Ours say
                 it themselves; torch's do not, and without it counting starts at 0, with a warning
                 where a policy goes by the step (default: None).
+            averages (str): ``"drop"`` leaves those of the checkpoint out, so that it loads into an
+                optimizer with another policy, whose averages start again, or with none (default:
+                ``"load"``).
 
         Raises:
             ValueError: for another optimizer's checkpoint, another rule, another kind of policy,
@@ -78,7 +87,7 @@ class Saved(Averages, Optimizer):
                 the checkpoint's. The optimizer is as it was then.
         """
         if self is not self._itself:
-            self._itself.load_state_dict(state_dict, step=step)
+            self._itself.load_state_dict(state_dict, step=step, averages=averages)
             return
         engine = self.engine
         if engine.swapped is not None and not engine.swapped.over:
@@ -94,10 +103,11 @@ class Saved(Averages, Optimizer):
             self._rebuild()
         for group in self.param_groups:
             checks.params(group, engine.options.master_weights)
-        loaded = checkpoint.read(engine, self.param_groups, state_dict, step)
+        loaded = checkpoint.read(engine, self.param_groups, state_dict, step, averages)
         of_buffers = LoadedBuffers(0, {})
         if self._beside is not None:
             self._beside.follow()
+        if self._beside is not None and averages == "load":
             of_buffers = self._beside.read(state_dict, loaded.notes)
         if loaded.notes:
             warnings.warn("; ".join(loaded.notes), stacklevel=backends.user_level())

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -141,11 +141,17 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         ]
         return result
 
-    def load_state_dict(self, state_dict: dict[str, Any], *, step: int | None = None) -> None:
+    def load_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        step: int | None = None,
+        averages: Literal["load", "drop"] = "load",
+    ) -> None:
         """Loads this rank's part of a state dict; a FusedSGD's or torch.optim.SGD's will do.
 
         Args:
-            step: as `FusedSGD.load_state_dict`'s.
+            step, averages: as `FusedSGD.load_state_dict`'s.
 
         Raises:
             ValueError: as `FusedSGD.load_state_dict`; nothing was changed then on this rank.
@@ -165,7 +171,8 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         ]
         wanted = set(chain.from_iterable(group["params"] for group in own))
         state = {k: held for k, held in state_dict["state"].items() if k in wanted and held}
-        self.optim.load_state_dict({"state": state, "param_groups": own}, step=step)
+        part = {"state": state, "param_groups": own}
+        self.optim.load_state_dict(part, step=step, averages=averages)
         for group, loaded in zip(self.param_groups, self.optim.param_groups, strict=True):
             group.update(_without("params", loaded))
 

@@ -831,3 +831,47 @@ def test_a_custom_weight_is_known_again_by_its_name() -> None:
     with pytest.raises(ValueError, match="scheduled"):
         opt2.load_state_dict(saved)
     feed(model, 3)
+
+
+# ---- averages that are left out ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("into", [None, rf.mean(start=3), rf.rbwa(2, 1)], ids=repr)
+@pytest.mark.parametrize("method", ["ema", "lookahead", "rbwa", "momentum"])
+def test_a_checkpoint_loads_without_its_averages_where_they_are_dropped(
+    method: str, into: rf.Average | None
+) -> None:
+    """Weights, momentum and the count of steps go on; averages start as they would there."""
+    model, opt = build(method)
+    train(model, opt, 1, 5)
+    saved = copy.deepcopy(opt.state_dict())
+    rule = METHODS[method].rule
+    fresh = rule.made(groups(model), average=into)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh.load_state_dict(saved, averages="drop")
+    assert fresh.n_averaged == 0 and fresh.engine.steps == 5
+    for key, held in fresh.state_dict()["state"].items():
+        before = {k: v for k, v in saved["state"][key].items() if k != "average"}
+        assert held.keys() == before.keys()
+        assert all(torch.equal(held[k], before[k]) for k in held)
+    train(model, fresh, 6, 6)
+    assert fresh.n_averaged == int(into is not None)
+
+
+def test_what_is_to_become_of_averages_is_one_of_two_words() -> None:
+    model, opt = build("ema")
+    train(model, opt, 1, 2)
+    with pytest.raises(ValueError, match=r"Invalid averages: 'keep' .*'load' or 'drop'"):
+        opt.load_state_dict(opt.state_dict(), averages="keep")
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    first = rf.FusedSGD(net.parameters(), average=rf.ema(0.5), buffers=net)
+    net(torch.ones(3, 2)).sum().backward()
+    first.step()
+    other = rf.FusedSGD(net.parameters(), average=rf.mean(), buffers=net)
+    other.load_state_dict(first.state_dict(), averages="drop")
+    assert other.state_dict()["buffers"] == {
+        "average": rf.mean().describe(),
+        "n_averaged": 0,
+        "averages": {},
+    }
