@@ -137,7 +137,11 @@ CHECKPOINT: Mutants = [
     ("return taken if step is None else step", "return taken"),
     ("not counted and policy is not None:", "policy is not None:"),
     ("counted = counted and len(counts) > 0", "counted = len(counts) > 0"),
-    ('and not (name == "average" and key in outdated)', ""),
+    ('and not (name == "average" and key in left_out)', ""),
+    (
+        "            saved.update(average=None, n_averaged=None)\n    for group",
+        "            pass\n    for group",
+    ),
     ("saved.update(average=None, n_averaged=None)", "pass"),
     ("            group.pop(key, None)\n", "            pass\n"),
     ("(*OURS, *TORCHS, ", "(*OURS, "),
