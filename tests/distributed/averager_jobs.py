@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,30 @@ def sharded_as_alone(policy: str) -> None:
     fsdp_jobs.train(model, ours, LENGTH + 1, LENGTH + 2)
     fsdp_jobs.train_alone(alone, theirs, LENGTH + 1, LENGTH + 2, distributed.get_world_size())
     assert averages(averager) == averages(plain)
+
+
+def sharded_literally() -> None:
+    """FSDP2 on any number of ranks, against the loop over this rank's own shards."""
+    model = fsdp_jobs.sharded_network()
+    opt = adamw(model)
+    averager = rf.Averager(model, rf.ema(0.75), optimizer=opt)
+
+    def own(tensors: Iterable[Any]) -> list[Tensor]:
+        return [t.detach().to_local().clone() for t in tensors]
+
+    literal: list[Tensor] = []
+    for step in range(1, LENGTH + 1):
+        fsdp_jobs.train(model, opt, step, step)
+        x = own(model.parameters())
+        literal = [a + 0.25 * (b - a) for a, b in zip(literal or x, x, strict=True)]
+    assert averager.n_averaged == LENGTH
+    # Of four ranks the last has nothing.
+    assert any(shard.numel() > 0 for shard in literal) == (distributed.get_rank() < 3)
+    held = own(averager.state[p]["average"] for p in model.parameters())
+    assert all(map(torch.equal, held, literal))
+    with averager.averaged():
+        assert all(map(torch.equal, own(model.parameters()), literal))
+    assert all(map(torch.equal, own(model.parameters()), x))
 
 
 def teacher_as_alone() -> None:

@@ -17,6 +17,11 @@ def test_shards_have_the_averages_of_a_plain_model(policy: str) -> None:
     ranks(2).run(jobs.sharded_as_alone, policy)
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_shards_have_the_literal_average_on_every_rank(world: int) -> None:
+    ranks(world).run(jobs.sharded_literally)
+
+
 def test_a_sharded_teacher_follows_its_student() -> None:
     ranks(2).run(jobs.teacher_as_alone)
 
