@@ -57,7 +57,7 @@ class Buffers:
         """Takes over what has become of the buffers."""
         [group] = self._followed.groups([self.group["average"]])
         checks.params(group, master_weights=False)
-        state = inherited([self.group], [group], self.state, counted=True)
+        state = inherited([self.group], [group], self.state)
         for buffer in group["params"]:  # done again from any line on, it comes to the same
             fits = AVERAGE in state[buffer] and state[buffer][AVERAGE].shape == buffer.shape
             self.state[buffer] = state[buffer] if fits else {}

@@ -131,7 +131,7 @@ class Following(Averages):
         new = self._module.groups([group["average"] for group in self.param_groups])
         for group in new:
             self._check(group)
-        self.state = members.inherited(self.param_groups, new, self.state, self.engine.counted)
+        self.state = members.inherited(self.param_groups, new, self.state)
         for group, own in zip(self.param_groups, new, strict=True):
             group.update(own)
         self._rebuild()

@@ -130,18 +130,17 @@ def _named(params: Iterable[Any], exclude: Sequence[str]) -> Group:
 
 
 def inherited(
-    before: Sequence[Group], now: Sequence[Group], state: Mapping[Tensor, Any], counted: bool
+    before: Sequence[Group], now: Sequence[Group], state: Mapping[Tensor, Any]
 ) -> defaultdict[Tensor, Any]:
     """The state of what groups have now. A parameter keeps its own, under whatever name; one that
-    is new takes over that of the parameter of its name, which is gone, if anything is counted.
-    """
+    is new takes over that of the parameter of its name, which is gone."""
     old = {name: p for group in before for name, p in _by_name(group)}
     new = {p for group in now for p in group["params"]}
     mine = {p for group in before for p in group["params"]}
     kept = defaultdict(dict, {p: held for p, held in state.items() if p in new or p not in mine})
     for name, p in chain.from_iterable(map(_by_name, now)):
         gone = old.get(name)
-        if counted and gone is not None and gone not in new and gone in state:
+        if gone is not None and gone not in new and gone in state:
             kept.setdefault(p, state[gone])
     return kept
 

@@ -233,6 +233,17 @@ def test_what_becomes_of_a_buffer_is_followed() -> None:
     assert opt.n_averaged == 7
 
 
+def test_parameters_that_are_exchanged_are_no_news_of_buffers() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    opt = rf.FusedSGD(net.parameters(), lr=0.1, average=rf.ema(0.5), buffers=net)
+    net.register_parameter("extra", nn.Parameter(torch.ones(2)))
+    train(net, opt, 1, 2)
+    tables = opt.engine.tables
+    net.extra = nn.Parameter(torch.zeros(2))
+    train(net, opt, 3, 3)
+    assert opt.engine.tables is tables
+
+
 def test_buffers_that_are_all_exchanged_go_on_with_the_averages_of_their_names() -> None:
     net, opt = made()
     train(net, opt, 1, 3)
