@@ -230,6 +230,7 @@ def test_what_becomes_of_a_buffer_is_followed() -> None:
     train(net, opt, 7, 7)
     averages = opt.averages(net)
     assert "later" not in averages and averages["norm.running_mean"] is mean
+    assert opt.engine.beside.state.keys() == set(floating(net))  # nothing is kept of what is gone
     assert opt.n_averaged == 7
 
 
