@@ -179,7 +179,8 @@ class Average:
             raise ValueError(
                 f"Invalid initial: {initial!r} (expected 'first_sample', 'current' or 'now')"
             )
-        if integer("offset", offset, least=0) > every:
+        offset = integer("offset", offset, least=0)
+        if offset > every:
             raise ValueError(
                 f"Invalid offset: {offset} (expected at most every={every}; start= is what delays)"
             )
@@ -209,7 +210,7 @@ class Average:
             "initial": initial,
             "dtype": dtype,
             "name": name,
-            "offset": integer("offset", offset, least=0),
+            "offset": offset,
         }
         for field, value in values.items():
             object.__setattr__(self, field, value)

@@ -104,7 +104,6 @@ class Averager(Following):
         backend: str = "auto",
     ) -> None:
         self._begin(params, average, buffers, into, exclude, backend)
-        self._optimizer: weakref.ref[Optimizer] | None = None
         self._handles: list[RemovableHandle] = []
         followed = steppers(optimizer, self.param_groups)
         self._tell_of_buffers()
@@ -187,12 +186,6 @@ class Averager(Following):
             self._rebuild()
         self.engine.prepare(self.engine.starting())
 
-    def _prepare(self) -> None:
-        """With an optimizer its first step looks at the weights once more."""
-        starting = self.engine.starting() if self._optimizer is None else []
-        if starting or self.engine.steps == 0:
-            self.engine.prepare(starting)
-
     @_uncompiled
     def _catch_up(self) -> None:
         """Takes the sample of a step that has none so far: the last one, or one behind which
@@ -255,10 +248,9 @@ class Averager(Following):
 
     @_uncompiled
     def _look(self) -> None:
-        """Before something is read: not inside ``averaged()``."""
         if self.engine.swapped is None:
             self._catch_up()
-            self._follow()
+        super()._look()
 
     def _or_own(self, model: nn.Module | None) -> nn.Module | None:
         """The model to read averages for, of parameters that are looked for anew."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,15 +24,12 @@ class Averages:
     engine: Engine
     param_groups: list[dict[str, Any]]
     state: Any  # of each parameter a dict of streams
+    _rebuild: Callable[[], None]  # follows what was converted or replaced
 
     @property
     def _itself(self) -> Any:
         """What has the groups and the state, where a wrapper has taken on its class."""
         return self
-
-    def _rebuild(self) -> None:
-        """Follows parameters that were converted, groups and state that were replaced."""
-        raise NotImplementedError
 
     @property
     def n_averaged(self) -> int:
@@ -119,13 +117,13 @@ class Averages:
             found: dict[str, Tensor] = self._itself.averages(model)
             return found
         self.engine.refuse_midway("averages")
-        now = [group for group in self.param_groups if _starts_now(group["average"])]
-        if now and self.engine.swapped is None:
-            if not self.engine.tables.describes(self.param_groups, self.state):
+        engine = self.engine
+        if engine.swapped is None and any(_starts_now(g["average"]) for g in self.param_groups):
+            if not engine.tables.describes(self.param_groups, self.state):
                 self._rebuild()
-            starting = self.engine.starting(now)
+            starting = [plan for plan in engine.starting() if _starts_now(plan.policy)]
             if starting:
-                self.engine.prepare(starting)
+                engine.prepare(starting)
         return evaluate.averages_by_name(self, model)
 
     def adopt(self, model: nn.Module | None = None) -> None:

@@ -97,7 +97,7 @@ class Buffers:
             return LoadedBuffers(0, {})
         form.mapping(f"{KEY} in the checkpoint", saved)
         n = saved.get("n_averaged")
-        checkpoint.check_count(f"n_averaged of {KEY}", n)
+        form.count(f"n_averaged of {KEY}", n)
         said: dict[str, None] = {}
         checkpoint.check_policy(self.group["average"], dict(saved), said)
         averages = saved.get("averages")

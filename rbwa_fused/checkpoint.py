@@ -195,13 +195,7 @@ def check_counters(rule: Rule, saved: dict[str, Any]) -> None:
     if theirs != rule.name:
         raise ValueError(f"the checkpoint's rule is {theirs!r}, the optimizer's {rule.name!r}")
     for key in ("step", "n_averaged"):
-        check_count(key, saved.get(key))
-
-
-def check_count(name: str, count: Any) -> None:
-    """Raise for what is neither None nor a count."""
-    if count is not None and (not isinstance(count, int) or count < 0):
-        raise ValueError(f"Invalid {name} in the checkpoint: {count!r} (expected a count)")
+        form.count(key, saved.get(key))
 
 
 def leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, None]) -> set[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rbwa_fused import checkpoint, foreign, form, members, rules
@@ -33,6 +34,7 @@ class Following(Averages):
     """Base of Averager, which takes the samples: parameters by their names, wherever a module has
     them, and an engine without a rule."""
 
+    _optimizer: weakref.ref[Optimizer] | None = None  # behind whose steps samples are taken
     _owed: tuple[Tensor | None] | None = None  # found_inf of a step not sampled so far
 
     def _begin(
@@ -97,7 +99,8 @@ class Following(Averages):
 
     def _tell_of_buffers(self) -> None:
         """Warns of policies whose average would need no memory in an optimizer of ours."""
-        for policy in dict.fromkeys(group["average"] for group in self.param_groups):
+        policies = {id(group["average"]): group["average"] for group in self.param_groups}
+        for policy in policies.values():
             if policy is not None and policy.write_back_every == 1 and self._into is None:
                 warnings.warn(
                     f"{policy} keeps its average in memory of its own here: behind another "
@@ -153,12 +156,16 @@ class Following(Averages):
             self._prepare()
 
     def _prepare(self) -> None:
-        """Before the first step there are averages, for whoever loads into them."""
-        raise NotImplementedError
+        """Before the first step there are averages, for whoever loads into them. With an optimizer
+        its first step looks at the weights once more."""
+        starting = self.engine.starting() if self._optimizer is None else []
+        if starting or self.engine.steps == 0:
+            self.engine.prepare(starting)
 
     def _look(self) -> None:
-        """Before something is read."""
-        raise NotImplementedError
+        """Before something is read: not inside ``averaged()``."""
+        if self.engine.swapped is None:
+            self._follow()
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

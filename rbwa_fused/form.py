@@ -99,12 +99,17 @@ def of_sgd(name: str, group: Mapping[str, Any]) -> None:
         )
 
 
+def count(name: str, value: Any) -> None:
+    """Raise ValueError for what is neither None nor a count."""
+    counts = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    if value is not None and not counts:
+        raise ValueError(f"Invalid {name} in the checkpoint: {short(value)} (expected a count)")
+
+
 def _numbers(group: Mapping[str, Any]) -> None:
     """What rbwa_fused adds to a group, as far as its type goes; checkpoint.py reads it."""
     for key in ("step", "n_averaged"):
-        count = group.get(key)
-        if isinstance(count, bool) or (isinstance(count, int) and count >= 2**63):
-            raise ValueError(f"Invalid {key} in the checkpoint: {short(count)} (expected a count)")
+        count(key, group.get(key))
     beta = group.get(IMPLICIT)
     implicit = group.get("rule") == RSGDM_IMPLICIT.name
     if beta is not None and not (implicit and isinstance(beta, float) and 0.0 <= beta < 1.0):

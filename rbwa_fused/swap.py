@@ -104,11 +104,13 @@ class Swap:
         """
         self.left = True
         wrong: dict[str, Exception] = {}
+        heirs: dict[Tensor, Tensor] = {}
         try:
             reshard(self._model)
+            heirs = heirs_of(self._owner)
         except Exception as error:
             wrong["FSDP could not free what it has gathered"] = error
-        groups, heirs = [*self._owner.param_groups], heirs_of(self._owner)
+        groups = [*self._owner.param_groups]
         if self._owner.engine.beside is not None:
             groups.append(self._owner.engine.beside.group)
         now = {p: heirs.get(p, p) for group in groups for p in group["params"]}

@@ -34,6 +34,30 @@ class Net(nn.Module):
         return self.last(self.frozen(torch.tanh(self.again(x))).relu())  # type: ignore[no-any-return]
 
 
+class Normed(nn.Module):
+    """With statistics, a count, a buffer that is assigned anew, and one that is not saved."""
+
+    scale: Tensor
+    cache: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("cache", torch.ones(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale = 0.5 * self.scale + x.detach().mean()  # another tensor each time
+            self.cache.add_(1)
+        return self.norm(self.first(x)) * self.scale.sum()  # type: ignore[no-any-return]
+
+
+FLOATING = ("scale", "cache", "norm.running_mean", "norm.running_var")  # of Normed
+
+
 def loss(net: nn.Module, step: int) -> Tensor:
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
     return net(x.to(next(net.parameters()).dtype)).square().mean()  # type: ignore[no-any-return]

@@ -130,17 +130,13 @@ class Upkeep:
         """Whether there was a step, or a sample before the first."""
         return self.steps > 0 or any(plan.n_averaged > 0 for plan in self.tables.plan.groups)
 
-    def starting(
-        self, of: Sequence[Group] | None = None, *, behind: bool = False
-    ) -> list[GroupPlan]:
-        """The groups, or those of some, whose averages begin with the weights before the step to
-        come (``initial="current"`` and ``"now"``), or with those ``behind`` it."""
+    def starting(self, *, behind: bool = False) -> list[GroupPlan]:
+        """The groups whose averages begin with the weights before the step to come
+        (``initial="current"`` and ``"now"``), or with those ``behind`` it."""
         waiting = [
             (group, group.policy.begins)
             for group in self.tables.plan.groups
-            if group.policy is not None
-            and group.policy.begins < math.inf
-            and (of is None or any(group.group is one for one in of))
+            if group.policy is not None and group.policy.begins < math.inf
         ]
         if not behind and any(group.n_averaged == 0 for group, _ in waiting):
             self.read_back()  # the host knows no other way where that step is
@@ -180,7 +176,7 @@ class Upkeep:
         cleared = self.tables.were_cleared(state)
         counts = []
         for i, group in enumerate(groups):
-            plan = self.tables.plan.groups[i] if same else self.tables.known(group)
+            plan = self.tables.of_groups[i] if same else self.tables.known(group)
             if plan is None:
                 counts.append(Counts())
                 continue

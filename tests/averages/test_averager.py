@@ -8,15 +8,18 @@ import io
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from beside import (
+    FLOATING,
     OPTIMIZERS,
     POLICIES,
     STEPS,
     Net,
+    Normed,
     Weights,
     adamw,
     as_bits,
@@ -356,6 +359,24 @@ def test_an_average_that_is_no_longer_the_parameter_itself_is_said_once(groups: 
     assert warning.filename == __file__
 
 
+def test_a_weight_that_cannot_be_hashed_is_one() -> None:
+    """As an object of a dataclass, which compares by value."""
+
+    @dataclass
+    class Constant:
+        w: float
+
+        def __call__(self, n: int, step: int) -> float:
+            return self.w
+
+    p = torch.ones(3)
+    averager = rf.Averager([p], rf.Average(Constant(0.5)))
+    for value in (2.0, 4.0):
+        p.fill_(value)
+        averager.update()
+    assert averager.state[p]["average"].tolist() == [3.0] * 3
+
+
 def test_what_is_wrong_is_said_once_and_changes_nothing() -> None:
     net = Net()
     opt = adamw(net)
@@ -532,30 +553,6 @@ def test_a_checkpoint_is_the_way_out_where_weights_could_not_come_back() -> None
 
 
 # ---- buffers -------------------------------------------------------------------------------------
-
-
-class Normed(nn.Module):
-    """With statistics, a count, a buffer that is assigned anew, and one that is not saved."""
-
-    scale: Tensor
-    cache: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(5, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.register_buffer("scale", torch.ones(3))
-        self.register_buffer("cache", torch.ones(2), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.scale = 0.5 * self.scale + x.detach().mean()  # another tensor each time
-            self.cache.add_(1)
-        return self.norm(self.first(x)) * self.scale.sum()  # type: ignore[no-any-return]
-
-
-FLOATING = ("scale", "cache", "norm.running_mean", "norm.running_var")
 
 
 def test_floating_buffers_are_averaged_with_the_parameters() -> None:

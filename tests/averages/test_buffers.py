@@ -10,36 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from beside import POLICIES, as_bits
+from beside import FLOATING, POLICIES, Normed, as_bits
 from rules import RULES
 from torch import Tensor, nn
 
 import rbwa_fused as rf
 from rbwa_fused.engine import doors
-
-FLOATING = ("scale", "cache", "norm.running_mean", "norm.running_var")
-
-
-class Normed(nn.Module):
-    """With statistics, a count, a buffer that is assigned anew, and one that is not saved."""
-
-    scale: Tensor
-    cache: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(5, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.register_buffer("scale", torch.ones(3))
-        self.register_buffer("cache", torch.ones(2), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.scale = 0.5 * self.scale + x.detach().mean()  # another tensor each time
-            self.cache.add_(1)
-        return self.norm(self.first(x)) * self.scale.sum()  # type: ignore[no-any-return]
-
+from rbwa_fused.members import Followed
 
 Made = tuple[Normed, Any]
 
@@ -401,6 +378,32 @@ def test_a_buffer_that_an_evaluation_has_made_is_exchanged_as_others_are(
     train(net, opt, 5, 5)
 
 
+def test_averages_asked_for_before_the_first_step_are_those_that_are_sampled() -> None:
+    net, opt = made(rf.ema(0.75, initial="now"))
+    averages = opt.averages(net)
+    before = [a.clone() for a in held(net, opt)]
+    train(net, opt, 1, 1)
+    assert opt.state_dict()["buffers"]["n_averaged"] == opt.n_averaged == 2
+    moved = [a + 0.25 * (b - a) for a, b in zip(before, floating(net), strict=True)]
+    assert all(torch.equal(averages[name], a) for name, a in zip(FLOATING, moved, strict=True))
+
+
+def test_weights_come_back_where_the_module_cannot_say_what_stands_in_its_places(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, opt = made()
+    train(net, opt, 1, 3)
+    before = as_bits([*net.parameters(), *floating(net)])
+    context = opt.averaged()
+    with context:
+        monkeypatch.setattr(Followed, "heirs", lambda *given: 1 / 0)
+        with pytest.raises(RuntimeError, match=r"could not bring back .*division by zero"):
+            context.__exit__(None, None, None)
+        monkeypatch.undo()
+        assert as_bits([*net.parameters(), *floating(net)]) == before
+    train(net, opt, 4, 4)
+
+
 def test_statistics_that_are_averaged_are_not_estimated_anew() -> None:
     net, opt = made()
     train(net, opt, 1, 3)
@@ -520,6 +523,12 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "the checkpoint's average is .*Mean",
     ),
     "count": (lambda b: b.update(n_averaged=-1), ValueError, "Invalid n_averaged of buffers.*-1"),
+    "truth": (lambda b: b.update(n_averaged=True), ValueError, "n_averaged of buffers.*True"),
+    "a count too large": (
+        lambda b: b.update(n_averaged=2**63),
+        ValueError,
+        "n_averaged of buffers",
+    ),
     "no dict": (lambda b: b.update(averages=3), TypeError, "averages of buffers.*3"),
 }
 

@@ -147,8 +147,6 @@ CHECKPOINT: Mutants = [
     ("(*OURS, *TORCHS, ", "(*OURS, "),
     ("for key in MEMORY if saved.get(key) is not None}", "for key in ()}"),
     ("if theirs != rule.name:", "if False:"),
-    ("or count < 0)", "or count < -1)"),
-    ("not isinstance(count, int) or ", ""),
     ("if kind != own_kind:", "if False:"),
     ("not same(theirs, ours):", "True:"),
     ("value.dtype not in DTYPES or value.is_meta", "value.dtype not in DTYPES"),
@@ -403,21 +401,22 @@ AVERAGER: Mutants = [
     ("        self._optimizer = None\n", ""),
     ('        self.engine.refuse_inside_averaged("step")\n', ""),
     ('        self.engine.refuse_inside_averaged("update")\n', ""),
-    ("self.engine.starting() if self._optimizer is None else []", "self.engine.starting()"),
-    ("if starting or self.engine.steps == 0:", "if starting:"),
     ("            into.attach(self.param_groups, self.state)\n", ""),
     ("            behind.append((torch._C._increment_version,", "            ((torch._C,"),
     (
         "        self._catch_up()\n        if not self.engine.starting",
         "        if not self.engine.starting",
     ),
-    ("            self._catch_up()\n            self._follow()", "            self._follow()"),
+    ("            self._catch_up()\n        super", "            pass\n        super"),
     ("broken(*arguments) if torch.compiler.is_compiling() else ", ""),
     ('        checks.captured("update()", CAPTURED)\n', ""),
     ('        checks.captured("a step that an Averager follows", CAPTURED)\n', ""),
     ("            self._into.refuse_trained(", "            (lambda *_: None)("),
 ]
 FOLLOWING: Mutants = [
+    ("self.engine.starting() if self._optimizer is None else []", "self.engine.starting()"),
+    ("if starting or self.engine.steps == 0:", "if starting:"),
+    ('{id(group["average"]): group["average"]', '{group["average"]: group["average"]'),
     ('Counts(int(group["average"] is not None))', "Counts(0)"),
     ("        self._check_into()\n", "        pass\n"),
     (
@@ -477,6 +476,19 @@ MEMBERS: Mutants = [
     ('getattr(module, "_orig_mod", module)', "module"),
     ('{"average": average, **group, **own}', '{**group, "average": average, **own}'),
     ("    if len(set(everything)) != len(everything):", "    if False:"),
+]
+FORM: Mutants = [
+    ("0 <= value <", "-1 <= value <"),
+    ("isinstance(value, int) and not", "not"),
+    ("not isinstance(value, bool) and ", ""),
+    (" < 2**63", ""),
+]
+AVERAGES: Mutants = [
+    ('g["params"] and _starts_now', "_starts_now"),
+    (" or int(now)", ""),
+    ("if engine.swapped is None and any(", "if any("),
+    (" if _starts_now(plan.policy)]", "]"),
+    ("                self._rebuild()\n", "                pass\n"),
 ]
 BUFFERS: Mutants = [
     (
@@ -779,6 +791,18 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ),
     ("rbwa_fused/members.py", MEMBERS, (*BESIDE, "averages/test_buffers.py"), False),
     ("rbwa_fused/into.py", INTO, BESIDE, False),
+    (
+        "rbwa_fused/form.py",
+        FORM,
+        ("checkpoints/test_foreign_checkpoints.py", "averages/test_buffers.py"),
+        False,
+    ),
+    (
+        "rbwa_fused/averages.py",
+        AVERAGES,
+        ("averages/test_readouts.py", "averages/test_averaged.py", "averages/test_buffers.py"),
+        False,
+    ),
     ("rbwa_fused/buffers.py", BUFFERS, ("averages/test_buffers.py",), False),
     ("rbwa_fused/engine/rows.py", BESIDE_PARAMETERS, ("averages/test_buffers.py",), False),
     ("rbwa_fused/engine/tables.py", BESIDE_IN_TABLES, ("averages/test_buffers.py",), False),
