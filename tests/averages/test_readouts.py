@@ -233,3 +233,14 @@ def test_averages_asked_for_before_the_first_step_are_those_that_are_sampled(
     again = opt.averages(net)
     assert all(again[name] is held[name] for name in held) and opt.n_averaged == 2
     assert any(not torch.equal(a.to(dtype), p) for a, p in zip(again.values(), before, strict=True))
+
+
+def test_nothing_starts_inside_averaged_nor_without_parameters() -> None:
+    """What is read inside leaves the run as it is."""
+    net = Net()
+    policy = rf.ema(0.75, initial="now")
+    opt = rf.FusedSGD(net.parameters(), lr=0.1, average=policy)
+    with opt.averaged():
+        assert opt.averages(net) == {}
+    assert not opt.state and opt.averages(net).keys() == dict(net.named_parameters()).keys()
+    assert rf.FusedSGD([{"params": []}], lr=0.1, average=policy).n_averaged == 0
