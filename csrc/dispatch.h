@@ -34,21 +34,43 @@ RBWA_HOST auto with_kind(Kind kind, const Work& work) {
   __builtin_unreachable();
 }
 
+// The kind whose branch of a kernel serves a kind: decoupled decay of 0 is none, and one kernel is
+// compiled for both.
+RBWA_INLINE constexpr Kind served_by(Kind kind) {
+  return kind == Kind::kMomentum ? Kind::kDecoupled : kind;
+}
+
+// Whether one launch may have segments of a kind where the last of those that serve it is `most`:
+// kernels have branches for all of them, and hold the registers that the last one needs.
+RBWA_INLINE constexpr bool goes_with(Kind kind, Kind most) {
+  return kind == Kind::kSample || (kind <= most && is_adam(kind) == is_adam(most));
+}
+
 // What distinguishes one compiled CUDA kernel from another: the streams of memory.
 struct KernelKey {
-  Dtype dtype, theta_dtype, a_dtype;  // as in Segment
-  Kind most;                          // the last of the segments' kinds, but at least kPlain
+  Dtype dtype, theta_dtype, kept_dtype, a_dtype;  // as in Segment
+  Kind most;                                      // of the segments' kinds, but at least kPlain
   bool averaged;
 };
 
-// Calls work<S, W, A, most, averaged>(): the storage of parameter and gradient, that of what the
-// step works on (S, or float for a master), and that of the average.
+// Whether kinds may keep what they keep in float32 beside 16-bit weights.
+constexpr bool keeps_wide(Kind most) { return decouples(most); }
+
+// Calls work<S, W, M, A, most, averaged>(): the storage of parameter and gradient, that of what the
+// step works on (S, or float for a master), of what it keeps, and of the average.
 template <typename Work>
 auto with_kernel(const KernelKey& key, const Work& work) {
-  auto with_most = [&]<typename S, typename W, typename A, bool averaged>() {
+  auto with_most = [&]<typename S, typename W, typename A, bool has_average>() {
     return with_kind(key.most, [&]<Kind most>() {
-      constexpr Kind of_launch = most == Kind::kSample ? Kind::kPlain : most;
-      return work.template operator()<S, W, A, of_launch, averaged>();
+      constexpr Kind of_launch = most == Kind::kSample ? Kind::kPlain : served_by(most);
+      // Adam's need few registers more for an average, and much time to compile.
+      constexpr bool averaged = has_average || is_adam(of_launch);
+      if constexpr (keeps_wide(of_launch) && kNarrow<W>) {
+        if (key.kept_dtype == Dtype::kFloat32) {
+          return work.template operator()<S, W, float, A, of_launch, averaged>();
+        }
+      }
+      return work.template operator()<S, W, W, A, of_launch, averaged>();
     });
   };
   return with_storage(key.dtype, [&]<typename S>() {

@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cstdint>
+#include <vector>
 
 #include "convert.h"
 #include "update.h"
@@ -18,12 +19,15 @@ struct Segment {
 #define RBWA_FIELD(name, when) void* name;
   RBWA_KEPT(RBWA_FIELD)
 #undef RBWA_FIELD
+  float* step;     // the age, as torch.optim has it in a parameter's state
   int64_t length;  // elements
   int64_t row;     // of the coefficient tables
   int64_t sampling;
+  int64_t age;
   Kind kind;          // kSample without a gradient
   Dtype dtype;        // of the parameter and g
-  Dtype theta_dtype;  // of theta and what is kept: the same, or float32 for a master
+  Dtype theta_dtype;  // the same, or float32 for a master
+  Dtype kept_dtype;   // of what is kept: as theta, or float32
   Dtype a_dtype;
 };
 
@@ -56,6 +60,19 @@ inline __attribute__((always_inline)) To rounded(const From& from) {
   std::array<T, count> narrow;
   for (size_t i = 0; i < count; ++i) narrow[i] = static_cast<T>(wide[i]);
   return std::bit_cast<To>(narrow);
+}
+
+// What its age makes of each segment's row.
+inline std::vector<Aging<double>> agings_of(const Segment* segments, int64_t count,
+                                            const Row* rows) {
+  std::vector<Aging<double>> agings(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const Segment &s = segments[i], &before = segments[i > 0 ? i - 1 : 0];
+    const bool known = i > 0 && s.row == before.row && s.age == before.age && s.kind == before.kind;
+    const Numbers<double>& numbers = rows[s.row].numbers;
+    agings[i] = known ? agings[i - 1] : aging_of(s.kind, numbers.mu, numbers.nu, s.age);
+  }
+  return agings;
 }
 
 // Takes the step for every segment; the tables must have been checked.

@@ -12,6 +12,12 @@ template const int64_t* table_of(const View&, DLDataType, const char*);
 template const Row* table_of(const View&, DLDataType, const char*);
 template const Sampling* table_of(const View&, DLDataType, const char*);
 
+// `step` is everybody's: where it is not the count's own rounding, somebody has set it.
+static int64_t age_of(int64_t counted, const float* step) {
+  if (step == nullptr || *step == static_cast<float>(counted)) return counted;
+  return *step >= 0 && *step < 9e18f ? static_cast<int64_t>(*step) : -1;
+}
+
 std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<View>& grads,
                              const Tables& tables, DLDevice device, bool every_average) {
   const int64_t* column = table_of<int64_t>(tables.segments, kInt64, "segments");
@@ -61,18 +67,21 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
     segment.g = grad.data;
 
     // A stream's memory; null where the segment has none. `type` is what it must have, or gets.
-    auto stream = [&](int64_t which, DLDataType* type) -> void* {
+    auto memory = [&](int64_t which, DLDataType* type, int64_t length, DLDevice place) -> void* {
       if (which == -1) return nullptr;
       STD_TORCH_CHECK(which >= 0 && which < state_count && is_contiguous(tables.state[which]) &&
-                          numel_of(tables.state[which]) == segment.length,
+                          numel_of(tables.state[which]) == length,
                       "step_: segment ", i, " points outside its state");
       const View& view = tables.state[which];
-      STD_TORCH_CHECK(same(view.device, device), "step_: the state of segment ", i,
+      STD_TORCH_CHECK(same(view.device, place), "step_: the state of segment ", i,
                       " is not on its device");
       STD_TORCH_CHECK(type->bits == 0 || same(view.dtype, *type), "step_: the streams of segment ",
                       i, " differ in dtype");
       *type = view.dtype;
       return view.data;
+    };
+    auto stream = [&](int64_t which, DLDataType* type) {
+      return memory(which, type, segment.length, device);
     };
     DLDataType theta_type = type, a_type{};
     const bool master = column[kMaster] != -1;
@@ -86,16 +95,25 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
     const Kind kind = kind_of(rows[row]);
     segment.kind = moves ? kind : Kind::kSample;
     segment.row = row;
+    DLDataType step_type = kFloat, kept_type{};
+    segment.step = static_cast<float*>(memory(column[kStep], &step_type, 1, {kDLCPU, 0}));
+    segment.age = age_of(ages[i], segment.step);
+    STD_TORCH_CHECK(segment.age >= 0, "step_: the age of segment ", i, " is no count");
 #define RBWA_RESOLVE(name, when)                                                                 \
   segment.name = nullptr;                                                                        \
   if (keeps_##name(kind)) {                                                                      \
-    segment.name = stream(column[kColumn_##name], &theta_type);                                  \
+    segment.name = stream(column[kColumn_##name], &kept_type);                                   \
     STD_TORCH_CHECK(!moves || segment.name != nullptr || segment.length == 0, "step_: segment ", \
                     i, " lacks the stream " #name " of its row's kind");                         \
-    segment.row = row + (ages[i] == 0);                                                          \
+    segment.row = row + (segment.age == 0);                                                      \
   }
     RBWA_KEPT(RBWA_RESOLVE)
 #undef RBWA_RESOLVE
+    segment.kept_dtype = kept_type.bits != 0 ? dtype_of(kept_type) : segment.theta_dtype;
+    STD_TORCH_CHECK(segment.kept_dtype == segment.theta_dtype ||
+                        (segment.kept_dtype == Dtype::kFloat32 && is_narrow(segment.dtype)),
+                    "step_: the state of segment ", i,
+                    " must have the dtype of its weights, or float32 for a 16-bit parameter");
     const bool sampled = every_average || samplings[segment.sampling].sample != 0;
     segment.a = sampled ? stream(column[kAverage], &a_type) : nullptr;
     segment.a_dtype = segment.a ? dtype_of(a_type) : segment.theta_dtype;
@@ -109,5 +127,8 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
 
 void grow(const std::vector<Segment>& segments, const Tables& tables) {
   int64_t* ages = static_cast<int64_t*>(tables.ages.data);
-  for (size_t i = 0; i < segments.size(); ++i) ages[i] += keeps_any(segments[i].kind);
+  for (size_t i = 0; i < segments.size(); ++i) {
+    ages[i] = segments[i].age + keeps_any(segments[i].kind);
+    if (segments[i].step != nullptr) *segments[i].step = static_cast<float>(ages[i]);
+  }
 }

@@ -18,6 +18,7 @@ enum SegmentColumn {
   kDtype,  // of the parameter, as in convert.h
   kAverage,
   kMaster,
+  kStep,
 #define RBWA_COLUMN(stream, when) kColumn_##stream,
   RBWA_KEPT(RBWA_COLUMN)
 #undef RBWA_COLUMN
@@ -28,7 +29,7 @@ enum SegmentColumn {
 struct Tables {
   std::vector<View> state;  // vectors: each stream in the order of its memory
   View segments, shapes;
-  View ages;  // int64 (segments): steps taken with the kept streams; `grow` counts
+  View ages;  // int64 (segments): steps taken with the kept streams, where no `step` says it
   View rows, samplings;
 };
 

@@ -2,6 +2,7 @@
 // torch, no CUDA header. Every kernel is a loop around this function, and nothing else computes.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -18,21 +19,34 @@
   kind(kSample)      /* no gradient: the element's average samples it where it is */   \
   kind(kPlain)       /* SGD without momentum */                                        \
   kind(kMomentum)    /* SGD with momentum, Nesterov, SGDM, implicit RSGDM */           \
-  kind(kDifference)  /* explicit RSGDM */
+  kind(kDecoupled)   /* the same with decoupled decay: SGDW */                         \
+  kind(kDifference)  /* explicit RSGDM */                                              \
+  kind(kAdam)        /* Adam, AdamW */                                                 \
+  kind(kAmsgrad)     /* the same, divided by the largest v so far */
 
 // The streams that line (2) keeps of each element between steps: its name, and the kinds that have
 // it. All loops, checks and tables go by this list; rbwa_fused/streams.py has the same one in the
 // same order.
-#define RBWA_KEPT(stream)                                           \
-  stream(m, kind == Kind::kMomentum || kind == Kind::kDifference)   \
-  stream(z, kind == Kind::kDifference)                              \
-  stream(previous, kind == Kind::kDifference)
+#define RBWA_KEPT(stream)                       \
+  stream(m, kind >= Kind::kMomentum)            \
+  stream(z, kind == Kind::kDifference)          \
+  stream(previous, kind == Kind::kDifference)   \
+  stream(v, is_adam(kind))                      \
+  stream(v_max, kind == Kind::kAmsgrad)
 
 // clang-format on
 
 #define RBWA_NAME(name) name,
 enum class Kind : int32_t { RBWA_KINDS(RBWA_NAME) };
 #undef RBWA_NAME
+
+// The kinds whose step depends on a parameter's age, by Aging.
+RBWA_INLINE constexpr bool is_adam(Kind kind) { return kind >= Kind::kAdam; }
+
+// The kinds with decoupled decay.
+RBWA_INLINE constexpr bool decouples(Kind kind) {
+  return kind == Kind::kDecoupled || is_adam(kind);
+}
 
 #define RBWA_KEEPS(name, when) \
   RBWA_INLINE constexpr bool keeps_##name(Kind kind) { return when; }
@@ -49,24 +63,59 @@ RBWA_INLINE constexpr bool keeps_any(Kind kind) { return false RBWA_KEPT(RBWA_OR
 // kind. T is the kernel's arithmetic: float, or double for float64.
 template <typename T>
 struct Numbers {
-  T s;       // +1, or -1 to maximize
-  T lambda;  // weight decay
-  T mu;      // decay of m (and of z)
-  T c;       // what the gradient adds to m
-  T kappa;   // what the gradient's difference adds to z
-  T alpha;   // the gradient's share of the direction
-  T gamma;   // m's share
-  T delta;   // z's share
-  T eta;     // learning rate
+  T s;        // +1, or -1 to maximize
+  T lambda;   // weight decay, coupled
+  T mu;       // decay of m (and of z)
+  T c;        // what the gradient adds to m
+  T kappa;    // what the gradient's difference adds to z
+  T alpha;    // the gradient's share of the direction
+  T gamma;    // m's share
+  T delta;    // z's share
+  T nu;       // decay of v
+  T q;        // what the gradient's square adds to v
+  T epsilon;  // added to the root of v
+  T rho;      // weight decay, decoupled
+  T eta;      // learning rate
 };
+
+// What a parameter's age makes of its row at its t-th step, t = age + 1: Adam's corrections of its
+// two averages, which both start at zero.
+template <typename T>
+struct Aging {
+  T bias;     // of the root of v: 1 / sqrt(1 - nu^t)
+  T inverse;  // of eta: 1 / (1 - mu^t)
+  T grown;    // of rho: 1 - mu^t, so that eta rho is what it is without a correction
+};
+
+RBWA_INLINE double power(double base, int64_t exponent) {
+  double result = 1;
+  for (; exponent > 0; exponent >>= 1, base *= base) {
+    if (exponent & 1) result *= base;
+  }
+  return result;
+}
+
+RBWA_INLINE Aging<double> aging_of(Kind kind, double mu, double nu, int64_t age) {
+  if (!is_adam(kind)) return {1, 1, 1};
+  const double grown = 1 - power(mu, age + 1);
+  return {1 / std::sqrt(1 - power(nu, age + 1)), 1 / grown, grown};
+}
 
 // One element's coefficients: its rule's, and what becomes of its sample.
 template <typename T>
 struct Coefficients : Numbers<T> {
+  T bias;        // Aging's; eta and rho have the rest of it
   T w;           // weight of this sample in the average
   bool current;  // the average starts at theta as it was before this step
   bool write_back;
 };
+
+template <typename T>
+RBWA_INLINE void aged(Coefficients<T>& k, const Aging<T>& aging) {
+  k.bias = aging.bias;
+  k.eta *= aging.inverse;
+  k.rho *= aging.grown;
+}
 
 // The float32 master of a 16-bit parameter, `rounded` as the last step left the parameter. A
 // parameter that somebody has written to since is its own master from then on.
@@ -104,6 +153,19 @@ RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
       e.z = k.mu * e.z + k.kappa * (g - e.previous);  // (2) for the gradient's difference
       e.previous = g;
       direction = direction + k.delta * e.z;
+    }
+    if constexpr (keeps_v(kind)) {
+      // Not (1 - nu) g^2, which overflows where torch.optim.Adam does not.
+      e.v = k.nu * e.v + (k.q * g) * g;  // (2)
+      T v = e.v;
+      if constexpr (keeps_v_max(kind)) {
+        e.v_max = v <= e.v_max ? e.v_max : v;  // NaN stays
+        v = e.v_max;
+      }
+      direction = direction / (std::sqrt(v) * k.bias + k.epsilon);
+    }
+    if constexpr (decouples(kind)) {
+      direction = k.rho != T(0) ? direction + k.rho * e.theta : direction;
     }
     x = e.theta - k.eta * direction;  // (3)
   }

@@ -1,5 +1,6 @@
-"""The SGD step and the weight average in one pass over memory. See README.md."""
+"""The optimizer step and the weight average in one pass over memory. See README.md."""
 
+from rbwa_fused.adam import FusedAdam, FusedAdamW
 from rbwa_fused.average import Algorithm2, Average, Ema, Mean
 from rbwa_fused.averager import Averager
 from rbwa_fused.estimate import averaged_model
@@ -16,6 +17,8 @@ __all__ = [
     "Averager",
     "Elastic",
     "Ema",
+    "FusedAdam",
+    "FusedAdamW",
     "FusedSGD",
     "Mean",
     "averaged_model",

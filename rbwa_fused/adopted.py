@@ -34,7 +34,7 @@ def complete(engine: Engine, defaults: Group, group: Group) -> Group:
     """
     exported = form.exported(group)
     if _is_torchs(group):
-        form.of_sgd("param group", group)
+        form.of_torch("param group", group, engine.rule)
     full = {**defaults, **(checkpoint.live_keys(group) if exported else group)}
     full["params"] = group["params"]
     if exported or isinstance(group.get("average", ""), str):
@@ -58,15 +58,16 @@ def adopt(
             as torch.optim.Optimizer.load_state_dict does. Nothing has been changed then.
     """
     engine.read_back()
-    plan = Plan(engine.rule, engine.options.master_weights)
+    plan = Plan(engine.rule, engine.options.dtypes)
     notes: dict[str, None] = {}
     completed = [complete(engine, defaults, group) for group in groups]
     saved = [_saved(group, loaded) for group in groups]
     for group, said in zip(groups, saved, strict=True):
         if said is not None or _is_torchs(group):
-            checkpoint.check_counters(engine.rule, said or {})
+            own = group if form.exported(group) else dict.fromkeys(group.keys() & {"betas"})
+            checkpoint.check_counters(engine.rule, own)
     told = [said for said in saved if said is not None]
-    outdated = checkpoint.leave_out_outdated(told, notes)
+    outdated = checkpoint.leave_out_outdated(engine.rule, told, notes)
     params = chain.from_iterable(group["params"] for group in groups)
     kept = {p: _kept(held[p], p in outdated) for p in params if p in held}
     counts: list[Counts] = []
@@ -82,9 +83,7 @@ def adopt(
             name = f"parameter {i} of group {group_plan.index}"
             streams = kept.get(p, {})
             _check_not_cast(name, p, streams, group_plan)
-            checkpoint.check_state(
-                name, p, streams, engine.rule.streams, group_plan, counts[-1].n_averaged
-            )
+            checkpoint.check_state(name, p, streams, group_plan, counts[-1].n_averaged)
     steps = engine.steps
     if told:
         policies = [full["average"] for full in completed]

@@ -17,20 +17,20 @@ from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.memory import lies_as
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.tables import Counts
-from rbwa_fused.numbers import integer
+from rbwa_fused.numbers import integer, number
 from rbwa_fused.rules import MEMORY, Rule
-from rbwa_fused.streams import DTYPES, STREAMS
+from rbwa_fused.streams import DTYPES, STEP, STREAMS
 
 Group = dict[str, Any]
 
-# What `export` adds to a group. A checkpoint of torch.optim.SGD has none of them. Live groups have
+# What `export` adds to a group. A checkpoint of torch's has none of them. Live groups have
 # the keys too, with None for a value: torch.distributed.checkpoint, taking a flattened state dict
 # apart, looks for the keys of live groups and no others.
 OURS = ("rule", "step", "n_averaged", *MEMORY)
-# What torch.optim.SGD has in the groups of its checkpoints, and ours never have: they mean nothing
+# What torch's classes have in the groups of their checkpoints, and ours never have: they mean nothing
 # here. torch keeps what it does not know, so a checkpoint with these and with ours is one of ours
 # that torch went on with.
-TORCHS = ("foreach", "differentiable", "fused")
+TORCHS = ("foreach", "differentiable", "fused", "capturable")
 # A live group's value for one of these keys is its user's, and saved under this prefix and the key.
 OWN = "own:"
 
@@ -97,7 +97,7 @@ def read(
     step = None if step is None else integer("step", step, least=0)
     if averages not in get_args(Averages):
         raise ValueError(f"Invalid averages: {averages!r} (expected 'load' or 'drop')")
-    form.check(state_dict)
+    form.check(state_dict, engine.rule)
     saved_groups = [_users_own(saved) for saved in deepcopy(state_dict["param_groups"])]
     if len(groups) != len(saved_groups):
         raise ValueError("loaded state dict has a different number of parameter groups")
@@ -111,7 +111,7 @@ def read(
     notes: dict[str, None] = {}
     for saved in saved_groups:
         check_counters(engine.rule, saved)
-    outdated = leave_out_outdated(saved_groups, notes)
+    outdated = leave_out_outdated(engine.rule, saved_groups, notes)
     left_out = set(outdated)
     if averages == "drop":
         for saved in saved_groups:
@@ -134,7 +134,7 @@ def read(
             state[param_of[key]] = {
                 name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
                 for name, value in held.items()
-                if not (name in STREAMS and _absent(value))
+                if not (name in (STEP, *STREAMS) and _absent(value))
                 and not (name == "average" and key in left_out)
             }
         else:
@@ -144,7 +144,7 @@ def read(
     for number, (plan, (n_averaged, _)) in enumerate(plans):
         for i, p in enumerate(plan.group["params"]):
             name = f"parameter {i} of group {number}"
-            check_state(name, p, state.get(p, {}), engine.rule.streams, plan, n_averaged)
+            check_state(name, p, state.get(p, {}), plan, n_averaged)
     return Loaded(merged, state, taken, counts, list(notes))
 
 
@@ -156,7 +156,7 @@ def keep_tensors(loaded: Mapping[Any, Any], before: Mapping[Any, Any]) -> None:
         old = before.get(param)
         if not isinstance(old, Mapping) or not isinstance(held, dict):
             continue
-        for stream in held.keys() & old.keys() & set(STREAMS):
+        for stream in held.keys() & old.keys() & {STEP, *STREAMS}:
             kept, value = old[stream], held[stream]
             both = type(kept) is Tensor and type(value) is Tensor
             if both and kept.dtype == value.dtype and lies_as(kept, value):
@@ -164,7 +164,7 @@ def keep_tensors(loaded: Mapping[Any, Any], before: Mapping[Any, Any]) -> None:
 
 
 def counted(saved: Mapping[str, Any]) -> Counts:
-    """What a saved group says of its counters; torch.optim.SGD's says nothing."""
+    """What a saved group says of its counters; torch's say nothing."""
     left = {key: saved[key] for key in MEMORY if saved.get(key) is not None}
     return Counts(saved.get("n_averaged") or 0, left)
 
@@ -178,7 +178,7 @@ def live_keys(saved: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _users_own(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved group, in which torch.optim.SGD's keys that are named like ours are its user's."""
+    """A saved group, in which keys of torch's class that are named like ours are its user's."""
     if form.exported(saved):
         return saved
     return {OWN + k if k in OURS else k: v for k, v in saved.items() if not _absent(v)}
@@ -191,15 +191,17 @@ def _absent(value: Any) -> bool:
 
 def check_counters(rule: Rule, saved: dict[str, Any]) -> None:
     """Raise for a group's rule that is not the optimizer's, and for counters that are no counts."""
-    theirs = saved.get("rule") or "sgd"
+    theirs = saved.get("rule") or ("adam" if "betas" in saved else "sgd")
     if theirs != rule.name:
         raise ValueError(f"the checkpoint's rule is {theirs!r}, the optimizer's {rule.name!r}")
     for key in ("step", "n_averaged"):
         form.count(key, saved.get(key))
 
 
-def leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, None]) -> set[Any]:
-    """Takes averages and counts of samples out of the groups that torch.optim.SGD went on with: it
+def leave_out_outdated(
+    rule: Rule, saved_groups: list[dict[str, Any]], notes: dict[str, None]
+) -> set[Any]:
+    """Takes averages and counts of samples out of the groups that torch's class went on with: it
     has moved the weights and not the averages. Returns the parameters whose averages they are."""
     outdated: set[Any] = set()
     for saved in saved_groups:
@@ -208,7 +210,7 @@ def leave_out_outdated(saved_groups: list[dict[str, Any]], notes: dict[str, None
         outdated.update(saved["params"])
         if saved.get("n_averaged"):
             notes[
-                "torch.optim.SGD went on with this checkpoint: its weights have left its average "
+                f"{form.torchs(rule)} went on with this checkpoint: its weights have left its average "
                 f"of {saved['n_averaged']} samples behind, which starts again"
             ] = None
         saved.update(average=None, n_averaged=None)
@@ -223,7 +225,7 @@ def steps_taken(
     notes: dict[str, None],
 ) -> int:
     """Where the run stands: what the caller says, or the checkpoint. They must agree if the
-    checkpoint's own `counted`, as torch.optim.SGD did not go on with it."""
+    checkpoint's own `counted`, as torch's class did not go on with it."""
     counts = [saved["step"] for saved in saved_groups if saved.get("step") is not None]
     counted = counted and len(counts) > 0
     taken: int = max(counts, default=0)
@@ -260,11 +262,11 @@ def check_state(
     name: str,
     param: Tensor,
     held: dict[str, Any],
-    streams: tuple[str, ...],
     plan: GroupPlan,
     n_averaged: int,
 ) -> None:
     """Raise for a parameter's state that does not go with its group's plan and count of samples."""
+    rule = plan.rule
     for stream in held.keys() & STREAMS:
         value = held[stream]
         if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.is_meta:
@@ -279,9 +281,13 @@ def check_state(
             )
     if "master_param" in held and not plan.master_weights:
         raise ValueError(f"the checkpoint has a master for {name} (expected master_weights=True)")
-    kept = tuple(stream for stream in streams if stream in held)
-    if kept not in ((), streams):
-        raise ValueError(f"the checkpoint's state of {name} has {kept}, not all of {streams}")
+    needed = tuple(stream for stream in rule.streams if stream not in rule.late)
+    needed = (STEP, *needed) if rule.counts else needed
+    kept = tuple(stream for stream in needed if stream in held)
+    if kept not in ((), needed):
+        raise ValueError(f"the checkpoint's state of {name} has {kept}, not all of {needed}")
+    if rule.counts and STEP in held and not 0 <= number(STEP, held[STEP]) < 2**63:
+        raise ValueError(f"Invalid step of {name} in the checkpoint: {held[STEP]}")
     policy = plan.policy
     # A model converted between the steps of RBWA may bring a buffer that it needs no more, or none
     # where it needs one now: its average is the parameter in either case.

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
-from rbwa_fused.rules import IMPLICIT, RSGDM_IMPLICIT, RULES
+from rbwa_fused.rules import ADAM, IMPLICIT, RSGDM_IMPLICIT, RULES, Rule
 from rbwa_fused.streams import STREAMS
 
-# What torch.optim.SGD has had in its groups from its first version on, and no other class of torch
-# has all of.
-OF_SGD = ("lr", "momentum", "dampening", "weight_decay")
+# By the names of rules: the class of torch whose checkpoints they take, and what it has had in its
+# groups from its first versions on, and no other class of torch has all of.
+SGDS = "torch.optim.SGD", ("lr", "momentum", "dampening", "weight_decay")
+ADAMS = "torch.optim.Adam", ("lr", "betas", "eps", "weight_decay", "amsgrad")
+OF_TORCH = {rule: ADAMS if rule == ADAM.name else SGDS for rule in RULES}
 
 
 def exported(group: Mapping[str, Any]) -> bool:
@@ -25,8 +27,14 @@ def exported(group: Mapping[str, Any]) -> bool:
     return known or all(group.get(key) is not None for key in ("rule", "step", "n_averaged"))
 
 
-def check(state_dict: Any) -> None:
-    """Raise ValueError or TypeError for what no optimizer's ``state_dict()`` returns."""
+def torchs(rule: Rule) -> str:
+    """The class of torch whose checkpoints a rule takes."""
+    return OF_TORCH[rule.name][0]
+
+
+def check(state_dict: Any, rule: Rule) -> None:
+    """Raise ValueError or TypeError for what no optimizer's ``state_dict()`` returns, ours or that
+    of torch's class."""
     mapping("state_dict", state_dict)
     for key in ("state", "param_groups"):
         if key not in state_dict:
@@ -46,7 +54,7 @@ def check(state_dict: Any) -> None:
                 raise ValueError(f"Invalid params of {name}: {short(param)} is named twice")
             known.add(param)
         if not exported(group):
-            of_sgd(name, group)
+            of_torch(name, group, rule)
         else:
             _numbers(group)
     for key, held in state.items():
@@ -88,14 +96,15 @@ def _params(name: str, group: Mapping[str, Any]) -> list[int | str]:
     return list(params)
 
 
-def of_sgd(name: str, group: Mapping[str, Any]) -> None:
-    """Raise for a group of another class of optimizer than torch.optim.SGD."""
-    missing = [key for key in OF_SGD if key not in group]
+def of_torch(name: str, group: Mapping[str, Any], rule: Rule) -> None:
+    """Raise for a group of another class of optimizer than the rule's of torch."""
+    theirs, needed = OF_TORCH[rule.name]
+    missing = [key for key in needed if key not in group]
     if missing:
         keys = [key for key in group if key not in ("params", "param_names")]
         raise ValueError(
             f"Invalid {name}: another optimizer's, with {', '.join(map(str, keys)) or 'no keys'} "
-            f"and without {', '.join(missing)} (expected one of rbwa_fused's or of torch.optim.SGD)"
+            f"and without {', '.join(missing)} (expected one of rbwa_fused's or of {theirs})"
         )
 
 

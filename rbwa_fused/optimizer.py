@@ -32,7 +32,8 @@ class FusedSGD(FusedOptimizer):
         lr (float or 1-element Tensor, >= 0): learning rate (default: 1e-3).
         momentum (float, >= 0): momentum factor (default: 0).
         dampening (float): of all but a parameter's first step with momentum (default: 0).
-        weight_decay (float, >= 0): L2 penalty, coupled (default: 0).
+        weight_decay (float, >= 0): L2 penalty, coupled, or decoupled by ``decoupled_weight_decay``
+            (default: 0).
         nesterov (bool): needs a momentum and no dampening (default: False).
         maximize (bool): ascend (default: False).
         average (Average, optional): a policy such as ``rbwa_fused.ema()``; a group may have its
@@ -56,6 +57,9 @@ class FusedSGD(FusedOptimizer):
             statistics, are averaged by ``average`` in the same launch, and exchanged with the
             weights. They are followed by their names, are in no param group nor ``state``, and
             their averages are a state dict's ``"buffers"`` (default: None).
+        decoupled_weight_decay (bool): SGDW (Loshchilov and Hutter, 2019): theta - lr weight_decay
+            theta beside the step, and no decay in the momentum. A group may have its own; a
+            checkpoint without the key leaves the optimizer's (default: False).
         foreach, fused, differentiable: torch's choice of an implementation. Taken, and without a
             meaning here: there is one. ``differentiable=True`` is refused.
 
@@ -90,6 +94,7 @@ class FusedSGD(FusedOptimizer):
         master_weights: bool = False,
         in_backward: bool = False,
         buffers: nn.Module | None = None,
+        decoupled_weight_decay: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
@@ -104,6 +109,8 @@ class FusedSGD(FusedOptimizer):
             "maximize": maximize,
             "average": average,
         }
+        if decoupled_weight_decay is not False:  # torch.optim.SGD's groups have no such key
+            defaults[rules.DECOUPLED] = decoupled_weight_decay
         options = Options(backend, flatten, capturable, master_weights, in_backward)
         super().__init__(params, defaults, rules.SGD, options, buffers)
 

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from rbwa_fused.engine.segments import COLUMN_OF, LENGTH, ROW, SAMPLING, Table
-from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind
-from rbwa_fused.streams import AVERAGE, KEPT, MASTER
+from rbwa_fused.engine.segments import COLUMN_OF, LENGTH, ROW, SAMPLING, Table, ages_of, tell
+from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind, aging
+from rbwa_fused.streams import AVERAGE, MASTER
 
+MU, NU = COLUMNS.index("mu"), COLUMNS.index("nu")
 Element = dict[str, Tensor]  # by the names of csrc/update.h: theta, and of g, m, z … what there is
 
 
@@ -40,6 +41,15 @@ def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
             e["z"].copy_(z)
             e["previous"].copy_(g)
             direction = direction + k.delta * z
+        if "v" in e:
+            v = k.nu * old["v"] + (k.q * g) * g  # (2)
+            e["v"].copy_(v)
+            if "v_max" in e:
+                v = torch.where(v <= old["v_max"], old["v_max"], v)
+                e["v_max"].copy_(v)
+            direction = direction / (torch.sqrt(v) * k.bias + k.epsilon)
+        if k.rho != 0:
+            direction = direction + k.rho * theta
         x = theta - k.eta * direction  # (3)
     if "a" in e:
         a = theta if k.current else old["a"]
@@ -56,7 +66,9 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table
     Coefficients are rounded to the arithmetic of their segment first, as in the kernels. A master
     follows a parameter that somebody has written to since it was rounded from it.
     """
-    for i, columns in enumerate(table.segments.tolist()):
+    segments = table.segments.tolist()
+    ages = ages_of(segments, table.state, table.ages.tolist())
+    for i, columns in enumerate(segments):
         length = columns[LENGTH]
         theta = _in_memory_order(params[i].detach(), length)
         grad = grads[i]
@@ -66,20 +78,23 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table
             for name, column in COLUMN_OF.items()
             if columns[column] != -1
         }
-        first = bool(KEPT_BY[kind]) and int(table.ages[i]) == 0
+        first = bool(KEPT_BY[kind]) and ages[i] == 0
         wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
         scale, w, sample, *flags = table.samplings[columns[SAMPLING]].to(wide)
-        *rule, eta = table.rows[columns[ROW] + first].to(wide)
-        numbers = torch.stack([*rule, eta * scale, w, *flags]).tolist()
-        k = SimpleNamespace(
-            **dict(zip((*COLUMNS, "w", "current", "write_back"), numbers, strict=True))
-        )
+        row = table.rows[columns[ROW] + first]
+        *rule, rho, eta = row.to(wide)
+        own = aging(kind, float(row[MU]), float(row[NU]), ages[i])
+        bias, inverse, grown = torch.tensor(own, dtype=wide, device="cpu")
+        eta = eta * inverse * scale
+        numbers = torch.stack([*rule, rho * grown, eta, bias, w, *flags]).tolist()
+        names = (*COLUMNS, "bias", "w", "current", "write_back")
+        k = SimpleNamespace(**dict(zip(names, numbers, strict=True)))
         if grad is None:
             kind = Kind.SAMPLE
         e = {"theta": held.get(MASTER, theta)}
         if grad is not None:
             e["g"] = _in_memory_order(grad.detach(), length)
-            e |= {name: held[key] for name, key in KEPT.items() if key in KEPT_BY[kind]}
+            e |= {name: held[name] for name in KEPT_BY[kind]}
         if sample != 0 and AVERAGE in held:
             e["a"] = held[AVERAGE]
         if kind == Kind.SAMPLE and "a" not in e:
@@ -90,7 +105,9 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table
         update(k, kind, e)
         if MASTER in held:
             theta.copy_(held[MASTER])
-        table.ages[i] += bool(KEPT_BY[kind])
+        ages[i] += bool(KEPT_BY[kind])
+    table.ages.copy_(torch.tensor(ages, device="cpu"))
+    tell(segments, table.state, ages)
 
 
 def _in_memory_order(tensor: Tensor, length: int) -> Tensor:

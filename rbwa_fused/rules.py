@@ -2,15 +2,20 @@
 
     (1)  g <- s g + lambda theta
     (2)  m <- mu m + c g              z <- mu z + kappa (g - previous gradient)
-    (3)  x <- theta - eta (alpha g + gamma m + delta z)
+         v <- nu v + (q g) g          V <- the larger of V and v
+    (3)  d <- (alpha g + gamma m + delta z) / (bias sqrt(v or V) + epsilon) + rho theta
+         x <- theta - eta d
 
 A row is a kind, which says what line (2) keeps, and these numbers, in the order of ``struct Row``
-in csrc/step.h, in float64. Lines (4)-(5) have a table of their own, whose row says what becomes of
-this step's sample (``struct Sampling``). A kernel rounds both to its arithmetic.
+in csrc/step.h, in float64. Without v nothing is divided. A parameter's age decides `bias`, and
+corrects eta and rho (`aging`); no row depends on it. Lines (4)-(5) have a table of their own, whose
+row says what becomes of this step's sample (``struct Sampling``). A kernel rounds all of them to
+its arithmetic.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,12 +27,12 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.numbers import flag, number
-from rbwa_fused.streams import KEPT
 
 Group = dict[str, Any]
 Memory = dict[str, float]
 
 IMPLICIT = "implicit_momentum"
+DECOUPLED = "decoupled_weight_decay"  # torch's key
 
 
 class Kind(IntEnum):
@@ -36,31 +41,74 @@ class Kind(IntEnum):
     SAMPLE = 0  # the average alone: the parameter has no gradient
     PLAIN = 1
     MOMENTUM = 2
-    DIFFERENCE = 3
+    DECOUPLED = 3  # momentum with decoupled decay
+    DIFFERENCE = 4
+    ADAM = 5
+    AMSGRAD = 6
 
 
-# What a kind keeps between steps. The first tells, by its absence, a parameter's first step.
+# What a kind keeps between steps, by the names in the kernels.
 KEPT_BY: dict[int, tuple[str, ...]] = {
     Kind.SAMPLE: (),
     Kind.PLAIN: (),
-    Kind.MOMENTUM: (KEPT["m"],),
-    Kind.DIFFERENCE: (KEPT["m"], KEPT["z"], KEPT["previous"]),
+    Kind.MOMENTUM: ("m",),
+    Kind.DECOUPLED: ("m",),
+    Kind.DIFFERENCE: ("m", "z", "previous"),
+    Kind.ADAM: ("m", "v"),
+    Kind.AMSGRAD: ("m", "v", "v_max"),
 }
 
 
+def is_adam(kind: int) -> bool:
+    """Whether steps of a kind depend on a parameter's age."""
+    return kind >= Kind.ADAM
+
+
 class Coefficients(NamedTuple):
-    """The rule's part of a row."""
+    """A rule's part of a row: all but the sign and the learning rate."""
 
-    mu: float
-    c: float
-    kappa: float
-    alpha: float
-    gamma: float
-    delta: float
+    kind: Kind
+    lambda_: float = 0.0
+    mu: float = 0.0
+    c: float = 0.0
+    kappa: float = 0.0
+    alpha: float = 0.0
+    gamma: float = 0.0
+    delta: float = 0.0
+    nu: float = 0.0
+    q: float = 0.0
+    epsilon: float = 0.0
+    rho: float = 0.0
 
 
-COLUMNS = ("kind", "s", "lambda_", *Coefficients._fields, "eta")  # of a row
+COLUMNS = ("kind", "s", *Coefficients._fields[1:], "eta")  # of a row
 ROW = struct.Struct(f"{len(COLUMNS)}d")
+
+
+class Aging(NamedTuple):
+    """What a parameter's age makes of its row; struct Aging of csrc/update.h."""
+
+    bias: float = 1.0  # of the root of v
+    inverse: float = 1.0  # of eta
+    grown: float = 1.0  # of rho
+
+
+def aging(kind: int, mu: float, nu: float, age: int) -> Aging:
+    """`aging_of` of csrc/update.h, in the same operations."""
+    if not is_adam(kind):
+        return Aging()
+    grown = 1.0 - _power(mu, age + 1)
+    return Aging(1.0 / math.sqrt(1.0 - _power(nu, age + 1)), 1.0 / grown, grown)
+
+
+def _power(base: float, exponent: int) -> float:
+    result = 1.0
+    while exponent > 0:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
 
 
 class Sampling(NamedTuple):
@@ -74,65 +122,121 @@ class Sampling(NamedTuple):
 
 
 SAMPLING = struct.Struct(f"{len(Sampling._fields)}d")
-PLAIN = Coefficients(mu=0.0, c=0.0, kappa=0.0, alpha=1.0, gamma=0.0, delta=0.0)
+
+
+def _coupled(group: Group) -> float:
+    return float(group.get("weight_decay", 0.0))
+
+
+def plain(group: Group) -> Coefficients:
+    """SGD without momentum, where coupled and decoupled decay are the same."""
+    return Coefficients(Kind.PLAIN, _coupled(group), alpha=1.0)
 
 
 def sgd(group: Group, first: bool) -> Coefficients:
-    """torch.optim.SGD: ``first`` is the step at which a parameter gets its momentum buffer."""
+    """torch.optim.SGD: ``first`` is the step at which a parameter gets its momentum buffer. With
+    decoupled decay it is SGDW (Loshchilov and Hutter)."""
     mu = float(group["momentum"])
     if mu == 0.0:
-        return PLAIN
+        return plain(group)
     if group["nesterov"]:
-        return Coefficients(mu, c=1.0, kappa=0.0, alpha=1.0, gamma=mu, delta=0.0)
-    c = 1.0 if first else 1.0 - float(group["dampening"])
-    return Coefficients(mu, c, kappa=0.0, alpha=0.0, gamma=1.0, delta=0.0)
+        own = Coefficients(Kind.MOMENTUM, _coupled(group), mu, c=1.0, alpha=1.0, gamma=mu)
+    else:
+        c = 1.0 if first else 1.0 - float(group["dampening"])
+        own = Coefficients(Kind.MOMENTUM, _coupled(group), mu, c, gamma=1.0)
+    if group.get(DECOUPLED) and own.lambda_ != 0.0:
+        return own._replace(kind=Kind.DECOUPLED, lambda_=0.0, rho=own.lambda_)
+    return own
 
 
 def sgdm(group: Group, first: bool) -> Coefficients:
     """SGD with momentum as the RSGDM paper writes it: m <- beta m + (1 - beta) g, m_0 = 0."""
     beta = float(group["momentum"])
     if beta == 0.0:
-        return PLAIN
-    return Coefficients(beta, 1.0 - beta, kappa=0.0, alpha=0.0, gamma=1.0, delta=0.0)
+        return plain(group)
+    return Coefficients(Kind.MOMENTUM, _coupled(group), beta, 1.0 - beta, gamma=1.0)
 
 
 def rsgdm_implicit(group: Group, first: bool) -> Coefficients:
     """RSGDM in one buffer: u_1 = 0, u <- beta u + (1 - beta) g, step (1 - beta) g + beta u."""
     beta = float(group["momentum"])
     if beta == 0.0:
-        return PLAIN
+        return plain(group)
     c = 0.0 if first else 1.0 - beta
-    return Coefficients(beta, c, kappa=0.0, alpha=1.0 - beta, gamma=beta, delta=0.0)
+    return Coefficients(Kind.MOMENTUM, _coupled(group), beta, c, alpha=1.0 - beta, gamma=beta)
 
 
 def rsgdm_explicit(group: Group, first: bool) -> Coefficients:
     """RSGDM as printed: m, the difference's average z, the previous gradient; step m + beta z."""
     beta = float(group["momentum"])
     if beta == 0.0:
-        return PLAIN
-    kappa = 0.0 if first else 1.0 - beta
-    return Coefficients(beta, 1.0 - beta, kappa, alpha=0.0, gamma=1.0, delta=beta)
+        return plain(group)
+    own = Coefficients(Kind.DIFFERENCE, _coupled(group), beta, 1.0 - beta, gamma=1.0, delta=beta)
+    return own._replace(kappa=0.0 if first else 1.0 - beta)
+
+
+def adam(group: Group, first: bool) -> Coefficients:
+    """torch.optim.Adam, and AdamW: both averages start at zero, and `aging` corrects them."""
+    mu, nu = map(float, group["betas"])
+    decay, decoupled = _coupled(group), group[DECOUPLED]
+    return Coefficients(
+        Kind.AMSGRAD if group["amsgrad"] else Kind.ADAM,
+        0.0 if decoupled else decay,
+        mu,
+        1.0 - mu,
+        gamma=1.0,
+        nu=nu,
+        q=1.0 - nu,
+        epsilon=float(group["eps"]),
+        rho=decay if decoupled else 0.0,
+    )
+
+
+def _check_numbers(group: Group, words: dict[str, str]) -> None:
+    """Raise for one that is negative or none, and for a learning rate of several elements."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, said in words.items():
+        if not number(name, group[name]) >= 0.0:
+            raise ValueError(f"Invalid {said}: {group[name]}")
 
 
 def check(group: Group) -> None:
     """Raise ValueError or TypeError for a hyperparameter out of range, in torch's words."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    for name, words in (
-        ("lr", "learning rate"),
-        ("momentum", "momentum value"),
-        ("weight_decay", "weight_decay value"),
-    ):
-        if not number(name, group[name]) >= 0.0:
-            raise ValueError(f"Invalid {words}: {group[name]}")
+    words = {"lr": "learning rate", "momentum": "momentum value"}
+    _check_numbers(group, {**words, "weight_decay": "weight_decay value"})
     dampening = number("dampening", group.get("dampening", 0.0))
     if dampening != dampening:
         raise ValueError(f"Invalid dampening value: {group['dampening']}")
     flag("nesterov", group.get("nesterov", False))
     flag("maximize", group["maximize"])
+    flag(DECOUPLED, group.get(DECOUPLED, False))
     if group.get("nesterov", False) and (group["momentum"] <= 0 or dampening != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+def check_adam(group: Group) -> None:
+    """`check` for Adam's hyperparameters."""
+    words = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
+    _check_numbers(group, words)
+    try:
+        beta1, beta2 = betas = tuple(group["betas"])
+    except (TypeError, ValueError):
+        raise TypeError(f"Invalid betas: {group['betas']!r} (expected two numbers)") from None
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{i}] must be 1-element")
+        if not 0.0 <= number(f"betas[{i}]", beta) < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if isinstance(beta1, Tensor) != isinstance(beta2, Tensor) or any(map(_is_int, betas)):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for name in ("amsgrad", "maximize", DECOUPLED):
+        flag(name, group[name])
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int)
 
 
 def lr_on_device(group: Group) -> Tensor | None:
@@ -206,60 +310,85 @@ class Rule:
         name: by which checkpoints know it.
         hyperparameters: of a param group, all that its rows depend on; ``"lr"`` is the first, and
             the last number of a row.
-        kind: of its rows, unless their coefficients are PLAIN.
-        coefficients: of a group's row; ``first`` is a parameter's first step with momentum.
+        keys: in a parameter's state, of what its kinds keep, by the names in the kernels (streams).
+        coefficients: of a group's row; ``first`` is a parameter's first step with what it keeps.
         check: raises for a group with a hyperparameter out of range.
         memory: what a group's first step with momentum leaves to its later ones, by the keys that
             checkpoints have for it.
         remember: makes that, of a group that was checked.
         check_memory: raises for a group that contradicts what it has left.
         moves: whether it moves the weights. Where others do, an average is never the parameter.
+        optional: hyperparameters that a group may lack; they are None then.
+        late: keys that a group may come to need at any step; what they name starts at zero then.
+        wide: whether 16-bit parameters keep their state in float32, with masters or without.
+        counts: whether a parameter's state has its ``step``.
         inputs: the hyperparameters of a group, as a tuple; of a rule without any a rate of 0.
     """
 
     name: str
     hyperparameters: tuple[str, ...]
-    kind: Kind
+    keys: dict[str, str]
     coefficients: Callable[[Group, bool], Coefficients]
     check: Callable[[Group], None] = check
     memory: tuple[str, ...] = ()
     remember: Callable[[Group], Memory] = _nothing
     check_memory: Callable[[Group, Memory], None] = _no_memory
     moves: bool = True
+    optional: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()
+    wide: bool = False
+    counts: bool = False
     inputs: Callable[[Group], tuple[Any, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = self.hyperparameters
-        object.__setattr__(self, "inputs", itemgetter(*names) if names else lambda group: (0.0,))
+        names, optional = self.hyperparameters, self.optional
+        inputs = itemgetter(*names) if names else lambda group: (0.0,)
+        of_group = inputs
+        if optional:
+
+            def of_group(group: Group) -> tuple[Any, ...]:
+                return (*inputs(group), *map(group.get, optional))
+
+        object.__setattr__(self, "inputs", of_group)
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """What a parameter has in its state once its group has momentum."""
-        return KEPT_BY[self.kind]
+        """The keys of what a parameter may come to keep, in its state."""
+        return tuple(self.keys.values())
+
+    def streams_of(self, kind: int) -> tuple[str, ...]:
+        """The keys of what it keeps with rows of a kind."""
+        return tuple(self.keys[name] for name in KEPT_BY[kind])
 
     def row(self, group: Group, first: bool) -> tuple[float, ...]:
         """The numbers of COLUMNS, for a group that was checked."""
-        numbers = self.coefficients(group, first)
-        kind = Kind.PLAIN if numbers is PLAIN else self.kind
+        kind, *numbers = self.coefficients(group, first)
         s = -1.0 if group.get("maximize") else 1.0
-        return kind, s, float(group.get("weight_decay", 0)), *numbers, float(group.get("lr", 0))
+        return kind, s, *numbers, float(group.get("lr", 0))
 
 
 OF_TORCH = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 OF_PAPER = ("lr", "momentum", "weight_decay", "maximize")
-SGD = Rule("sgd", OF_TORCH, Kind.MOMENTUM, sgd)
-SGDM = Rule("sgdm", OF_PAPER, Kind.MOMENTUM, sgdm, check_decay)
+OF_ADAM = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", DECOUPLED)
+M = {"m": "momentum_buffer"}
+M_Z = {**M, "z": "difference_buffer", "previous": "previous_gradient"}
+M_V = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
+SGD = Rule("sgd", OF_TORCH, M, sgd, optional=(DECOUPLED,))
+SGDM = Rule("sgdm", OF_PAPER, M, sgdm, check_decay)
 RSGDM_IMPLICIT = Rule(
     "rsgdm_implicit",
     OF_PAPER,
-    Kind.MOMENTUM,
+    M,
     rsgdm_implicit,
     check_decay,
     memory=(IMPLICIT,),
     remember=remember_momentum,
     check_memory=check_same_momentum,
 )
-RSGDM_EXPLICIT = Rule("rsgdm_explicit", OF_PAPER, Kind.DIFFERENCE, rsgdm_explicit, check_decay)
-NONE = Rule("none", (), Kind.PLAIN, lambda group, first: PLAIN, _no_check, moves=False)
-RULES = {rule.name: rule for rule in (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT, NONE)}
+RSGDM_EXPLICIT = Rule("rsgdm_explicit", OF_PAPER, M_Z, rsgdm_explicit, check_decay)
+ADAM = Rule(
+    "adam", OF_ADAM, M_V, adam, check_adam, late=("max_exp_avg_sq",), wide=True, counts=True
+)
+NONE = Rule("none", (), {}, lambda group, first: plain(group), _no_check, moves=False)
+RULES = {rule.name: rule for rule in (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT, ADAM, NONE)}
 MEMORY = tuple(key for rule in RULES.values() for key in rule.memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -29,6 +30,7 @@ class Saved(Averages, Optimizer):
     _early: InBackward | None = None  # the hooks that step inside the backward pass
     _beside: Buffers | None = None  # of a model, averaged beside the parameters
     _rule = rules.SGD  # of a state that names none, such as torch.optim.Optimizer's
+    _always: Mapping[str, Any] = {}  # hyperparameters of the class, whatever a checkpoint says
 
     def _begin(self, engine: Engine) -> None:
         self._weak_self = weakref.ref(self)
@@ -68,9 +70,9 @@ class Saved(Averages, Optimizer):
         step: int | None = None,
         averages: checkpoint.Averages = "load",
     ) -> None:
-        """Loads a checkpoint of this class or of torch.optim.SGD; tensors are copied.
+        """Loads a checkpoint of this class or of torch's; tensors are copied.
 
-        Where torch.optim.SGD went on with a checkpoint of this class, the averages in it are older
+        Where torch's class went on with a checkpoint of this class, the averages in it are older
         than the weights: they are left out, with a warning, and start again.
 
         Args:
@@ -114,7 +116,7 @@ class Saved(Averages, Optimizer):
         if self._beside is not None:
             self._beside.load(of_buffers.averages)
         for group, new in zip(self.param_groups, loaded.groups, strict=True):
-            group.update(new)
+            group.update(new, **self._always)
         checkpoint.keep_tensors(loaded.state, self.state)
         self.state = loaded.state
         counted = loaded.steps, loaded.counts
@@ -171,6 +173,8 @@ class Saved(Averages, Optimizer):
             elif self._beside is not None:
                 warnings.warn(BUFFERS_LEFT, stacklevel=backends.user_level())
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.update(self._always)
         self._begin(engine)
         if export not in self._optimizer_state_dict_post_hooks.values():
             self.register_state_dict_post_hook(export)

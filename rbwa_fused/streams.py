@@ -7,18 +7,24 @@ import torch
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in csrc/convert.h
 NARROW = tuple(dtype for dtype in DTYPES if dtype.itemsize < 4)  # stepped in float32
 
-# What rules keep between steps: its name in the kernels, in the order of csrc/update.h, and its key
-# in opt.state[p], torch.optim's own where it has one.
-KEPT = {
-    "m": "momentum_buffer",
-    "z": "difference_buffer",
-    "previous": "previous_gradient",
+# What rules keep between steps, by their names in the kernels and in the order of csrc/update.h.
+KEPT = ("m", "z", "previous", "v", "v_max")
+# Their keys in opt.state[p], torch.optim's own where it has them.
+KEYS = {
+    "momentum_buffer": "m",
+    "difference_buffer": "z",
+    "previous_gradient": "previous",
+    "exp_avg": "m",
+    "exp_avg_sq": "v",
+    "max_exp_avg_sq": "v_max",
 }
 AVERAGE = "average"
 MASTER = "master_param"  # float32, of a 16-bit parameter
-STREAMS = (AVERAGE, MASTER, *KEPT.values())  # all keys, in the order of csrc/tables.h
+# How many steps a parameter has taken: 0-dim float32 on the CPU, as torch.optim.Adam has it.
+STEP = "step"
+STREAMS = (AVERAGE, MASTER, *KEYS)  # all keys that are as large as their parameter
 
 
 def working_dtype(dtype: torch.dtype, master_weights: bool) -> torch.dtype:
-    """What momentum and the step are kept in: float32 where there is a master, else the dtype."""
+    """What the step works on, and torch.optim.SGD's momentum is kept in: float32 where there is a master, else the dtype."""
     return torch.float32 if master_weights and dtype in NARROW else dtype

@@ -52,19 +52,20 @@ void range_full(const Segment& s, const Coefficients<T>& k, int64_t begin, int64
 #include "cpu/narrow_loop.h"
 
 template <typename T>
-Coefficients<T> arithmetic(const Row& row, const Sampling& sampling) {
-  Coefficients<T> k{rounded<Numbers<T>, T>(row.numbers), T(sampling.w), sampling.current != 0,
+Coefficients<T> arithmetic(const Row& row, const Aging<double>& aging, const Sampling& sampling) {
+  Coefficients<T> k{rounded<Numbers<T>, T>(row.numbers), T(1), T(sampling.w), sampling.current != 0,
                     sampling.write_back != 0};
+  aged(k, rounded<Aging<T>, T>(aging));
   k.eta *= T(sampling.scale);
   return k;
 }
 
 template <Kind kind, bool averaged>
-void range_of_kind(const Segment& s, const Row& row, const Sampling& sampling, int64_t begin,
-                   int64_t n) {
+void range_of_kind(const Segment& s, const Row& row, const Aging<double>& aging,
+                   const Sampling& sampling, int64_t begin, int64_t n) {
   with_storage(s.dtype, [&]<typename S>() {
     using T = typename Arithmetic<S>::type;
-    const Coefficients<T> k = arithmetic<T>(row, sampling);
+    const Coefficients<T> k = arithmetic<T>(row, aging, sampling);
     if constexpr (kNarrow<S>) {
       range_narrow<kind, averaged, S>(s, k, begin, n);
     } else {
@@ -75,9 +76,12 @@ void range_of_kind(const Segment& s, const Row& row, const Sampling& sampling, i
 
 // Takes the step for elements [begin, begin + n) of a segment: which streams there are decides the
 // loop, once per call.
-void range(const Segment& s, const Row& row, const Sampling& sampling, int64_t begin, int64_t n) {
+void range(const Segment& s, const Row& row, const Aging<double>& aging, const Sampling& sampling,
+           int64_t begin, int64_t n) {
   with_kind(s.kind, [&]<Kind kind>() {
-    if (s.a != nullptr) return range_of_kind<kind, true>(s, row, sampling, begin, n);
-    if constexpr (kind != Kind::kSample) range_of_kind<kind, false>(s, row, sampling, begin, n);
+    if (s.a != nullptr) return range_of_kind<kind, true>(s, row, aging, sampling, begin, n);
+    if constexpr (kind != Kind::kSample) {
+      range_of_kind<kind, false>(s, row, aging, sampling, begin, n);
+    }
   });
 }

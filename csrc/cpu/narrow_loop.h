@@ -101,7 +101,7 @@ template <Kind kind, bool averaged, typename S>
 void range_narrow(const Segment& s, const Coefficients<float>& k, int64_t begin, int64_t n) {
   Stream<S> theta(s.theta, s.theta_dtype, begin), g(const_cast<void*>(s.g), s.dtype, begin),
       a(s.a, s.a_dtype, begin);
-#define RBWA_STREAM(stream, when) Stream<S> stream(s.stream, s.theta_dtype, begin);
+#define RBWA_STREAM(stream, when) Stream<S> stream(s.stream, s.kept_dtype, begin);
   RBWA_KEPT(RBWA_STREAM)
 #undef RBWA_STREAM
   S* param = s.param != nullptr ? static_cast<S*>(s.param) + begin : nullptr;

@@ -51,7 +51,8 @@ namespace avx512 {
 struct Capability {
   const char* name;
   bool available;
-  void (*range)(const Segment&, const Row&, const Sampling&, int64_t begin, int64_t n);
+  void (*range)(const Segment&, const Row&, const Aging<double>&, const Sampling&, int64_t begin,
+                int64_t n);
   void (*pull)(const Replicated&, const Pull&, int64_t begin, int64_t n);
 };
 
@@ -86,6 +87,7 @@ constexpr int64_t kWorthThreads = 1 << 15;  // elements
 struct Work {
   const Segment* segments;
   const Row* rows;
+  const Aging<double>* agings;  // of each segment
   const Sampling* samplings;
   const int64_t* first_chunk;  // of each segment, and after the last one their total
   int64_t count;
@@ -100,8 +102,8 @@ void step_chunks(int64_t begin, int64_t end, void* context) {
     const int64_t stop = std::min(end, work.first_chunk[i + 1]);
     const int64_t from = (begin - work.first_chunk[i]) * kChunk;
     const int64_t to = std::min(segment.length, (stop - work.first_chunk[i]) * kChunk);
-    work.capability->range(segment, work.rows[segment.row], work.samplings[segment.sampling], from,
-                           to - from);
+    work.capability->range(segment, work.rows[segment.row], work.agings[i],
+                           work.samplings[segment.sampling], from, to - from);
     begin = stop;
   }
 }
@@ -115,9 +117,10 @@ void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sam
     first_chunk[i + 1] = first_chunk[i] + (segments[i].length + kChunk - 1) / kChunk;
     elements += segments[i].length;
   }
+  const std::vector<Aging<double>> agings = agings_of(segments, count, rows);
   const int64_t chunks = first_chunk[count];
   const int64_t chunks_a_thread = elements < kWorthThreads ? chunks : 1;
-  Work work{segments, rows, samplings, first_chunk.data(), count, chosen};
+  Work work{segments, rows, agings.data(), samplings, first_chunk.data(), count, chosen};
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, chunks, chunks_a_thread, step_chunks, &work));
 }
 

@@ -91,14 +91,15 @@ RBWA_INLINE int widest(const void* address) {
 }
 
 // One chunk of one segment: addresses of its first element, and how many there are. S is the
-// storage of parameter and gradient, W that of what the step works on: S, or float for a master.
-template <typename S, typename W, typename A>
+// storage of parameter and gradient, W that of what the step works on: S, or float for a master, M
+// that of what is kept.
+template <typename S, typename W, typename M, typename A>
 struct Chunk {
   W* theta;
   S* param;  // only beside a master
   S* g;
   A* a;
-#define RBWA_FIELD(stream, when) W* stream;
+#define RBWA_FIELD(stream, when) M* stream;
   RBWA_KEPT(RBWA_FIELD)
 #undef RBWA_FIELD
   int64_t n;
@@ -107,8 +108,8 @@ struct Chunk {
 template <typename S, typename W>
 constexpr bool kHasMaster = !std::is_same_v<S, W>;
 
-template <typename S, typename W, typename A>
-RBWA_INLINE S* weights(const Chunk<S, W, A>& chunk) {
+template <typename S, typename W, typename M, typename A>
+RBWA_INLINE S* weights(const Chunk<S, W, M, A>& chunk) {
   if constexpr (kHasMaster<S, W>) {
     return chunk.param;
   } else {
@@ -123,8 +124,8 @@ struct Unscale {
   T unscale;
 };
 
-template <Kind kind, bool averaged, typename S, typename W, typename A, typename T>
-RBWA_INLINE void one(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+template <Kind kind, bool averaged, typename S, typename W, typename M, typename A, typename T>
+RBWA_INLINE void one(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                      int64_t i) {
   Element<T> e{};
   e.theta = widen(chunk.theta[i]);
@@ -178,16 +179,16 @@ struct Vectors {
 
 // Whole vectors. Two a thread are in flight for 32 and 64 bits; 16-bit types have twice the
 // elements in one, and more would spill.
-template <Kind kind, bool averaged, typename S, typename W, typename A, typename T>
-RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
-                         int thread) {
+template <Kind kind, bool averaged, typename S, typename W, typename M, typename A, typename T>
+RBWA_INLINE void vectors(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k,
+                         const Unscale<T>& u, int thread) {
   constexpr int count = kVectorBytes / sizeof(S);
   constexpr int flight = kNarrow<S> ? 1 : 2;
-  using Kept = Vectors<W, sizeof(W) / sizeof(S)>;
+  using Kept = Vectors<M, sizeof(M) / sizeof(S)>;
   const int64_t whole = chunk.n / count;
   const int g_bytes = kind == Kind::kSample ? 0 : widest(chunk.g);
   for (int64_t first = thread; first < whole; first += flight * kThreads) {
-    Kept theta[flight];
+    Vectors<W, sizeof(W) / sizeof(S)> theta[flight];
 #define RBWA_VECTORS(stream, when) Kept stream[flight];
     RBWA_KEPT(RBWA_VECTORS)
 #undef RBWA_VECTORS
@@ -213,7 +214,7 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
       if (vector >= whole) continue;
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        Chunk<S, W, A> element;
+        Chunk<S, W, M, A> element;
         element.theta = theta[f].at(i), element.param = param[f].at(i), element.g = &g[f].at[i];
         element.a = a[f].at(i);
 #define RBWA_AT(stream, when) element.stream = stream[f].at(i);
@@ -241,8 +242,8 @@ RBWA_INLINE void vectors(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, 
 
 // A chunk goes by vectors if all that is written lies on their boundaries, and its tail, or all of
 // it, element by element.
-template <Kind kind, bool averaged, typename S, typename W, typename A, typename T>
-RBWA_INLINE void run(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+template <Kind kind, bool averaged, typename S, typename W, typename M, typename A, typename T>
+RBWA_INLINE void run(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
                      int thread) {
   auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   uintptr_t all = address(chunk.theta);
@@ -261,14 +262,15 @@ RBWA_INLINE void run(const Chunk<S, W, A>& chunk, const Coefficients<T>& k, cons
   for (int64_t i = done + thread; i < chunk.n; i += kThreads) one<kind, averaged>(chunk, k, u, i);
 }
 
-// The branch of a segment's kind, which is the same for a whole block, among those up to `most`. A
-// segment without a gradient is touched only where it is sampled.
-template <Kind most, bool averaged, typename S, typename W, typename A, typename T>
-RBWA_INLINE void run_kind(Kind kind, const Chunk<S, W, A>& chunk, const Coefficients<T>& k,
+// The branch of a segment's kind, which is the same for a whole block, among those that a launch up
+// to `most` may have. A segment without a gradient is touched only where it is sampled.
+template <Kind most, bool averaged, typename S, typename W, typename M, typename A, typename T>
+RBWA_INLINE void run_kind(Kind kind, const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k,
                           const Unscale<T>& u, int thread) {
-#define RBWA_RUN(name)                                                             \
-  if constexpr (Kind::name <= most && (averaged || Kind::name != Kind::kSample)) { \
-    if (kind == Kind::name) return run<Kind::name, averaged>(chunk, k, u, thread); \
+#define RBWA_RUN(name)                                                                \
+  if constexpr (served_by(Kind::name) == Kind::name && goes_with(Kind::name, most) && \
+                (averaged || Kind::name != Kind::kSample)) {                          \
+    if (kind == Kind::name) return run<Kind::name, averaged>(chunk, k, u, thread);    \
   }
   RBWA_KINDS(RBWA_RUN)
 #undef RBWA_RUN
@@ -279,8 +281,22 @@ RBWA_INLINE X* place(void* stream, int64_t element) {
   return stream != nullptr ? static_cast<X*>(stream) + element : nullptr;
 }
 
+// Before the step, where the device counts: what its age makes of a segment's row.
+template <typename T, int bytes>
+RBWA_INLINE void age_thread(const Launch<T, bytes>& launch, int64_t segment) {
+  if (segment >= launch.segment_count) return;
+  const auto& s = reinterpret_cast<const CudaSegment*>(launch.tables)[segment];
+  const auto* groups = reinterpret_cast<const CudaGroup<T>*>(launch.tables + launch.groups_at);
+  const CudaGroup<T>& group = groups[s.group];
+  const auto aging =
+      aging_of(static_cast<Kind>(s.kind), group.mu, group.nu, launch.marks[2 * s.index]);
+  launch.agings[s.index] = {static_cast<T>(aging.bias), static_cast<T>(aging.inverse),
+                            static_cast<T>(aging.grown)};
+}
+
 // The work of one thread. `most` is the last kind among the launch's segments.
-template <typename S, typename W, typename A, Kind most, bool averaged, typename T, int bytes>
+template <typename S, typename W, typename M, typename A, Kind most, bool averaged, typename T,
+          int bytes>
 RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int thread) {
   if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
   const auto* segments = reinterpret_cast<const CudaSegment*>(launch.tables);
@@ -305,17 +321,20 @@ RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int 
   const auto* groups = reinterpret_cast<const CudaGroup<T>*>(launch.tables + launch.groups_at);
   const CudaGroup<T>& group = groups[s.group];
   const bool first = launch.marks != nullptr ? launch.marks[2 * s.index] == 0 : s.first != 0;
-  Coefficients<T> k{first ? group.first : group.usual, sampling.w, sampling.current != 0,
+  Coefficients<T> k{first ? group.first : group.usual, T(1), sampling.w, sampling.current != 0,
                     sampling.write_back != 0};
   if (group.lr != nullptr) k.eta = static_cast<T>(*group.lr);
+  if constexpr (is_adam(most)) {
+    aged(k, launch.agings != nullptr ? launch.agings[s.index] : group.aging);
+  }
   k.eta *= sampling.scale;
   Unscale<T> u{launch.grad_scale != nullptr, T(1)};
   if (u.scaled) u.unscale = T(1) / static_cast<T>(*launch.grad_scale);
 
-  Chunk<S, W, A> chunk;
+  Chunk<S, W, M, A> chunk;
   chunk.theta = place<W>(s.theta, begin), chunk.param = place<S>(s.param, begin);
   chunk.g = place<S>(s.g, begin), chunk.a = place<A>(s.a, begin);
-#define RBWA_PLACE(stream, when) chunk.stream = place<W>(s.stream, begin);
+#define RBWA_PLACE(stream, when) chunk.stream = place<M>(s.stream, begin);
   RBWA_KEPT(RBWA_PLACE)
 #undef RBWA_PLACE
   chunk.n = n;

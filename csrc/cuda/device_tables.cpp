@@ -44,11 +44,14 @@ void step_on(const std::vector<View>& params, const std::vector<View>& grads, co
   step.device_samplings_float =
       on_device<const float>(own.samplings_float, device, kFloat, samplings, "samplings32");
   step.marks = on_device<int32_t>(own.marks, device, kInt32, marks, "marks");
+  const int64_t agings = sizeof(Aging<double>) / sizeof(double) * segments.size();
+  step.agings = on_device<double>(own.agings, device, kDouble, agings, "agings");
   step.grad_scale = on_device<const float>(own.grad_scale, device, kFloat, 1, "grad_scale");
   step.found_inf = on_device<const float>(own.found_inf, device, kFloat, 1, "found_inf");
   STD_TORCH_CHECK(device_counts == (step.device_samplings != nullptr) &&
-                      device_counts == (step.device_samplings_float != nullptr),
-                  "step_: `samplings64`, `samplings32` and `marks` go together");
+                      device_counts == (step.device_samplings_float != nullptr) &&
+                      device_counts == (step.agings != nullptr || segments.empty()),
+                  "step_: `samplings64`, `samplings32`, `marks` and `agings` go together");
   step.stream = stream;
   const char* error = step_in_launches(segments, step);
   STD_TORCH_CHECK(error == nullptr, "step_: ", error);

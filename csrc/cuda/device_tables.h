@@ -12,6 +12,7 @@ struct DeviceTables {
   View samplings;         // float64 (2 samplers, 5): struct Sampling of this step
   View samplings_float;   // the same, in float32
   View marks;             // int32 (segments, 2), see struct DeviceCounters
+  View agings;            // float64 (segments, 3): room for struct Aging of each
   View grad_scale;        // float32, or absent
   View found_inf;         // float32, or absent
 };

@@ -18,9 +18,9 @@ constexpr int64_t kLargeModel = 100'000'000;  // elements
 
 // Kernel arguments may take 32,764 bytes (CUDA 12.1 and later, compute capability 7.0 and later).
 constexpr int kLaunchBytes = 32'764;
-constexpr int kTableBytes = 32'688;  // beside the rest of Launch
+constexpr int kTableBytes = 32'672;  // beside the rest of Launch
 // What a launch hands over is fixed when its kernel is compiled, and is copied at every launch: a
-// model of up to 100 tensors in float32 takes a kernel that gets 8 KB.
+// model of up to 80 tensors in float32 takes a kernel that gets 8 KB.
 constexpr int kSmallTableBytes = 8'128;
 
 // A segment as the kernel sees it. `first_chunk` counts the launch's chunks before it.
@@ -41,10 +41,13 @@ struct CudaSegment {
   uint8_t first;      // whether it takes its first step with this kind (without marks)
 };
 
-// A param group: its usual row, and that of a parameter's first step with its kind.
+// A param group, and one age of its parameters: its usual row, and that of a parameter's first step
+// with its kind.
 template <typename T>
 struct CudaGroup {
   Numbers<T> usual, first;
+  Aging<T> aging;   // where the host counts
+  double mu, nu;    // what it is made of
   const float* lr;  // in place of eta, if not null
 };
 
@@ -57,6 +60,7 @@ template <typename T, int table_bytes = kTableBytes>
 struct Launch {
   const T* samplings;       // the device's rows of CudaSampling, or null: the launch has them
   int32_t* marks;           // as in DeviceCounters, or null: `first` says it
+  Aging<T>* agings;         // for each segment, with `marks`; or null: the launch has them
   const float* grad_scale;  // null: 1
   const float* found_inf;   // not zero: nothing happens; null: never
   int64_t chunk;            // elements
@@ -79,5 +83,6 @@ constexpr bool kHasSmall = sizeof(S) == 4 && sizeof(W) == 4 && sizeof(A) == 4;
 // Each returns null, or CUDA's words for what went wrong. `launch` is a Launch<float>, or a
 // Launch<double> for float64.
 const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void* stream);
+const char* age_cuda(const KernelKey& key, const void* launch, void* stream);
 const char* advance_cuda(const DeviceCounters& counters, void* stream);
 int cuda_toolkit();  // the version it was compiled with, 13000 for 13.0

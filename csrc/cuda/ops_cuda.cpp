@@ -61,11 +61,11 @@ void step_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor 
 void step_deferred_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
                       Tensor shapes, Tensor ages, Tensor rows, Tensor samplings,
                       std::vector<Optional> lrs, Tensor samplings64, Tensor samplings32,
-                      Tensor marks, Optional grad_scale, Optional found_inf) {
+                      Tensor marks, Tensor agings, Optional grad_scale, Optional found_inf) {
   step(views_of(params), views_of(grads),
        {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
         view_of(samplings)},
-       {views_of(lrs), view_of(samplings64), view_of(samplings32), view_of(marks),
+       {views_of(lrs), view_of(samplings64), view_of(samplings32), view_of(marks), view_of(agings),
         view_of(grad_scale), view_of(found_inf)});
 }
 
@@ -97,10 +97,11 @@ void step_python(const PythonTables& fixed, const py::list& params, const py::li
 
 void step_deferred_python(const PythonTables& fixed, const py::list& params, const py::list& grads,
                           const py::list& lrs, py::handle samplings64, py::handle samplings32,
-                          py::handle marks, py::handle grad_scale, py::handle found_inf) {
+                          py::handle marks, py::handle agings, py::handle grad_scale,
+                          py::handle found_inf) {
   const Views of_params = views_of(params), of_grads = views_of(grads);
   const DeviceTables own{views_of(lrs),  view_of(samplings64), view_of(samplings32),
-                         view_of(marks), view_of(grad_scale),  view_of(found_inf)};
+                         view_of(marks), view_of(agings), view_of(grad_scale), view_of(found_inf)};
   const py::gil_scoped_release release;
   step(of_params, of_grads, fixed.tables, own);
 }
@@ -111,8 +112,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rbwa_fused, library) {
   library.def(
       "step_deferred_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
       "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings, Tensor?[] lrs, "
-      "Tensor samplings64, Tensor samplings32, Tensor(d!) marks, Tensor? grad_scale, Tensor? "
-      "found_inf) -> ()");
+      "Tensor samplings64, Tensor samplings32, Tensor(d!) marks, Tensor(e!) agings, "
+      "Tensor? grad_scale, Tensor? found_inf) -> ()");
   library.def(
       "advance_(Tensor(a!) counts, Tensor policies, Tensor(b!) samplings64, "
       "Tensor(c!) samplings32, Tensor(d!) marks, Tensor? found_inf) -> ()");

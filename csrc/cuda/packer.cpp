@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <map>
-#include <tuple>
+#include <optional>
+#include <utility>
 
 namespace {
 
@@ -14,6 +15,7 @@ class Packer {
   Packer(KernelKey key, const CudaStep& step, int64_t chunk) : key_(key), step_(step) {
     launch_.samplings = static_cast<const T*>(device_samplings());
     launch_.marks = step.marks;
+    launch_.agings = static_cast<Aging<T>*>(step.agings);
     launch_.grad_scale = step.grad_scale;
     launch_.found_inf = step.found_inf;
     launch_.chunk = chunk;
@@ -24,9 +26,8 @@ class Packer {
     if (chunks == 0) return nullptr;
     const char* error = nullptr;
     if (bytes_with(s) > kTableBytes || chunks_ + chunks > kMostChunks) error = flush();
-    const int64_t group = s.row / kRowsPerGroup;
-    const auto [place, is_new] = group_of_.try_emplace(group, groups_.size());
-    if (is_new) groups_.push_back(group_at(group));
+    const auto [place, is_new] = group_of_.try_emplace(group_of(s), groups_.size());
+    if (is_new) groups_.push_back(group_at(s));
     CudaSegment own{};
     own.theta = s.theta, own.param = s.param, own.g = const_cast<void*>(s.g), own.a = s.a;
 #define RBWA_PLACE(stream, when) own.stream = s.stream;
@@ -37,7 +38,7 @@ class Packer {
     own.index = index;
     own.group = static_cast<uint16_t>(place->second);
     own.sampling = sampling_at(s.sampling);
-    own.kind = static_cast<uint8_t>(s.kind);
+    own.kind = static_cast<uint8_t>(served_by(s.kind));
     own.first = static_cast<uint8_t>(s.row % kRowsPerGroup);
     segments_.push_back(own);
     chunks_ += chunks;
@@ -57,7 +58,9 @@ class Packer {
     launch_.blocks_at = 0;
     if (launch_form.block_table) at = put_blocks(at);
     launch_.end = launch_form.small ? static_cast<int32_t>(at - launch_.tables) : kTableBytes;
-    const char* error = step_cuda(key_, &launch_, chunks_, step_.stream);
+    const bool ages = is_adam(key_.most) && launch_.agings != nullptr;
+    const char* error = ages ? age_cuda(key_, &launch_, step_.stream) : nullptr;
+    if (error == nullptr) error = step_cuda(key_, &launch_, chunks_, step_.stream);
     segments_.clear(), groups_.clear(), samplings_.clear();
     group_of_.clear(), sampling_of_.clear();
     chunks_ = 0;
@@ -73,16 +76,27 @@ class Packer {
   }
 
   size_t bytes_with(const Segment& s) const {
-    const bool new_group = !group_of_.count(s.row / kRowsPerGroup);
+    const bool new_group = !group_of_.count(group_of(s));
     const bool new_sampling = !sampling_of_.count(s.sampling) && launch_.samplings == nullptr;
     return (segments_.size() + 1) * sizeof(CudaSegment) +
            (groups_.size() + new_group) * sizeof(CudaGroup<T>) +
            (samplings_.size() + new_sampling) * sizeof(CudaSampling<T>);
   }
 
-  CudaGroup<T> group_at(int64_t group) const {
+  // A param group, and the age of the segment where the host says what it makes of the row.
+  std::pair<int64_t, int64_t> group_of(const Segment& s) const {
+    return {s.row / kRowsPerGroup, is_adam(s.kind) && launch_.agings == nullptr ? s.age : -1};
+  }
+
+  CudaGroup<T> group_at(const Segment& s) const {
+    const int64_t group = s.row / kRowsPerGroup;
     const Row* rows = step_.rows + kRowsPerGroup * group;
-    return {rounded<Numbers<T>, T>(rows[0].numbers), rounded<Numbers<T>, T>(rows[1].numbers),
+    const double mu = rows[0].numbers.mu, nu = rows[0].numbers.nu;
+    return {rounded<Numbers<T>, T>(rows[0].numbers),
+            rounded<Numbers<T>, T>(rows[1].numbers),
+            rounded<Aging<T>, T>(aging_of(s.kind, mu, nu, s.age)),
+            mu,
+            nu,
             step_.lrs[group]};
   }
 
@@ -121,7 +135,8 @@ class Packer {
   std::vector<CudaSegment> segments_;
   std::vector<CudaGroup<T>> groups_;
   std::vector<CudaSampling<T>> samplings_;
-  std::map<int64_t, size_t> group_of_, sampling_of_;
+  std::map<std::pair<int64_t, int64_t>, size_t> group_of_;
+  std::map<int64_t, size_t> sampling_of_;
   int64_t chunks_ = 0;
 };
 
@@ -136,22 +151,52 @@ const char* pack(const KernelKey& key, const std::vector<Segment>& segments,
   return error != nullptr ? error : packer.flush();
 }
 
-using Dtypes = std::tuple<Dtype, Dtype, Dtype>;  // of the parameter, theta and the average
-using Members = std::map<Dtypes, std::vector<int32_t>>;
+// What the segments of one launch have in common; `adam` is that of their kinds (dispatch.h).
+struct Streams {
+  Dtype dtype, theta;
+  std::optional<bool> adam;
+  std::optional<Dtype> kept, average;
+};
+struct Members {
+  Streams streams;
+  std::vector<int32_t> own;  // segments
+};
 
-// A narrow parameter without an average goes with those that have a float32 one, which saves a
-// launch: to the kernel a missing average is a null pointer.
-void join_those_without_average(Members& members, const std::vector<Segment>& segments) {
-  for (auto own = members.begin(); own != members.end();) {
-    const Dtype dtype = std::get<0>(own->first);
-    const auto wide = members.find({dtype, dtype, Dtype::kFloat32});
-    const bool movable = is_narrow(dtype) && own->first == Dtypes{dtype, dtype, dtype} &&
-                         wide != members.end() &&
-                         std::all_of(own->second.begin(), own->second.end(),
-                                     [&](int32_t i) { return segments[i].a == nullptr; });
-    if (movable) wide->second.insert(wide->second.end(), own->second.begin(), own->second.end());
-    own = movable ? members.erase(own) : std::next(own);
+Streams streams_of(const Segment& s) {
+  Streams streams{s.dtype, s.theta_dtype, {}, {}, {}};
+  if (s.kind != Kind::kSample) streams.adam = is_adam(s.kind);
+  if (keeps_any(s.kind)) streams.kept = s.kept_dtype;
+  if (s.a != nullptr) streams.average = s.a_dtype;
+  return streams;
+}
+
+int lacking(const Streams& s) { return !s.adam + !s.kept + !s.average; }
+
+template <typename T>
+bool joins(const std::optional<T>& own, const std::optional<T>& other) {
+  return !own || own == other;
+}
+
+// Segments that lack something go with others that have it, which saves a launch: to the kernel a
+// missing stream is a null pointer.
+std::vector<Members> launches_of(const std::vector<Segment>& segments) {
+  std::vector<Members> launches;
+  for (int lacks = 0; lacks <= 3; ++lacks) {
+    for (size_t i = 0; i < segments.size(); ++i) {
+      const Segment& s = segments[i];
+      const Streams own = streams_of(s);
+      if (lacking(own) != lacks || (s.g == nullptr && s.a == nullptr)) continue;
+      auto found = std::find_if(launches.begin(), launches.end(), [&](const Members& launch) {
+        const Streams& other = launch.streams;
+        return own.dtype == other.dtype && own.theta == other.theta &&
+               joins(own.adam, other.adam) && joins(own.kept, other.kept) &&
+               joins(own.average, other.average);
+      });
+      if (found == launches.end()) found = launches.insert(found, {own, {}});
+      found->own.push_back(static_cast<int32_t>(i));
+    }
   }
+  return launches;
 }
 
 }  // namespace
@@ -159,27 +204,20 @@ void join_those_without_average(Members& members, const std::vector<Segment>& se
 LaunchForm launch_form;
 
 const char* step_in_launches(const std::vector<Segment>& segments, const CudaStep& step) {
-  Members members;
   int64_t elements = 0;
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const Segment& s = segments[i];
-    elements += s.length;
-    if (s.g != nullptr || s.a != nullptr) {
-      const Dtype average = s.a != nullptr ? s.a_dtype : s.theta_dtype;
-      members[{s.dtype, s.theta_dtype, average}].push_back(static_cast<int32_t>(i));
-    }
-  }
-  join_those_without_average(members, segments);
+  for (const Segment& s : segments) elements += s.length;
   const int64_t chunk = elements < kLargeModel ? kSmallChunk : kLargeChunk;
-  for (const auto& [dtypes, own] : members) {
-    const auto [dtype, theta_dtype, a_dtype] = dtypes;
-    KernelKey key{dtype, theta_dtype, a_dtype, Kind::kPlain, false};
+  for (const auto& [streams, own] : launches_of(segments)) {
+    const Dtype theta = streams.theta;
+    KernelKey key{
+        streams.dtype, theta, streams.kept.value_or(theta), streams.average.value_or(theta),
+        Kind::kPlain,  false};
     for (const int32_t i : own) {
       key.averaged |= segments[i].a != nullptr;
-      key.most = std::max(key.most, segments[i].kind);
+      key.most = std::max(key.most, served_by(segments[i].kind));
     }
-    const char* error = dtype == Dtype::kFloat64 ? pack<double>(key, segments, own, step, chunk)
-                                                 : pack<float>(key, segments, own, step, chunk);
+    const char* error = key.dtype == Dtype::kFloat64 ? pack<double>(key, segments, own, step, chunk)
+                                                     : pack<float>(key, segments, own, step, chunk);
     if (error != nullptr) return error;
   }
   return nullptr;

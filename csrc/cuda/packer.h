@@ -15,6 +15,7 @@ struct CudaStep {
   const double* device_samplings;  // null: the host's count
   const float* device_samplings_float;
   int32_t* marks;  // with the device's samplings
+  void* agings;    // Aging for each segment, in the arithmetic of the launch; with `marks`
   const float* grad_scale;
   const float* found_inf;
   void* stream;

@@ -7,10 +7,23 @@
 
 namespace {
 
-template <typename S, typename W, typename A, Kind most, bool averaged, typename T, int bytes>
+template <typename S, typename W, typename M, typename A, Kind most, bool averaged, typename T,
+          int bytes>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(const __grid_constant__ Launch<T, bytes> launch) {
-  step_thread<S, W, A, most, averaged>(launch, blockIdx.x, threadIdx.x);
+  step_thread<S, W, M, A, most, averaged>(launch, blockIdx.x, threadIdx.x);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) age_kernel(const __grid_constant__ Launch<T> launch) {
+  age_thread(launch, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
+}
+
+template <typename T>
+const char* launch_age(const void* launch, void* stream) {
+  const auto& typed = *static_cast<const Launch<T>*>(launch);
+  return launch_kernel(age_kernel<T>, (typed.segment_count + kThreads - 1) / kThreads, stream,
+                       typed);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -22,25 +35,31 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) counters.counts[0] = step;
 }
 
-template <typename S, typename W, typename A, Kind most, bool averaged>
+template <typename S, typename W, typename M, typename A, Kind most, bool averaged>
 const char* launch_step(const void* launch, int64_t blocks, void* stream) {
   using T = typename Arithmetic<S>::type;
   if constexpr (kHasSmall<S, W, A>) {
     if (static_cast<const Launch<T>*>(launch)->end <= kSmallTableBytes) {
-      return launch_kernel(step_kernel<S, W, A, most, averaged, T, kSmallTableBytes>, blocks,
+      return launch_kernel(step_kernel<S, W, M, A, most, averaged, T, kSmallTableBytes>, blocks,
                            stream, *static_cast<const Launch<T, kSmallTableBytes>*>(launch));
     }
   }
-  return launch_kernel(step_kernel<S, W, A, most, averaged, T, kTableBytes>, blocks, stream,
+  return launch_kernel(step_kernel<S, W, M, A, most, averaged, T, kTableBytes>, blocks, stream,
                        *static_cast<const Launch<T>*>(launch));
 }
 
 }  // namespace
 
 const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void* stream) {
-  return with_kernel(key, [&]<typename S, typename W, typename A, Kind most, bool averaged>() {
-    return launch_step<S, W, A, most, averaged>(launch, blocks, stream);
-  });
+  return with_kernel(
+      key, [&]<typename S, typename W, typename M, typename A, Kind most, bool averaged>() {
+        return launch_step<S, W, M, A, most, averaged>(launch, blocks, stream);
+      });
+}
+
+const char* age_cuda(const KernelKey& key, const void* launch, void* stream) {
+  return key.dtype == Dtype::kFloat64 ? launch_age<double>(launch, stream)
+                                      : launch_age<float>(launch, stream);
 }
 
 const char* advance_cuda(const DeviceCounters& counters, void* stream) {

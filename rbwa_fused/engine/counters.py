@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rbwa_fused.average import Average, Named
 from rbwa_fused.engine.samplers import Sampler
+from rbwa_fused.rules import Aging
 
 WEIGHT_NUMBERS = 2  # of a policy row, at most
 POLICY_COLUMNS = 5 + WEIGHT_NUMBERS
@@ -31,6 +32,8 @@ class DeviceCounters:
         samplings32: the same in float32.
         marks: (segments, 2) int32: a segment's age (segments.Table), and what the step under way
             adds to it.
+        agings: (segments, 3) float64: room for what its age makes of a segment's row (rules.Aging),
+            in the arithmetic of its launch.
         lrs: a float32 learning rate for each param group, in place of its row's; or none at all.
         grad_scale, found_inf: one float32 each, as torch.amp.GradScaler gives them.
     """
@@ -40,6 +43,7 @@ class DeviceCounters:
     samplings64: Tensor
     samplings32: Tensor
     marks: Tensor
+    agings: Tensor
     lrs: Sequence[Tensor | None] = ()
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -62,6 +66,7 @@ class DeviceCounters:
             samplings64=samplings.to(device, copy=True),
             samplings32=samplings.to(device, torch.float32, copy=True),
             marks=torch.cat([marks, torch.zeros_like(marks)], dim=1),
+            agings=torch.ones(len(ages), len(Aging._fields), dtype=torch.float64, device=device),
         )
 
     def for_step(
@@ -80,8 +85,9 @@ class DeviceCounters:
         )
 
     def of_segments(self, first: int, count: int) -> DeviceCounters:
-        """The same counters with the marks of some of the segments."""
-        return replace(self, marks=self.marks[first : first + count])
+        """The same counters with the marks and agings of some of the segments."""
+        own = slice(first, first + count)
+        return replace(self, marks=self.marks[own], agings=self.agings[own])
 
 
 def policy_row(policy: Average | None) -> list[float]:

@@ -93,7 +93,7 @@ def door(module: Any) -> Prepare:
         t, d = table, counters
         own: tuple[Any, ...] = ()
         if d is not None:
-            own = (d.samplings64, d.samplings32, d.marks, d.grad_scale, d.found_inf)
+            own = (d.samplings64, d.samplings32, d.marks, d.agings, d.grad_scale, d.found_inf)
         if direct is None or torch.autograd._profiler_enabled():
             op = torch.ops.rbwa_fused
             operands = (params, grads, t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings)

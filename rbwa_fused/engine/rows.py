@@ -7,8 +7,9 @@ seldom; those of averages are in samplers.py.
 
 from __future__ import annotations
 
+from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ from rbwa_fused.engine.samplers import ROWS_PER_SAMPLER, Sampler
 Group = dict[str, Any]
 
 ROWS_PER_GROUP = 2  # the usual row, and that of a parameter of age 0, at its first step
+
+
+class Dtypes(NamedTuple):
+    """What 16-bit parameters have in float32.
+
+    Attributes:
+        master_weights: a master.
+        narrow_state: nothing else; where a rule is wide, its state is 16-bit, too.
+    """
+
+    master_weights: bool = False
+    narrow_state: bool = False
 
 
 class GroupPlan:
@@ -37,7 +50,7 @@ class GroupPlan:
         sampler: Sampler,
         counts: list[int],
         memory: rules.Memory,
-        master_weights: bool,
+        dtypes: Dtypes,
         rule: rules.Rule,
         state: Any,
     ) -> None:
@@ -50,8 +63,10 @@ class GroupPlan:
         self.policy = sampler.policy
         self.memory = memory  # that its first step has left, see rules.Rule
         self.kind = rules.Kind.PLAIN  # of its rows
+        self.kept: tuple[str, ...] = ()  # the keys of what rows of that kind keep
         self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
-        self.master_weights = master_weights
+        self.master_weights = dtypes.master_weights
+        self._narrow_state = dtypes.narrow_state or not rule.wide
         self._counts = counts
         self._one_element = any(p.numel() == 1 for p in self.params)
 
@@ -92,6 +107,8 @@ class GroupPlan:
         working = streams.working_dtype(param.dtype, self.master_weights)
         if stream == "average" and self.policy is not None:
             return self.policy.dtype_for(working)
+        if stream in self.rule.streams and not self._narrow_state:
+            return streams.working_dtype(param.dtype, master_weights=True)
         return working
 
     @property
@@ -109,7 +126,7 @@ class Plan:
 
     Args:
         rule: what the groups' rows are made by.
-        master_weights: whether 16-bit parameters have float32 masters.
+        dtypes: what 16-bit parameters have in float32.
 
     Attributes:
         counts: steps taken, then the samples of each sampler, as a device's DeviceCounters.counts.
@@ -118,7 +135,7 @@ class Plan:
             them. It stays so until whoever gives state has done it, whatever fails before.
     """
 
-    def __init__(self, rule: rules.Rule, master_weights: bool) -> None:
+    def __init__(self, rule: rules.Rule, dtypes: Dtypes) -> None:
         self.groups: list[GroupPlan] = []
         self.samplers: list[Sampler] = []
         self.counts = [0]
@@ -127,7 +144,7 @@ class Plan:
         self._rows = RowTable(rules.ROW)
         self._samplings = RowTable(rules.SAMPLING)
         self._rule = rule
-        self._master_weights = master_weights
+        self._dtypes = dtypes
 
     def add(
         self,
@@ -148,7 +165,7 @@ class Plan:
             self.samplers.append(sampler)
             self.counts.append(n_averaged)
         index, own = len(self.groups), dict(memory or {})
-        how = (self._master_weights, self._rule) if beside is None else (False, rules.NONE)
+        how = (self._dtypes, self._rule) if beside is None else (Dtypes(), rules.NONE)
         plan = GroupPlan(group, index, sampler, self.counts, own, *how, beside)
         self._rows.grow(ROWS_PER_GROUP)
         self.groups.append(plan)
@@ -156,7 +173,7 @@ class Plan:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The tables `rows` (2 a group, 10) and `samplings` (2 a sampler, 5) of csrc/step.h."""
+        """The tables `rows` (2 a group, 14) and `samplings` (2 a sampler, 5) of csrc/step.h."""
         return self._rows.tensor, self._samplings.tensor
 
     def sample(self) -> None:
@@ -213,8 +230,11 @@ class Plan:
             kind, s, *rest = plan.rule.row(group, first)
             if kind != plan.kind:
                 self.state_is_due = True
-                plan.kind = rules.Kind(int(kind))
+                plan.kind, plan.kept = rules.Kind(int(kind)), plan.rule.streams_of(int(kind))
             self._rows.pack(plan.row + first, kind, s / scale, *rest)
         # A tensor may change its value in place: such rows are packed at every step.
-        changes = any(isinstance(value, Tensor) for value in hyperparameters)
+        values = chain.from_iterable(
+            value if isinstance(value, tuple | list) else (value,) for value in hyperparameters
+        )
+        changes = any(isinstance(value, Tensor) for value in values)
         plan.rule_inputs = None if changes else inputs

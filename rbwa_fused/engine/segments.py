@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from rbwa_fused.engine.memory import is_dense, is_plain, laid_out, same_layout
 from rbwa_fused.engine.sharded import is_sharded, laid_out_as, local
-from rbwa_fused.streams import DTYPES, STREAMS
+from rbwa_fused.streams import AVERAGE, DTYPES, KEPT, KEYS, MASTER, STEP
 
 # Columns of the segment table (csrc/tables.h has the same list). A stream's column says which of
 # the `state` tensors it is, -1 where the segment has none.
 LENGTH, ROW, SAMPLING, SHAPE, DIMS, DTYPE, FIRST_STREAM = range(7)
-COLUMN_OF = {name: FIRST_STREAM + i for i, name in enumerate(STREAMS)}
-COLUMNS = FIRST_STREAM + len(STREAMS)
+SLOTS = (AVERAGE, MASTER, STEP, *KEPT)
+SLOT_OF = {AVERAGE: AVERAGE, MASTER: MASTER, STEP: STEP, **KEYS}  # of a key in opt.state[p]
+COLUMN_OF = {slot: FIRST_STREAM + i for i, slot in enumerate(SLOTS)}
+COLUMNS = FIRST_STREAM + len(SLOTS)
 
 
 @dataclass(eq=False)
@@ -30,7 +32,8 @@ class Table:
         segments: (n, COLUMNS) int64.
         shapes: 1-d int64, of each segment its sizes, then its strides.
         ages: (n,) int64, how many steps each has taken with what its rule keeps. A step of age 0
-            reads its group's first-step row. Whoever takes the step counts.
+            reads its group's first-step row. Whoever takes the step counts, in `state`'s ``step``
+            as well, which is the truth where the two differ: its owner has set it.
         rows, samplings: the coefficient tables (rows.py, samplers.py).
         views: all these for the compiled modules, made by the first step with them.
     """
@@ -42,6 +45,31 @@ class Table:
     rows: Tensor
     samplings: Tensor
     views: Any = None
+
+
+def ages_of(
+    columns: Sequence[Sequence[int]], state: Sequence[Tensor], ages: Sequence[int]
+) -> list[int]:
+    """The ages of some segments, by their columns: as counted, or as a ``step`` says that somebody
+    has set. csrc/tables.cpp does the same."""
+    found = list(ages)
+    for i, own in enumerate(columns):
+        if own[COLUMN_OF[STEP]] != -1:
+            step = float(state[own[COLUMN_OF[STEP]]])
+            if step != _rounded(found[i]):
+                found[i] = int(step)
+    return found
+
+
+def tell(columns: Sequence[Sequence[int]], state: Sequence[Tensor], ages: Sequence[int]) -> None:
+    """Writes ages to the ``step`` of each segment that has one."""
+    for own, age in zip(columns, ages, strict=False):
+        if own[COLUMN_OF[STEP]] != -1:
+            state[own[COLUMN_OF[STEP]]].fill_(age)
+
+
+def _rounded(age: int) -> float:
+    return float(torch.tensor(age, dtype=torch.float32, device="cpu")) if age > 1 << 24 else age
 
 
 class Segments:
@@ -87,7 +115,7 @@ class Segments:
             self.copies.append((shard, memory))
         dtype = DTYPES.index(memory.dtype)
         columns = [memory.numel(), row, sampling, len(self._shapes), memory.dim(), dtype]
-        self._columns.append(columns + [-1] * len(STREAMS))
+        self._columns.append(columns + [-1] * len(SLOTS))
         self._shapes += [*memory.shape, *memory.stride()]
         self._made_for.append(torch.empty_like(memory, device="meta"))
         self.params.append(param)
@@ -99,23 +127,26 @@ class Segments:
         self._ages.append(0)
 
     def attach(self, stream: str, tensors: dict[int, Tensor]) -> None:
-        """Gives segments a stream: dense tensors, laid out as what the kernel steps."""
+        """Gives segments a stream, by its key in a state: dense tensors, laid out as what the
+        kernel steps; ``step`` has one element."""
         if not tensors:
             return
         self._change()
         for i, tensor in tensors.items():
-            self._columns[i][COLUMN_OF[stream]] = len(self._state)
+            self._columns[i][COLUMN_OF[SLOT_OF[stream]]] = len(self._state)
             self._state.append(tensor.as_strided((tensor.numel(),), (1,)))
 
     @property
     def ages(self) -> list[int]:
         """Of each segment, see Table."""
-        return self._ages if self._table is None else self._table.ages.tolist()
+        ages = self._ages if self._table is None else self._table.ages.tolist()
+        return ages_of(self._columns, self._state, ages)
 
     def set_ages(self, ages: Iterable[int]) -> None:
         """Of all segments, as somebody else has counted them."""
         self._ages = list(ages)
         self._table = None
+        tell(self._columns, self._state, self._ages)
 
     def _change(self) -> None:
         self.set_ages(self.ages)

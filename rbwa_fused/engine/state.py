@@ -12,6 +12,7 @@ from collections.abc import Iterable, MutableMapping
 from operator import setitem
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rbwa_fused.engine import memory
@@ -20,8 +21,8 @@ from rbwa_fused.engine.held import NOTHING, Held, Standing
 from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import beside, is_sharded_as, local, shard_of
-from rbwa_fused.rules import Kind, Rule
-from rbwa_fused.streams import AVERAGE, MASTER, STREAMS
+from rbwa_fused.rules import Rule
+from rbwa_fused.streams import AVERAGE, MASTER, STEP, STREAMS
 
 State = MutableMapping[Tensor, Any]
 Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
@@ -92,7 +93,7 @@ class ParameterState:
         is to hold instead of what it holds.
         """
         changes: list[Change] = []
-        for stream in STREAMS:
+        for stream in (AVERAGE, MASTER, *self._rule.streams):
             tensors: dict[int, Tensor] = {}
             for i, p in enumerate(table.params):
                 group = self._plan.groups[table.groups[i]]
@@ -121,13 +122,39 @@ class ParameterState:
                 for i in tensors:
                     ages[i] = 1
                 table.set_ages(ages)
+        if self._rule.counts:
+            table.attach(STEP, self._steps(table, new, taken, changes))
         return changes
+
+    def _steps(
+        self, table: Segments, new: set[Tensor], taken: memory.Spans, changes: list[Change]
+    ) -> dict[int, Tensor]:
+        """The tensors that count the steps of new parameters. A number, as older versions of torch
+        have it, and a tensor on another device become one that the host counts in."""
+        steps: dict[int, Tensor] = {}
+        for i, p in enumerate(table.params):
+            held = self.of(self._plan.groups[table.groups[i]], p) if p in new else {}
+            value = held.get(STEP)
+            if STEP in held and value is None:
+                changes.append((held, STEP, None))
+            elif value is not None:
+                usable = (
+                    type(value) is Tensor
+                    and value.dtype == torch.float32
+                    and memory.lies_as(value, torch.empty((), device="cpu"))
+                    and taken.add(value)
+                )
+                if not usable:
+                    value = _count(float(value))
+                    changes.append((held, STEP, value))
+                steps[i] = value
+        return steps
 
     # ---- given ---------------------------------------------------------------------------------
 
     def give(self, table: Segments, grads: Grads) -> list[Call]:
         """Gives parameters what they come to need. Returns what is to be done behind the step."""
-        given: Given = {stream: {} for stream in STREAMS}
+        given: Given = {stream: {} for stream in (STEP, *STREAMS)}
         lacking: list[int] = []
         behind: list[Call] = []
         for i, p in enumerate(table.params):
@@ -138,7 +165,7 @@ class ParameterState:
                 state[p] = {}
             if self._allocate(table, i, group, grads[i] is not None, given):
                 lacking.append(i)
-            if grads[i] is not None and group.kind != Kind.PLAIN:
+            if grads[i] is not None and group.kept:
                 behind.append((group.memory.update, self._rule.remember(group.group)))
             if group.sampler.due and self._is_lost(group, p):
                 behind += self._started_again(table, i, group, given)
@@ -158,17 +185,22 @@ class ParameterState:
             tensor = memory.laid_out(table.memory[i], group.dtype_of(stream, p))
             given[stream][i] = tensor.zero_() if value is None else tensor.copy_(value)
 
-        lacks_kept = group.kind != Kind.PLAIN and self._rule.streams[0] not in held
+        first = self._rule.streams[0] if self._rule.streams else None
+        lacks_kept = len(group.kept) > 0 and first not in held
         lacks_master = group.has_master(p) and MASTER not in held
-        if lacks_master and (moves or self._rule.streams[0] in held):
+        if lacks_master and (moves or first in held):
             give(MASTER, local(p).detach())
             lacks_master = False
-        if moves and lacks_kept:
-            for stream in self._rule.streams:
-                give(stream, None)
+        lacks_late = any(s in group.kept and s not in held for s in self._rule.late)
+        if moves:
+            for stream in group.kept:
+                if lacks_kept or (stream in self._rule.late and stream not in held):
+                    give(stream, None)
+            if self._rule.counts and (lacks_kept or STEP not in held):
+                given[STEP][i] = _count(0.0)
         if group.has_buffer(p) and AVERAGE not in held and not self._is_lost(group, p):
             give(AVERAGE, local(p).detach())
-        return not moves and (lacks_kept or lacks_master)
+        return not moves and (lacks_kept or lacks_late or lacks_master)
 
     def _started_again(self, table: Segments, i: int, group: GroupPlan, given: Given) -> list[Call]:
         """A lost average is a copy of the weights as the step leaves them."""
@@ -196,7 +228,7 @@ class ParameterState:
             for i, tensor in tensors.items():
                 p, group = table.params[i], self._plan.groups[table.groups[i]]
                 held = self.of(group, p)
-                held[stream] = beside(tensor, p)
+                held[stream] = tensor if stream == STEP else beside(tensor, p)
                 self._where(group)[p] = held
         for stream, tensors in given.items():
             table.attach(stream, tensors)
@@ -221,10 +253,16 @@ class ParameterState:
         for table in tables:
             # One may be half added.
             for p, age, number in zip(table.params, table.ages, table.groups, strict=False):
-                streams = () if age > 0 else self._rule.streams
+                streams = () if age > 0 else (*self._rule.streams, STEP)
                 held = self.of(self._plan.groups[number], p)
                 for stream in (*streams, AVERAGE) if averages else streams:
                     tensor = held.get(stream)
                     if isinstance(tensor, Tensor) and id(local(tensor)) in self._made:
                         found.append((p, held, stream))
         return found
+
+
+def _count(steps: float) -> Tensor:
+    """A ``step`` of a parameter's state, which programs read as torch.optim.Adam's."""
+    with torch.inference_mode(False):
+        return torch.full((), steps, dtype=torch.float32, device="cpu")

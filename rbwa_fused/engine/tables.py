@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rbwa_fused.engine import backends, checks, memory
 from rbwa_fused.engine.doors import Backend, Grads
-from rbwa_fused.engine.rows import GroupPlan, Plan
+from rbwa_fused.engine.rows import Dtypes, GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import local
 from rbwa_fused.engine.state import Change, ParameterState, State, Untouched
@@ -36,6 +36,12 @@ class Options(NamedTuple):
     capturable: bool = False
     master_weights: bool = False
     in_backward: bool = False  # a launch for each parameter
+    state_dtype: str = "float32"  # of 16-bit parameters, where their rule is wide; or "param"
+
+    @property
+    def dtypes(self) -> Dtypes:
+        """What 16-bit parameters have in float32."""
+        return Dtypes(self.master_weights, self.state_dtype == "param")
 
 
 class Counts(NamedTuple):
@@ -81,7 +87,7 @@ class Tables:
     """
 
     def __init__(self, rule: Rule, options: Options, state: State, steps: int = 0) -> None:
-        self.plan = Plan(rule, options.master_weights)
+        self.plan = Plan(rule, options.dtypes)
         self.plan.counts[0] = steps
         self.launches: list[Served] = []
         self.alone: set[Tensor] = set()
