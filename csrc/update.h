@@ -48,6 +48,11 @@ RBWA_INLINE constexpr bool decouples(Kind kind) {
   return kind == Kind::kDecoupled || is_adam(kind);
 }
 
+// The kinds whose direction may have a share of the gradient beside m's.
+RBWA_INLINE constexpr bool mixes(Kind kind) {
+  return kind == Kind::kMomentum || kind == Kind::kDecoupled;
+}
+
 #define RBWA_KEEPS(name, when) \
   RBWA_INLINE constexpr bool keeps_##name(Kind kind) { return when; }
 RBWA_KEPT(RBWA_KEEPS)
@@ -147,7 +152,8 @@ RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
     if constexpr (keeps_m(kind)) {
       e.m = k.mu * e.m + k.c * g;  // (2)
       const T m = k.gamma * e.m;
-      direction = k.alpha != T(0) ? k.alpha * g + m : m;
+      direction = m;
+      if constexpr (mixes(kind)) direction = k.alpha != T(0) ? k.alpha * g + m : m;
     }
     if constexpr (keeps_z(kind)) {
       e.z = k.mu * e.z + k.kappa * (g - e.previous);  // (2) for the gradient's difference

@@ -116,7 +116,7 @@ void range_narrow(const Segment& s, const Coefficients<float>& k, int64_t begin,
     RBWA_KEPT(RBWA_LOAD)
 #undef RBWA_LOAD
     if (param != nullptr) follow(places.theta, param + at, size);
-    loop<kind, averaged, float>(k, places, size);
+    run<kind, averaged, float>(k, places, size);
     if constexpr (averaged) a.store(at, size);
 #define RBWA_STORE(stream, when) \
   if constexpr (keeps_##stream(kind)) stream.store(at, size);

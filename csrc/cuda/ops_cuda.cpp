@@ -100,8 +100,9 @@ void step_deferred_python(const PythonTables& fixed, const py::list& params, con
                           py::handle marks, py::handle agings, py::handle grad_scale,
                           py::handle found_inf) {
   const Views of_params = views_of(params), of_grads = views_of(grads);
-  const DeviceTables own{views_of(lrs),  view_of(samplings64), view_of(samplings32),
-                         view_of(marks), view_of(agings), view_of(grad_scale), view_of(found_inf)};
+  const DeviceTables own{views_of(lrs),     view_of(samplings64), view_of(samplings32),
+                         view_of(marks),    view_of(agings),      view_of(grad_scale),
+                         view_of(found_inf)};
   const py::gil_scoped_release release;
   step(of_params, of_grads, fixed.tables, own);
 }
