@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
@@ -129,7 +129,7 @@ class FusedAdamW(FusedAdam):
         ...     evaluate(model)
     """
 
-    _always = {rules.DECOUPLED: True}
+    _always: ClassVar[dict[str, Any]] = {rules.DECOUPLED: True}
 
     def __init__(
         self,

@@ -27,9 +27,9 @@ Group = dict[str, Any]
 # the keys too, with None for a value: torch.distributed.checkpoint, taking a flattened state dict
 # apart, looks for the keys of live groups and no others.
 OURS = ("rule", "step", "n_averaged", *MEMORY)
-# What torch's classes have in the groups of their checkpoints, and ours never have: they mean nothing
-# here. torch keeps what it does not know, so a checkpoint with these and with ours is one of ours
-# that torch went on with.
+# What torch's classes have in the groups of their checkpoints, and ours never have: they mean
+# nothing here. torch keeps what it does not know, so a checkpoint with these and with ours is one
+# of ours that torch went on with.
 TORCHS = ("foreach", "differentiable", "fused", "capturable")
 # A live group's value for one of these keys is its user's, and saved under this prefix and the key.
 OWN = "own:"
@@ -141,9 +141,9 @@ def read(
             state[key] = held
     counts = [counted(saved) for saved in saved_groups]
     plans = zip(engine.tables.of_groups, counts, strict=True)
-    for number, (plan, (n_averaged, _)) in enumerate(plans):
+    for index, (plan, (n_averaged, _)) in enumerate(plans):
         for i, p in enumerate(plan.group["params"]):
-            name = f"parameter {i} of group {number}"
+            name = f"parameter {i} of group {index}"
             check_state(name, p, state.get(p, {}), plan, n_averaged)
     return Loaded(merged, state, taken, counts, list(notes))
 
@@ -210,8 +210,8 @@ def leave_out_outdated(
         outdated.update(saved["params"])
         if saved.get("n_averaged"):
             notes[
-                f"{form.torchs(rule)} went on with this checkpoint: its weights have left its average "
-                f"of {saved['n_averaged']} samples behind, which starts again"
+                f"{form.torchs(rule)} went on with this checkpoint: its weights have left its "
+                f"average of {saved['n_averaged']} samples behind, which starts again"
             ] = None
         saved.update(average=None, n_averaged=None)
     return outdated

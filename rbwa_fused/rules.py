@@ -59,6 +59,11 @@ KEPT_BY: dict[int, tuple[str, ...]] = {
 }
 
 
+def served_by(kind: int) -> int:
+    """The kind whose branch of a GPU's kernel serves a kind, as in csrc/dispatch.h."""
+    return Kind.DECOUPLED if kind == Kind.MOMENTUM else kind
+
+
 def is_adam(kind: int) -> bool:
     """Whether steps of a kind depend on a parameter's age."""
     return kind >= Kind.ADAM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -30,7 +30,9 @@ class Saved(Averages, Optimizer):
     _early: InBackward | None = None  # the hooks that step inside the backward pass
     _beside: Buffers | None = None  # of a model, averaged beside the parameters
     _rule = rules.SGD  # of a state that names none, such as torch.optim.Optimizer's
-    _always: Mapping[str, Any] = {}  # hyperparameters of the class, whatever a checkpoint says
+    _always: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # hyperparameters of the class, whatever a checkpoint says
 
     def _begin(self, engine: Engine) -> None:
         self._weak_self = weakref.ref(self)

@@ -26,5 +26,6 @@ STREAMS = (AVERAGE, MASTER, *KEYS)  # all keys that are as large as their parame
 
 
 def working_dtype(dtype: torch.dtype, master_weights: bool) -> torch.dtype:
-    """What the step works on, and torch.optim.SGD's momentum is kept in: float32 where there is a master, else the dtype."""
+    """What the step works on, and SGD's momentum is kept in: float32 where there is a master, else
+    the dtype."""
     return torch.float32 if master_weights and dtype in NARROW else dtype

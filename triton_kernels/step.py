@@ -21,8 +21,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from rbwa_fused.engine.segments import COLUMN_OF, DTYPE, LENGTH, ROW, SAMPLING, Table
-from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind
+from rbwa_fused.engine.segments import (
+    COLUMN_OF,
+    DTYPE,
+    LENGTH,
+    ROW,
+    SAMPLING,
+    Table,
+    ages_of,
+    tell,
+)
+from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind, aging, is_adam, served_by
 from rbwa_fused.rules import Sampling as SamplingRow
 from rbwa_fused.streams import AVERAGE, DTYPES, KEPT, MASTER
 
@@ -36,6 +45,7 @@ PARTS = 4
 WARPS = {1: 16, PARTS: 8}
 MARKS_BLOCK = 1024  # segments whose marks one program advances
 KIND, SAMPLE = COLUMNS.index("kind"), SamplingRow._fields.index("sample")
+MU, NU = COLUMNS.index("mu"), COLUMNS.index("nu")
 
 Grads = Sequence[Tensor | None]
 # Of theta, gradients, state and tensor learning rates (None where the host knows those); and which
@@ -105,15 +115,20 @@ def step_triton(
             addresses = [t.data_ptr() for t in table.state]  # others come with another table
             known = _launches[table] = _plan(table, device), addresses
         launches, addresses = known
-        first = [] if counters is not None else [age == 0 for age in table.ages.tolist()]
+        ages = None
+        if counters is None:
+            segments = table.segments.tolist()
+            ages = ages_of(segments, table.state, table.ages.tolist())
         for launch in launches:
-            launch.run(params, grads, addresses, table, first, counters)
-    if counters is None:
-        kinds = table.rows[table.segments[:, ROW], KIND]
+            launch.run(params, grads, addresses, table, ages, counters)
+    if ages is not None:
+        kinds = table.rows[table.segments[:, ROW], KIND].tolist()
         older = [
-            g is not None and bool(KEPT_BY[k]) for g, k in zip(grads, kinds.tolist(), strict=True)
+            age + (g is not None and bool(KEPT_BY[kind]))
+            for age, g, kind in zip(ages, grads, kinds, strict=True)
         ]
-        table.ages += torch.tensor(older, device="cpu")
+        table.ages.copy_(torch.tensor(older, device="cpu"))
+        tell(segments, table.state, older)
 
 
 def advance_triton(counters: DeviceCounters) -> None:
@@ -148,20 +163,24 @@ class Upload:
 
     Attributes:
         staging: the memory that the latest of them were copied from.
+        agings: of each segment, where the host counts.
+        decays: mu and nu of each row, in float64.
         kind: the one with most streams, None where no segment has anything to do.
     """
 
     staging: Tensor
     table: Tensor
+    decays: Tensor
     rows: Tensor
     samplings: Tensor
+    agings: Tensor
     kind: int | None
     averaged: bool
 
 
 @dataclass
 class Launch:
-    """The segments of one dtype, of theta and of averages.
+    """The segments of one dtype, of theta, of what is kept and of averages.
 
     Attributes:
         members: of each segment its number in the segment table, and its columns there.
@@ -175,6 +194,7 @@ class Launch:
 
     dtype: torch.dtype
     theta_dtype: torch.dtype
+    kept_dtype: torch.dtype
     average_dtype: torch.dtype
     members: list[tuple[int, list[int]]]
     chunks: Tensor
@@ -195,28 +215,29 @@ class Launch:
         grads: Grads,
         addresses: list[int],
         tables: Table,
-        first: list[bool],
+        ages: list[int] | None,
         counters: DeviceCounters | None,
     ) -> None:
-        """Brings the tables up to date where something changed, and launches. `first` says which
-        segments are of age 0, where the host counts."""
+        """Brings the tables up to date where something changed, and launches. `ages` are those of
+        all segments, where the host counts."""
         theta = [params[i].data_ptr() for i, _ in self.members]
         g = [None if (grad := grads[i]) is None else grad.data_ptr() for i, _ in self.members]
         rows, samplings, lrs = tables.rows, tables.samplings, None
         if counters is not None:
             samplings = samplings[:0]
             lrs = [0 if lr is None else lr.data_ptr() for lr in counters.lrs]
+        first = [] if ages is None else [age == 0 for age in ages]
         at = theta, g, addresses, lrs, first
-        values = rows.tolist(), samplings.tolist()
+        values = rows.tolist(), samplings.tolist(), self._agings(tables, ages)
         capturing = _capturing(self.chunks.device)
         upload = self.upload
         if upload is None or (at, values) != self.key:
             kinds = tuple(int(row[KIND]) for row in values[0])
             used = kinds, tuple(sampling[SAMPLE] != 0 for sampling in values[1])
             if upload is None or not self.key or (at, used) != (self.key[0], self.used):
-                upload = self._upload(rows, samplings, at, used)
+                upload = self._upload(rows, samplings, values[2], at, used)
             else:
-                upload = self._with_coefficients(upload, rows, samplings)
+                upload = self._with_coefficients(upload, rows, samplings, values[2])
             self.upload, self.used = upload, used
             self.key = () if capturing else (at, values)  # a captured copy happens at replays only
         if capturing:
@@ -224,14 +245,30 @@ class Launch:
         if upload.kind is not None:
             self._launch(upload, counters)
 
-    def _upload(self, rows: Tensor, samplings: Tensor, at: Addresses, used: Used) -> Upload:
+    def _agings(self, tables: Table, ages: list[int] | None) -> list[float]:
+        """What its age makes of the row of each segment, all in one list; empty where it makes
+        nothing of any, and where the device counts."""
+        if ages is None:
+            return []
+        rows = tables.rows.tolist()
+        known: dict[tuple[int, int], tuple[float, ...]] = {}
+        found: list[float] = []
+        for row, age in zip(tables.segments[:, ROW].tolist(), ages, strict=True):
+            if (row, age) not in known:
+                known[row, age] = aging(int(rows[row][KIND]), rows[row][MU], rows[row][NU], age)
+            found += known[row, age]
+        return found if any(is_adam(int(row[KIND])) for row in rows) else []
+
+    def _upload(
+        self, rows: Tensor, samplings: Tensor, agings: list[float], at: Addresses, used: Used
+    ) -> Upload:
         """Packs the table and the coefficients, and copies them to the device."""
         theta, g, addresses, lrs, first = at
         entries, kinds = [], []
         averaged = False
         for (number, columns), theta_at, g_at in zip(self.members, theta, g, strict=True):
             row, sampling = columns[ROW], columns[SAMPLING]
-            kind = Kind.SAMPLE if g_at is None else used[0][row]
+            kind = Kind.SAMPLE if g_at is None else served_by(used[0][row])
             # Where the device counts, it decides itself whether a sample is due.
             touched = {MASTER, *KEPT_BY[kind]}
             if lrs is not None or used[1][sampling]:
@@ -246,45 +283,73 @@ class Launch:
                 kinds.append(kind)
             master = streams_at.get(MASTER, 0)
             entries += [master or theta_at, g_at or 0]
-            entries += [streams_at.get(name, 0) for name in (AVERAGE, *KEPT.values())]
+            entries += [streams_at.get(name, 0) for name in (AVERAGE, *KEPT)]
             lr = lrs[row // 2] if lrs else 0
             row += bool(KEPT_BY[kind]) and bool(first) and first[number]
             entries += [columns[LENGTH], row, sampling, kind, lr, number]
             entries += [theta_at if master else 0]
 
-        pieces = [torch.tensor(entries, device="cpu"), *self._coefficients(rows, samplings)]
+        if len({is_adam(kind) for kind in kinds if kind != Kind.SAMPLE}) > 1:
+            raise RuntimeError("backend 'triton': one launch of Adam's kinds and others")
+        pieces = [torch.tensor(entries, device="cpu"), *self._coefficients(rows, samplings, agings)]
         staging, (table, *coefficients) = _copied(pieces, self.chunks.device)
         return Upload(staging, table, *coefficients, max(kinds, default=None), averaged)
 
-    def _with_coefficients(self, upload: Upload, rows: Tensor, samplings: Tensor) -> Upload:
+    def _with_coefficients(
+        self, upload: Upload, rows: Tensor, samplings: Tensor, agings: list[float]
+    ) -> Upload:
         """The same table of segments with other coefficients, which alone are copied."""
-        pieces = self._coefficients(rows, samplings)
-        staging, (row_table, sampling_table) = _copied(pieces, self.chunks.device)
-        return replace(upload, staging=staging, rows=row_table, samplings=sampling_table)
+        pieces = self._coefficients(rows, samplings, agings)
+        staging, tables = _copied(pieces, self.chunks.device)
+        names = "decays", "rows", "samplings", "agings"
+        return replace(upload, staging=staging, **dict(zip(names, tables, strict=True)))
 
-    def _coefficients(self, rows: Tensor, samplings: Tensor) -> list[Tensor]:
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return [rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)]
+    def _coefficients(self, rows: Tensor, samplings: Tensor, agings: list[float]) -> list[Tensor]:
+        own = torch.tensor(agings, dtype=torch.float64, device="cpu")
+        wide = [t.reshape(-1).to(self._wide) for t in (rows, samplings, own)]
+        decays = rows[:, [MU, NU]].reshape(-1)
+        return [decays, *wide]  # eight bytes each come first, where they are aligned
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def _launch(self, upload: Upload, counters: DeviceCounters | None) -> None:
         from . import update
 
-        samplings, marks, grad_scale, found_inf = upload.samplings, None, None, None
+        samplings, agings = upload.samplings, upload.agings
+        marks, grad_scale, found_inf = None, None, None
         if counters is not None:
-            wide = upload.rows.dtype == torch.float64
-            samplings = counters.samplings64 if wide else counters.samplings32
+            samplings = (
+                counters.samplings64 if self._wide == torch.float64 else counters.samplings32
+            )
             marks, grad_scale = counters.marks, counters.grad_scale
             found_inf = counters.found_inf
+            agings = counters.agings.reshape(-1).view(self._wide)
+            if upload.kind is not None and is_adam(upload.kind):
+                segments = len(self.members)
+                update.age_kernel[(-(-segments // MARKS_BLOCK),)](
+                    upload.table,
+                    upload.decays,
+                    marks,
+                    agings,
+                    segments,
+                    BLOCK=MARKS_BLOCK,
+                    num_warps=4,
+                    enable_fp_fusion=False,
+                )
         update.step_kernel[(self.chunks.shape[0],)](
             self.chunks,
             upload.table,
             upload.rows,
             samplings,
             marks,
+            agings,
             grad_scale,
             found_inf,
             DTYPE=_triton_dtype(self.dtype),
             THETA_DTYPE=_triton_dtype(self.theta_dtype),
+            KEPT_DTYPE=_triton_dtype(self.kept_dtype),
             AVERAGE_DTYPE=_triton_dtype(self.average_dtype),
             KIND=int(max(upload.kind or 0, Kind.PLAIN)),
             AVERAGED=upload.averaged,
@@ -301,27 +366,34 @@ _launches: WeakKeyDictionary[Table, tuple[list[Launch], list[int]]] = WeakKeyDic
 
 
 def _plan(tables: Table, device: torch.device) -> list[Launch]:
-    """Sorts segments into launches. Those without an average join others of their dtype."""
+    """Sorts segments into launches. Those that have nothing kept, or no average, join others of
+    their dtype."""
     kinds: dict[tuple[torch.dtype, ...], list[tuple[int, list[int]]]] = {}
-    without: dict[tuple[torch.dtype, ...], list[tuple[int, list[int]]]] = {}
     table = tables.segments.tolist()
-    for number, columns in enumerate(table):
-        dtype, buffer = DTYPES[columns[DTYPE]], columns[COLUMN_OF[AVERAGE]]
-        has_master = columns[COLUMN_OF[MASTER]] != -1
-        dtypes = (dtype, torch.float32 if has_master else dtype)
-        if buffer == -1:
-            without.setdefault(dtypes, []).append((number, columns))
-        else:
-            kinds.setdefault((*dtypes, tables.state[buffer].dtype), []).append((number, columns))
-    for dtypes, members in without.items():
-        kind = next((kind for kind in kinds if kind[:2] == dtypes), (*dtypes, dtypes[1]))
-        kinds.setdefault(kind, []).extend(members)
+
+    def dtypes_of(columns: list[int]) -> list[torch.dtype | None]:
+        dtype = DTYPES[columns[DTYPE]]
+        theta = torch.float32 if columns[COLUMN_OF[MASTER]] != -1 else dtype
+        kept, average = (
+            None if at == -1 else tables.state[at].dtype
+            for at in (columns[COLUMN_OF[KEPT[0]]], columns[COLUMN_OF[AVERAGE]])
+        )
+        return [dtype, theta, kept, average]
+
+    def lacking(member: tuple[int, list[int]]) -> int:
+        return dtypes_of(member[1]).count(None)
+
+    for number, columns in sorted(enumerate(table), key=lacking):
+        own = dtypes_of(columns)
+        key = next(
+            (k for k in kinds if all(a is None or a == b for a, b in zip(own, k, strict=True))),
+            tuple(own[1] if dtype is None else dtype for dtype in own),
+        )
+        kinds.setdefault(key, []).append((number, columns))
     parts = PARTS if sum(columns[LENGTH] for columns in table) >= LARGE else 1
     return [
-        Launch(
-            kind[0], kind[1], kind[2], members, _chunks(members, parts * CHUNK).to(device), parts
-        )
-        for kind, members in kinds.items()
+        Launch(*key, members, _chunks(members, parts * CHUNK).to(device), parts)
+        for key, members in kinds.items()
     ]
 
 

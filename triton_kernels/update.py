@@ -13,18 +13,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rbwa_fused.rules import COLUMNS, Kind, Sampling
+from rbwa_fused.rules import COLUMNS, Aging, Kind, Sampling
 from rbwa_fused.streams import KEPT
 
+# A segment with momentum comes as one with a decoupled decay of 0 (rules.served_by).
 SAMPLE = tl.constexpr(int(Kind.SAMPLE))
 PLAIN = tl.constexpr(int(Kind.PLAIN))
-MOMENTUM = tl.constexpr(int(Kind.MOMENTUM))
+DECOUPLED = tl.constexpr(int(Kind.DECOUPLED))
 DIFFERENCE = tl.constexpr(int(Kind.DIFFERENCE))
+ADAM = tl.constexpr(int(Kind.ADAM))
+AMSGRAD = tl.constexpr(int(Kind.AMSGRAD))
 
 ENTRY_COLUMNS = tl.constexpr(10 + len(KEPT))  # of the launch table, see step.py
 BEHIND_KEPT = tl.constexpr(3 + len(KEPT))  # theta, g and a stand before
 ROW_COLUMNS = tl.constexpr(len(COLUMNS))  # of the coefficient tables
 SAMPLING_COLUMNS = tl.constexpr(len(Sampling._fields))
+AGING_COLUMNS = tl.constexpr(len(Aging._fields))
 
 
 @triton.jit
@@ -34,30 +38,60 @@ def followed(master, rounded, param):
 
 
 @triton.jit
-def update(k, theta, g, m, z, previous, a, KIND: tl.constexpr, AVERAGED: tl.constexpr):
-    """Lines (1)-(5): the new theta, m, z, previous, a.
+def divided(x, by):
+    """A quotient, rounded to nearest; in float32 / is an approximation."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, by)
+    else:
+        return x / by
+
+
+@triton.jit
+def root(x):
+    """A square root, rounded to nearest; in float32 sqrt is an approximation."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def update(k, theta, g, m, z, previous, v, v_max, a, KIND: tl.constexpr, AVERAGED: tl.constexpr):
+    """Lines (1)-(5): the new theta, m, z, previous, v, v_max, a.
 
     A zero coefficient drops its term, so that an infinity spreads as far as in torch.optim.SGD.
     """
-    s, lambda_, mu, c, kappa, alpha, gamma, delta, eta, w, current, write_back = k
+    s, lambda_, mu, c, kappa, alpha, gamma, delta, nu, q, epsilon, rho, eta = k[:13]
+    bias, w, current, write_back = k[13:]
     x = theta
     if KIND != SAMPLE:
         g = s * g
         g = tl.where(lambda_ != 0, g + lambda_ * theta, g)  # (1)
         direction = g
-        if KIND == MOMENTUM or KIND == DIFFERENCE:
+        if KIND >= DECOUPLED:
             m = mu * m + c * g  # (2)
-            direction = tl.where(alpha != 0, alpha * g + gamma * m, gamma * m)
+            direction = gamma * m
+        if KIND == DECOUPLED:
+            direction = tl.where(alpha != 0, alpha * g + direction, direction)
         if KIND == DIFFERENCE:
             z = mu * z + kappa * (g - previous)  # (2) for the gradient's difference
             previous = g
             direction = direction + delta * z
+        if KIND >= ADAM:
+            v = nu * v + (q * g) * g  # (2)
+            largest = v
+            if KIND == AMSGRAD:
+                v_max = tl.where(v <= v_max, v_max, v)
+                largest = v_max
+            direction = divided(direction, root(largest) * bias + epsilon)
+        if KIND == DECOUPLED or KIND >= ADAM:
+            direction = tl.where(rho != 0, direction + rho * theta, direction)
         x = theta - eta * direction  # (3)
     if AVERAGED:
         a = tl.where(current, theta, a)
         a = tl.where(w == 1, x, tl.where(w != 0, a + w * (x - a), a))  # (4)
         x = tl.where(write_back, a, x)  # (5)
-    return x, m, z, previous, a
+    return x, m, z, previous, v, v_max, a
 
 
 @triton.jit
@@ -120,7 +154,7 @@ def step_block(
     theta_at = elements(streams[0], begin, lane, FULL)
     theta = load(theta_at, mask, wide, FULL)
     if MASTER:
-        param_at = elements(streams[6], begin, lane, FULL)
+        param_at = elements(streams[8], begin, lane, FULL)
         param = load(param_at, mask, wide, FULL)
         rounded = theta.to(param_at.dtype.element_ty).to(wide)
         theta = followed(theta, rounded, param)
@@ -128,13 +162,15 @@ def step_block(
     m = theta
     z = theta
     previous = theta
+    v = theta
+    v_max = theta
     a = theta
     if KIND != SAMPLE:
         g_at = elements(streams[1], begin, lane, FULL)
         g = load(g_at, mask, wide, FULL)
         if unscale is not None:
             store(g_at, g * unscale, mask, FULL)
-    if KIND == MOMENTUM or KIND == DIFFERENCE:
+    if KIND >= DECOUPLED:
         m_at = elements(streams[2], begin, lane, FULL)
         m = load(m_at, mask, wide, FULL)
     if KIND == DIFFERENCE:
@@ -142,20 +178,32 @@ def step_block(
         z = load(z_at, mask, wide, FULL)
         previous_at = elements(streams[4], begin, lane, FULL)
         previous = load(previous_at, mask, wide, FULL)
+    if KIND >= ADAM:
+        v_at = elements(streams[5], begin, lane, FULL)
+        v = load(v_at, mask, wide, FULL)
+    if KIND == AMSGRAD:
+        v_max_at = elements(streams[6], begin, lane, FULL)
+        v_max = load(v_max_at, mask, wide, FULL)
     if AVERAGED:
         a_mask = lane < left * sampled
         if FULL:  # a mask that is uniform leaves the access a vector's
             a_mask = tl.broadcast_to(sampled, lane.shape) != 0
-        a_at = elements(streams[5], begin, lane, FULL)
+        a_at = elements(streams[7], begin, lane, FULL)
         a = load(a_at, a_mask, wide, False)
 
-    theta, m, z, previous, a = update(k, theta, g, m, z, previous, a, KIND, AVERAGED)
+    theta, m, z, previous, v, v_max, a = update(
+        k, theta, g, m, z, previous, v, v_max, a, KIND, AVERAGED
+    )
 
-    if KIND == MOMENTUM or KIND == DIFFERENCE:
+    if KIND >= DECOUPLED:
         store(m_at, m, mask, FULL)
     if KIND == DIFFERENCE:
         store(z_at, z, mask, FULL)
         store(previous_at, previous, mask, FULL)
+    if KIND >= ADAM:
+        store(v_at, v, mask, FULL)
+    if KIND == AMSGRAD:
+        store(v_max_at, v_max, mask, FULL)
     if AVERAGED:
         store(a_at, a, a_mask, False)
     weights_at = theta_at
@@ -163,7 +211,7 @@ def step_block(
         store(theta_at, theta, mask, FULL)
         weights_at = param_at
     if KIND == SAMPLE:
-        if k[11]:  # write_back, or another process may write them at this time
+        if k[16]:  # write_back, or another process may write them at this time
             store(weights_at, theta, mask, FULL)
     else:
         store(weights_at, theta, mask, FULL)
@@ -184,20 +232,32 @@ def step_by_kind(
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """One branch per program on the segment's kind, among those that the launch has."""
+    """One branch per program on the segment's kind, among those that go with the launch's KIND
+    (csrc/dispatch.h)."""
     if AVERAGED:
         if (kind == SAMPLE) & (sampled != 0):
             step_block(
                 k, streams, unscale, begin, length, sampled, SAMPLE, True, MASTER, BLOCK, FULL
             )
-    if kind == PLAIN:
-        step_block(
-            k, streams, unscale, begin, length, sampled, PLAIN, AVERAGED, MASTER, BLOCK, FULL
-        )
-    if KIND == MOMENTUM or KIND == DIFFERENCE:
-        if kind == MOMENTUM:
+    if KIND < ADAM:
+        if kind == PLAIN:
             step_block(
-                k, streams, unscale, begin, length, sampled, MOMENTUM, AVERAGED, MASTER, BLOCK, FULL
+                k, streams, unscale, begin, length, sampled, PLAIN, AVERAGED, MASTER, BLOCK, FULL
+            )
+    if KIND == DECOUPLED or KIND == DIFFERENCE:
+        if kind == DECOUPLED:
+            step_block(
+                k,
+                streams,
+                unscale,
+                begin,
+                length,
+                sampled,
+                DECOUPLED,
+                AVERAGED,
+                MASTER,
+                BLOCK,
+                FULL,
             )
     if KIND == DIFFERENCE:
         if kind == DIFFERENCE:
@@ -214,9 +274,19 @@ def step_by_kind(
                 BLOCK,
                 FULL,
             )
+    if KIND >= ADAM:
+        if kind == ADAM:
+            step_block(
+                k, streams, unscale, begin, length, sampled, ADAM, AVERAGED, MASTER, BLOCK, FULL
+            )
+    if KIND == AMSGRAD:
+        if kind == AMSGRAD:
+            step_block(
+                k, streams, unscale, begin, length, sampled, AMSGRAD, AVERAGED, MASTER, BLOCK, FULL
+            )
 
 
-TABLES = ["chunks", "table", "rows", "samplings", "marks", "grad_scale", "found_inf"]
+TABLES = ["chunks", "table", "rows", "samplings", "marks", "agings", "grad_scale", "found_inf"]
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -226,10 +296,12 @@ def step_kernel(
     rows,
     samplings,
     marks,
+    agings,
     grad_scale,
     found_inf,
     DTYPE: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
+    KEPT_DTYPE: tl.constexpr,
     AVERAGE_DTYPE: tl.constexpr,
     KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
@@ -238,7 +310,8 @@ def step_kernel(
 ):
     """One chunk of one segment. step.py says what the tables hold.
 
-    `marks` is None where the host counts steps; `grad_scale` and `found_inf` may be None.
+    `marks` is None where the host counts steps; `grad_scale` and `found_inf` may be None. `agings`
+    has what a segment's age makes of its row, for the kinds that it matters to.
     """
     chunk = chunks + 2 * tl.program_id(0)
     index = tl.load(chunk + 1)
@@ -249,6 +322,8 @@ def step_kernel(
     m = tl.load(entry + 3)
     z = tl.load(entry + 4)
     previous = tl.load(entry + 5)
+    v = tl.load(entry + 6)
+    v_max = tl.load(entry + 7)
     behind = entry + BEHIND_KEPT
     length = tl.load(behind)
     row = tl.load(behind + 1)
@@ -262,13 +337,14 @@ def step_kernel(
         if found_inf is not None:
             kind = tl.where(tl.load(found_inf) == 0, kind, -1)
         mark = marks + 2 * number
-        keeps = kind >= MOMENTUM
+        keeps = kind >= DECOUPLED
         row = tl.where(keeps & (tl.load(mark) == 0), row + 1, row)
         tl.store(mark + 1, 1, mask=keeps & (index == 0))
 
     row_at = rows + row * ROW_COLUMNS
     s = tl.load(row_at + 1)  # behind its kind, which the table of segments has
-    eta = tl.load(row_at + 9)
+    rho = tl.load(row_at + ROW_COLUMNS - 2)
+    eta = tl.load(row_at + ROW_COLUMNS - 1)
     unscale = None
     if marks is not None:
         given = lr_at != 0
@@ -276,11 +352,14 @@ def step_kernel(
         eta = tl.where(given, lr.to(eta.dtype), eta)
         if grad_scale is not None:
             scale = tl.load(grad_scale).to(s.dtype)
-            if s.dtype == tl.float32:  # where / is an approximation
-                unscale = tl.div_rn(1.0, scale)
-            else:
-                unscale = 1.0 / scale
+            unscale = divided(scale * 0 + 1, scale)
             s = s * unscale
+    bias = eta
+    if KIND >= ADAM:
+        aging = agings + number * AGING_COLUMNS
+        bias = tl.load(aging)
+        eta = eta * tl.load(aging + 1)
+        rho = rho * tl.load(aging + 2)
     sampled = ((a != 0) & (tl.load(sampling + 2) != 0)).to(tl.int32)
     k = (
         s,
@@ -291,18 +370,25 @@ def step_kernel(
         tl.load(row_at + 6),  # alpha
         tl.load(row_at + 7),  # gamma
         tl.load(row_at + 8),  # delta
+        tl.load(row_at + 9),  # nu
+        tl.load(row_at + 10),  # q
+        tl.load(row_at + 11),  # epsilon
+        rho,
         eta * tl.load(sampling),
+        bias,
         tl.where(sampled != 0, tl.load(sampling + 1), 0),  # w
         tl.load(sampling + 3) != 0,  # current
         (sampled != 0) & (tl.load(sampling + 4) != 0),  # write_back
     )
-    aligned = ((theta | g | m | z | previous | a | param) & 15) == 0
+    aligned = ((theta | g | m | z | previous | v | v_max | a | param) & 15) == 0
     streams = (
         theta.to(tl.pointer_type(THETA_DTYPE)),
         g.to(tl.pointer_type(DTYPE)),
-        m.to(tl.pointer_type(THETA_DTYPE)),
-        z.to(tl.pointer_type(THETA_DTYPE)),
-        previous.to(tl.pointer_type(THETA_DTYPE)),
+        m.to(tl.pointer_type(KEPT_DTYPE)),
+        z.to(tl.pointer_type(KEPT_DTYPE)),
+        previous.to(tl.pointer_type(KEPT_DTYPE)),
+        v.to(tl.pointer_type(KEPT_DTYPE)),
+        v_max.to(tl.pointer_type(KEPT_DTYPE)),
         a.to(tl.pointer_type(AVERAGE_DTYPE)),
         param.to(tl.pointer_type(DTYPE)),
     )
@@ -338,3 +424,34 @@ def step_kernel(
                 BLOCK,
                 False,
             )
+
+
+@triton.jit
+def power(base, exponent, BITS: tl.constexpr):
+    """A power of float64, as `power` of csrc/update.h multiplies it."""
+    result = base * 0 + 1
+    for _ in range(BITS):
+        result = tl.where((exponent & 1) != 0, result * base, result)
+        base = tl.where(exponent > 1, base * base, base)
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit(do_not_specialize=["segments"])
+def age_kernel(table, decays, marks, agings, segments, BLOCK: tl.constexpr):
+    """Before a step that the device counts: `aging_of` of csrc/update.h for a launch's segments.
+
+    `decays` are mu and nu of each row in float64; the rest is as in `step_kernel`.
+    """
+    segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = segment < segments
+    behind = table + segment * ENTRY_COLUMNS + BEHIND_KEPT
+    row = tl.load(behind + 1, mask=mask, other=0)
+    number = tl.load(behind + 5, mask=mask, other=0)
+    t = tl.load(marks + 2 * number, mask=mask, other=0) + 1
+    grown = 1 - power(tl.load(decays + 2 * row, mask=mask, other=0), t, 31)
+    bias = 1 / tl.sqrt(1 - power(tl.load(decays + 2 * row + 1, mask=mask, other=0), t, 31))
+    aging = agings + number * AGING_COLUMNS
+    tl.store(aging, bias.to(agings.dtype.element_ty), mask=mask)
+    tl.store(aging + 1, (1 / grown).to(agings.dtype.element_ty), mask=mask)
+    tl.store(aging + 2, grown.to(agings.dtype.element_ty), mask=mask)
