@@ -69,8 +69,7 @@ inline std::vector<Aging<double>> agings_of(const Segment* segments, int64_t cou
   for (int64_t i = 0; i < count; ++i) {
     const Segment &s = segments[i], &before = segments[i > 0 ? i - 1 : 0];
     const bool known = i > 0 && s.row == before.row && s.age == before.age && s.kind == before.kind;
-    const Numbers<double>& numbers = rows[s.row].numbers;
-    agings[i] = known ? agings[i - 1] : aging_of(s.kind, numbers.mu, numbers.nu, s.age);
+    agings[i] = known ? agings[i - 1] : aging_of(s.kind, rows[s.row].numbers, s.age);
   }
   return agings;
 }

@@ -83,13 +83,13 @@ struct Numbers {
   T eta;      // learning rate
 };
 
-// What a parameter's age makes of its row at its t-th step, t = age + 1: Adam's corrections of its
-// two averages, which both start at zero.
+// What a parameter's age makes of its row at its t-th step, t = age + 1. Adam's averages both start
+// at zero: m is too small by 1 - mu^t, v by 1 - nu^t.
 template <typename T>
 struct Aging {
-  T bias;     // of the root of v: 1 / sqrt(1 - nu^t)
-  T inverse;  // of eta: 1 / (1 - mu^t)
-  T grown;    // of rho: 1 - mu^t, so that eta rho is what it is without a correction
+  T bias;  // of the root of v: 1 / sqrt(1 - nu^t)
+  T eta;   // the learning rate, divided by 1 - mu^t
+  T rho;   // the decay, multiplied by it: eta rho stays what it is
 };
 
 RBWA_INLINE double power(double base, int64_t exponent) {
@@ -100,26 +100,31 @@ RBWA_INLINE double power(double base, int64_t exponent) {
   return result;
 }
 
-RBWA_INLINE Aging<double> aging_of(Kind kind, double mu, double nu, int64_t age) {
-  if (!is_adam(kind)) return {1, 1, 1};
+RBWA_INLINE Aging<double> aging_of(Kind kind, const Aging<double>& row, double mu, double nu,
+                                   int64_t age) {
+  if (!is_adam(kind)) return row;
   const double grown = 1 - power(mu, age + 1);
-  return {1 / std::sqrt(1 - power(nu, age + 1)), 1 / grown, grown};
+  return {1 / std::sqrt(1 - power(nu, age + 1)), row.eta / grown, row.rho * grown};
+}
+
+RBWA_INLINE Aging<double> aging_of(Kind kind, const Numbers<double>& row, int64_t age) {
+  return aging_of(kind, {1, row.eta, row.rho}, row.mu, row.nu, age);
 }
 
 // One element's coefficients: its rule's, and what becomes of its sample.
 template <typename T>
 struct Coefficients : Numbers<T> {
-  T bias;        // Aging's; eta and rho have the rest of it
+  T bias;        // Aging's, as eta and rho are
   T w;           // weight of this sample in the average
   bool current;  // the average starts at theta as it was before this step
   bool write_back;
 };
 
 template <typename T>
-RBWA_INLINE void aged(Coefficients<T>& k, const Aging<T>& aging) {
+RBWA_INLINE void age(Coefficients<T>& k, const Aging<T>& aging) {
   k.bias = aging.bias;
-  k.eta *= aging.inverse;
-  k.rho *= aging.grown;
+  k.eta = aging.eta;
+  k.rho = aging.rho;
 }
 
 // The float32 master of a 16-bit parameter, `rounded` as the last step left the parameter. A

@@ -16,7 +16,6 @@ from rbwa_fused.engine.segments import COLUMN_OF, LENGTH, ROW, SAMPLING, Table, 
 from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind, aging
 from rbwa_fused.streams import AVERAGE, MASTER
 
-MU, NU = COLUMNS.index("mu"), COLUMNS.index("nu")
 Element = dict[str, Tensor]  # by the names of csrc/update.h: theta, and of g, m, z … what there is
 
 
@@ -82,11 +81,9 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table
         wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
         scale, w, sample, *flags = table.samplings[columns[SAMPLING]].to(wide)
         row = table.rows[columns[ROW] + first]
-        *rule, rho, eta = row.to(wide)
-        own = aging(kind, float(row[MU]), float(row[NU]), ages[i])
-        bias, inverse, grown = torch.tensor(own, dtype=wide, device="cpu")
-        eta = eta * inverse * scale
-        numbers = torch.stack([*rule, rho * grown, eta, bias, w, *flags]).tolist()
+        own = torch.tensor(aging(row.tolist(), ages[i]), dtype=torch.float64, device="cpu")
+        bias, eta, rho = own.to(wide)
+        numbers = torch.stack([*row.to(wide)[:-2], rho, eta * scale, bias, w, *flags]).tolist()
         names = (*COLUMNS, "bias", "w", "current", "write_back")
         k = SimpleNamespace(**dict(zip(names, numbers, strict=True)))
         if grad is None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from operator import itemgetter
@@ -93,17 +93,19 @@ ROW = struct.Struct(f"{len(COLUMNS)}d")
 class Aging(NamedTuple):
     """What a parameter's age makes of its row; struct Aging of csrc/update.h."""
 
-    bias: float = 1.0  # of the root of v
-    inverse: float = 1.0  # of eta
-    grown: float = 1.0  # of rho
+    bias: float  # of the root of v
+    eta: float
+    rho: float
 
 
-def aging(kind: int, mu: float, nu: float, age: int) -> Aging:
-    """`aging_of` of csrc/update.h, in the same operations."""
-    if not is_adam(kind):
-        return Aging()
-    grown = 1.0 - _power(mu, age + 1)
-    return Aging(1.0 / math.sqrt(1.0 - _power(nu, age + 1)), 1.0 / grown, grown)
+def aging(row: Sequence[float], age: int) -> Aging:
+    """`aging_of` of csrc/update.h, in the same operations, for the numbers of COLUMNS."""
+    numbers = dict(zip(COLUMNS, row, strict=True))
+    if not is_adam(int(numbers["kind"])):
+        return Aging(1.0, numbers["eta"], numbers["rho"])
+    grown = 1.0 - _power(numbers["mu"], age + 1)
+    bias = 1.0 / math.sqrt(1.0 - _power(numbers["nu"], age + 1))
+    return Aging(bias, numbers["eta"] / grown, numbers["rho"] * grown)
 
 
 def _power(base: float, exponent: int) -> float:

@@ -34,7 +34,7 @@ const char* launched() {
 }
 
 // A kernel gets a copy of as many bytes as it was compiled for.
-template <typename S, typename W, typename A, Kind most, bool averaged, int bytes>
+template <typename S, typename W, typename M, typename A, Kind most, bool averaged, int bytes>
 void run_with(const void* launch, int64_t blocks) {
   using T = typename Arithmetic<S>::type;
   const auto given = std::make_unique<Launch<T, bytes>>();
@@ -43,21 +43,21 @@ void run_with(const void* launch, int64_t blocks) {
   tabled_launches += given->blocks_at != 0;
   for (int64_t block = 0; block < blocks; ++block) {
     for (int thread = 0; thread < kThreads; ++thread) {
-      step_thread<S, W, A, most, averaged>(*given, block, thread);
+      step_thread<S, W, M, A, most, averaged>(*given, block, thread);
       ++threads_run;
     }
   }
 }
 
-template <typename S, typename W, typename A, Kind most, bool averaged>
+template <typename S, typename W, typename M, typename A, Kind most, bool averaged>
 void run_all(const void* launch, int64_t blocks) {
   using T = typename Arithmetic<S>::type;
   if constexpr (kHasSmall<S, W, A>) {
     if (static_cast<const Launch<T>*>(launch)->end <= kSmallTableBytes) {
-      return run_with<S, W, A, most, averaged, kSmallTableBytes>(launch, blocks);
+      return run_with<S, W, M, A, most, averaged, kSmallTableBytes>(launch, blocks);
     }
   }
-  run_with<S, W, A, most, averaged, kTableBytes>(launch, blocks);
+  run_with<S, W, M, A, most, averaged, kTableBytes>(launch, blocks);
 }
 
 template <typename S>
@@ -74,9 +74,23 @@ void pull_all(const void* launch, int64_t blocks) {
 
 const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void*) {
   if (const char* error = launched()) return error;
-  with_kernel(key, [&]<typename S, typename W, typename A, Kind most, bool averaged>() {
-    run_all<S, W, A, most, averaged>(launch, blocks);
+  with_kernel(key, [&]<typename S, typename W, typename M, typename A, Kind most, bool averaged>() {
+    run_all<S, W, M, A, most, averaged>(launch, blocks);
   });
+  return nullptr;
+}
+
+template <typename T>
+void age_all(const void* launch) {
+  const auto& typed = *static_cast<const Launch<T>*>(launch);
+  for (int64_t segment = 0; segment < typed.segment_count + 3; ++segment) {
+    age_thread(typed, segment);
+  }
+}
+
+const char* age_cuda(const KernelKey& key, const void* launch, void*) {
+  if (const char* error = launched()) return error;
+  key.dtype == Dtype::kFloat64 ? age_all<double>(launch) : age_all<float>(launch);
   return nullptr;
 }
 
@@ -102,9 +116,10 @@ PYBIND11_MODULE(emulated_cuda, module) {
   module.def("step_deferred",
              [](const PythonTables& fixed, const py::list& params, const py::list& grads,
                 const py::list& lrs, py::handle samplings64, py::handle samplings32,
-                py::handle marks, py::handle grad_scale, py::handle found_inf) {
-               const DeviceTables own{views_of(lrs),  view_of(samplings64), view_of(samplings32),
-                                      view_of(marks), view_of(grad_scale),  view_of(found_inf)};
+                py::handle marks, py::handle agings, py::handle grad_scale, py::handle found_inf) {
+               const DeviceTables own{views_of(lrs),     view_of(samplings64), view_of(samplings32),
+                                      view_of(marks),    view_of(agings),      view_of(grad_scale),
+                                      view_of(found_inf)};
                step_on(views_of(params), views_of(grads), fixed.tables, own, kCpu, nullptr);
              });
   module.def("advance", [](py::handle counts, py::handle policies, py::handle samplings64,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +104,61 @@ def rsgdm_implicit(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
     return theta - o["lr"] * (beta * u + (1 - beta) * g)
 
 
+def sgdw(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
+    """SGDW (Loshchilov and Hutter, 2019), whose decay is multiplied by lr, as AdamW's in torch."""
+    x = sgd(state, theta, g, {**o, "weight_decay": 0.0})
+    if o["momentum"] == 0:
+        return sgd(state, theta, g, o)  # the same, and one operation less
+    m = g if not o["maximize"] else -g
+    m = m + o["momentum"] * state["momentum_buffer"] if o["nesterov"] else state["momentum_buffer"]
+    return theta - o["lr"] * (m + o["weight_decay"] * theta) if o["weight_decay"] != 0 else x
+
+
+def _power(base: float, exponent: int) -> float:
+    """By squaring: a power that is rounded otherwise is another hyperparameter."""
+    if exponent == 1:
+        return base
+    half = _power(base * base, exponent // 2)
+    return half * base if exponent % 2 else half
+
+
+def adam(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
+    """torch.optim.Adam and AdamW, as their documentation prints them. The correction of m is in the
+    learning rate, and decoupled decay is added to the step."""
+    if o["maximize"]:
+        g = -g
+    decay, decoupled = o["weight_decay"], o["decoupled_weight_decay"]
+    if decay != 0 and not decoupled:
+        g = g + decay * theta
+    beta1, beta2 = map(float, o["betas"])
+    step = state["step"] + 1.0 if "step" in state else _one(g)
+    t = int(step.v if isinstance(step, Value) else step)
+    m = beta1 * state.get("exp_avg", 0.0 * g) + (1 - beta1) * g
+    v = beta2 * state.get("exp_avg_sq", 0.0 * g) + ((1 - beta2) * g) * g
+    state.update(step=step, exp_avg=m, exp_avg_sq=v)
+    if o["amsgrad"]:
+        v = _larger(state.get("max_exp_avg_sq", 0.0 * g), v)
+        state["max_exp_avg_sq"] = v
+    correction = 1 - _power(beta1, t)
+    d = m / (v.sqrt() * (1 / math.sqrt(1 - _power(beta2, t))) + o["eps"])
+    if decay != 0 and decoupled:
+        d = d + (decay * correction) * theta
+    return theta - (o["lr"] / correction) * d
+
+
+def _one(like: N) -> N:
+    """The count of a first step: a number of its own, exact in any arithmetic."""
+    one = torch.ones((), dtype=torch.float64)
+    return Value(one, torch.zeros_like(one), like.arithmetic) if isinstance(like, Value) else one
+
+
+def _larger(a: N, b: N) -> N:
+    """Of two numbers, either of which the kernel may have found larger."""
+    if isinstance(a, Value):
+        return Value(torch.maximum(a.v, b.v), torch.maximum(a.off, b.off), a.arithmetic)
+    return torch.maximum(a, b)
+
+
 # ---- their hyperparameters -----------------------------------------------------------------------
 
 
@@ -134,6 +190,18 @@ OF_SGD = {
 }
 
 
+OF_SGDW = {**OF_SGD, "decoupled_weight_decay": Domain((True,))}
+OF_ADAM = {
+    "lr": OF_PAPER["lr"],
+    "betas": Domain(((0.9, 0.999), (0.0, 0.7)), ((0.5, 0.5), (0.9, 0.9), (0.8, 0.0))),
+    "eps": Domain((1e-2,), (1e-1, 1.0)),
+    "weight_decay": OF_PAPER["weight_decay"],
+    "maximize": OF_PAPER["maximize"],
+    "amsgrad": Domain((False, True)),
+    "decoupled_weight_decay": Domain((False, True)),
+}
+
+
 def _as_given(options: Options) -> Options:
     return options
 
@@ -159,6 +227,7 @@ class Rule:
         allowed: hyperparameters, without what the class refuses together.
         torchs: the class of torch that takes the same steps and exchanges checkpoints with it.
         constant_momentum: whether a group must go on with the momentum of its first step.
+        wide: whether 16-bit parameters keep float32 state, with masters or without.
     """
 
     cls: Callable[..., Any]
@@ -168,6 +237,7 @@ class Rule:
     allowed: Callable[[Options], Options] = _as_given
     torchs: Callable[..., Any] | None = None
     constant_momentum: bool = False
+    wide: bool = False
 
     def made(self, params: ParamsT, **more: Any) -> Any:
         """The optimizer."""
@@ -186,8 +256,10 @@ class Rule:
     @property
     def hyperparameters(self) -> Options:
         """All of them, defaults included."""
-        defaults = inspect.signature(self.cls).parameters
-        return {k: self.options.get(k, defaults[k].default) for k in self.domain}
+        defaults = {k: p.default for k, p in inspect.signature(self.cls).parameters.items()}
+        # FusedAdamW has no argument for what it always is.
+        alone = {k: domain.usual[0] for k, domain in self.domain.items()}
+        return {k: self.options.get(k, defaults.get(k, alone[k])) for k in self.domain}
 
     @cached_property
     def keeps(self) -> tuple[str, ...]:
@@ -200,6 +272,12 @@ class Rule:
     def kept(self, dtype: torch.dtype) -> torch.dtype:
         """What a step works on: a float32 master of a 16-bit parameter, if there is one."""
         return torch.float32 if self.master and dtype.itemsize == 2 else dtype
+
+    def state_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
+        """Of what the algorithm keeps for a parameter."""
+        if key == "step" or (self.wide and dtype.itemsize == 2):
+            return torch.float32
+        return self.kept(dtype)
 
     def grid(self) -> Iterator[Options]:
         """Every usual combination of hyperparameters."""
@@ -218,6 +296,23 @@ def _sgd(**options: Any) -> Rule:
 def _with_masters(**options: Any) -> Rule:
     """FusedSGD with float32 masters, which torch's has not."""
     return Rule(rf.FusedSGD, {**options, "master_weights": True}, sgd, OF_SGD, _nesterov_alone)
+
+
+def _adam(**options: Any) -> Rule:
+    return Rule(rf.FusedAdam, options, adam, OF_ADAM, torchs=torch.optim.Adam, wide=True)
+
+
+def _adamw(**options: Any) -> Rule:
+    domain = {**OF_ADAM, "decoupled_weight_decay": Domain((True,))}
+    own = options.keys() - domain.keys()
+    return Rule(
+        rf.FusedAdamW,
+        options,
+        adam,
+        domain,
+        torchs=None if own else torch.optim.AdamW,
+        wide="state_dtype" not in options,
+    )
 
 
 RULES: dict[str, Rule] = {
@@ -246,7 +341,20 @@ RULES: dict[str, Rule] = {
         rsgdm_explicit,
         OF_PAPER,
     ),
+    "sgdw": Rule(
+        rf.FusedSGD,
+        {"lr": 0.2, "momentum": 0.7, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        sgdw,
+        OF_SGDW,
+        _nesterov_alone,
+    ),
+    "adam": _adam(lr=0.1, betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1),
+    "adamw amsgrad": _adamw(
+        lr=0.1, betas=(0.7, 0.9), eps=1e-2, weight_decay=0.05, amsgrad=True, maximize=True
+    ),
+    "adamw narrow": _adamw(lr=0.1, betas=(0.8, 0.9), eps=1e-1, state_dtype="param"),
     "master": _with_masters(lr=0.1, momentum=0.7, nesterov=True, weight_decay=0.05),
+    "master adamw": _adamw(lr=0.1, betas=(0.8, 0.9), eps=1e-2, master_weights=True),
     "master sgd": _with_masters(lr=0.3, weight_decay=0.1),
     "master rsgdm explicit": Rule(
         rf.RSGDM,

@@ -80,7 +80,7 @@ class Member:
         x = rule.literal(after, theta, gradient, group.numbers)
         for name, value in after.items():
             if value is not before.get(name):
-                self.keep(name, value, self.kept)
+                self.keep(name, value, rule.state_dtype(name, self.dtype))
         return x
 
 
@@ -179,9 +179,11 @@ class Twin:
         for group in self.groups:
             for member in group.members:
                 for name, (value, dtype) in list(member.state.items()):
-                    wanted: torch.dtype | None = member.kept
+                    wanted: torch.dtype | None = self.rule.state_dtype(name, member.dtype)
                     if name == AVERAGE:
                         wanted = group.average_dtype(member)
+                    elif name == MASTER:
+                        wanted = member.kept
                     if wanted is None or (name == MASTER and not member.mastered):
                         del member.state[name]
                     elif wanted != dtype:

@@ -45,7 +45,7 @@ PARTS = 4
 WARPS = {1: 16, PARTS: 8}
 MARKS_BLOCK = 1024  # segments whose marks one program advances
 KIND, SAMPLE = COLUMNS.index("kind"), SamplingRow._fields.index("sample")
-MU, NU = COLUMNS.index("mu"), COLUMNS.index("nu")
+BASES = [COLUMNS.index(name) for name in ("eta", "rho", "mu", "nu")]
 
 Grads = Sequence[Tensor | None]
 # Of theta, gradients, state and tensor learning rates (None where the host knows those); and which
@@ -164,13 +164,13 @@ class Upload:
     Attributes:
         staging: the memory that the latest of them were copied from.
         agings: of each segment, where the host counts.
-        decays: mu and nu of each row, in float64.
+        bases: of each row what age makes them of: eta, rho, mu and nu in float64.
         kind: the one with most streams, None where no segment has anything to do.
     """
 
     staging: Tensor
     table: Tensor
-    decays: Tensor
+    bases: Tensor
     rows: Tensor
     samplings: Tensor
     agings: Tensor
@@ -255,7 +255,7 @@ class Launch:
         found: list[float] = []
         for row, age in zip(tables.segments[:, ROW].tolist(), ages, strict=True):
             if (row, age) not in known:
-                known[row, age] = aging(int(rows[row][KIND]), rows[row][MU], rows[row][NU], age)
+                known[row, age] = aging(rows[row], age)
             found += known[row, age]
         return found if any(is_adam(int(row[KIND])) for row in rows) else []
 
@@ -301,14 +301,14 @@ class Launch:
         """The same table of segments with other coefficients, which alone are copied."""
         pieces = self._coefficients(rows, samplings, agings)
         staging, tables = _copied(pieces, self.chunks.device)
-        names = "decays", "rows", "samplings", "agings"
+        names = "bases", "rows", "samplings", "agings"
         return replace(upload, staging=staging, **dict(zip(names, tables, strict=True)))
 
     def _coefficients(self, rows: Tensor, samplings: Tensor, agings: list[float]) -> list[Tensor]:
         own = torch.tensor(agings, dtype=torch.float64, device="cpu")
         wide = [t.reshape(-1).to(self._wide) for t in (rows, samplings, own)]
-        decays = rows[:, [MU, NU]].reshape(-1)
-        return [decays, *wide]  # eight bytes each come first, where they are aligned
+        bases = rows[:, BASES].reshape(-1)
+        return [bases, *wide]  # eight bytes each come first, where they are aligned
 
     @property
     def _wide(self) -> torch.dtype:
@@ -330,7 +330,7 @@ class Launch:
                 segments = len(self.members)
                 update.age_kernel[(-(-segments // MARKS_BLOCK),)](
                     upload.table,
-                    upload.decays,
+                    upload.bases,
                     marks,
                     agings,
                     segments,

@@ -358,8 +358,8 @@ def step_kernel(
     if KIND >= ADAM:
         aging = agings + number * AGING_COLUMNS
         bias = tl.load(aging)
-        eta = eta * tl.load(aging + 1)
-        rho = rho * tl.load(aging + 2)
+        eta = tl.load(aging + 1)
+        rho = tl.load(aging + 2)
     sampled = ((a != 0) & (tl.load(sampling + 2) != 0)).to(tl.int32)
     k = (
         s,
@@ -438,20 +438,27 @@ def power(base, exponent, BITS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["segments"])
-def age_kernel(table, decays, marks, agings, segments, BLOCK: tl.constexpr):
+def age_kernel(table, bases, marks, agings, segments, BLOCK: tl.constexpr):
     """Before a step that the device counts: `aging_of` of csrc/update.h for a launch's segments.
 
-    `decays` are mu and nu of each row in float64; the rest is as in `step_kernel`.
+    `bases` are eta, rho, mu and nu of each row in float64; the rest is as in `step_kernel`.
     """
     segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = segment < segments
     behind = table + segment * ENTRY_COLUMNS + BEHIND_KEPT
     row = tl.load(behind + 1, mask=mask, other=0)
     number = tl.load(behind + 5, mask=mask, other=0)
+    lr_at = tl.load(behind + 4, mask=mask, other=0)
     t = tl.load(marks + 2 * number, mask=mask, other=0) + 1
-    grown = 1 - power(tl.load(decays + 2 * row, mask=mask, other=0), t, 31)
-    bias = 1 / tl.sqrt(1 - power(tl.load(decays + 2 * row + 1, mask=mask, other=0), t, 31))
+    base = bases + 4 * row
+    eta = tl.load(base, mask=mask, other=0)
+    given = lr_at != 0
+    lr = tl.load(lr_at.to(tl.pointer_type(tl.float32)), mask=given, other=0)
+    eta = tl.where(given, lr.to(tl.float64), eta)
+    rho = tl.load(base + 1, mask=mask, other=0)
+    grown = 1 - power(tl.load(base + 2, mask=mask, other=0), t, 31)
+    bias = 1 / tl.sqrt(1 - power(tl.load(base + 3, mask=mask, other=0), t, 31))
     aging = agings + number * AGING_COLUMNS
     tl.store(aging, bias.to(agings.dtype.element_ty), mask=mask)
-    tl.store(aging + 1, (1 / grown).to(agings.dtype.element_ty), mask=mask)
-    tl.store(aging + 2, grown.to(agings.dtype.element_ty), mask=mask)
+    tl.store(aging + 1, (eta / grown).to(agings.dtype.element_ty), mask=mask)
+    tl.store(aging + 2, (rho * grown).to(agings.dtype.element_ty), mask=mask)

@@ -69,7 +69,7 @@ template <typename T>
 Coefficients<T> arithmetic(const Row& row, const Aging<double>& aging, const Sampling& sampling) {
   Coefficients<T> k{rounded<Numbers<T>, T>(row.numbers), T(1), T(sampling.w), sampling.current != 0,
                     sampling.write_back != 0};
-  aged(k, rounded<Aging<T>, T>(aging));
+  age(k, rounded<Aging<T>, T>(aging));
   k.eta *= T(sampling.scale);
   return k;
 }

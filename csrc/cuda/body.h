@@ -288,10 +288,12 @@ RBWA_INLINE void age_thread(const Launch<T, bytes>& launch, int64_t segment) {
   const auto& s = reinterpret_cast<const CudaSegment*>(launch.tables)[segment];
   const auto* groups = reinterpret_cast<const CudaGroup<T>*>(launch.tables + launch.groups_at);
   const CudaGroup<T>& group = groups[s.group];
-  const auto aging =
-      aging_of(static_cast<Kind>(s.kind), group.mu, group.nu, launch.marks[2 * s.index]);
-  launch.agings[s.index] = {static_cast<T>(aging.bias), static_cast<T>(aging.inverse),
-                            static_cast<T>(aging.grown)};
+  Aging<double> row{1, group.eta, group.rho};
+  if (group.lr != nullptr) row.eta = *group.lr;
+  const Kind kind = static_cast<Kind>(s.kind);
+  const auto aging = aging_of(kind, row, group.mu, group.nu, launch.marks[2 * s.index]);
+  launch.agings[s.index] = {static_cast<T>(aging.bias), static_cast<T>(aging.eta),
+                            static_cast<T>(aging.rho)};
 }
 
 // The work of one thread. `most` is the last kind among the launch's segments.
@@ -323,9 +325,10 @@ RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int 
   const bool first = launch.marks != nullptr ? launch.marks[2 * s.index] == 0 : s.first != 0;
   Coefficients<T> k{first ? group.first : group.usual, T(1), sampling.w, sampling.current != 0,
                     sampling.write_back != 0};
-  if (group.lr != nullptr) k.eta = static_cast<T>(*group.lr);
   if constexpr (is_adam(most)) {
-    aged(k, launch.agings != nullptr ? launch.agings[s.index] : group.aging);
+    age(k, launch.agings != nullptr ? launch.agings[s.index] : group.aging);
+  } else {
+    if (group.lr != nullptr) k.eta = static_cast<T>(*group.lr);
   }
   k.eta *= sampling.scale;
   Unscale<T> u{launch.grad_scale != nullptr, T(1)};

@@ -46,9 +46,9 @@ struct CudaSegment {
 template <typename T>
 struct CudaGroup {
   Numbers<T> usual, first;
-  Aging<T> aging;   // where the host counts
-  double mu, nu;    // what it is made of
-  const float* lr;  // in place of eta, if not null
+  Aging<T> aging;           // where the host counts
+  double eta, rho, mu, nu;  // what it is made of
+  const float* lr;          // in place of eta, if not null
 };
 
 template <typename T>

@@ -85,18 +85,20 @@ class Packer {
 
   // A param group, and the age of the segment where the host says what it makes of the row.
   std::pair<int64_t, int64_t> group_of(const Segment& s) const {
-    return {s.row / kRowsPerGroup, is_adam(s.kind) && launch_.agings == nullptr ? s.age : -1};
+    return {s.row / kRowsPerGroup, is_adam(s.kind) && launch_.marks == nullptr ? s.age : -1};
   }
 
   CudaGroup<T> group_at(const Segment& s) const {
     const int64_t group = s.row / kRowsPerGroup;
     const Row* rows = step_.rows + kRowsPerGroup * group;
-    const double mu = rows[0].numbers.mu, nu = rows[0].numbers.nu;
-    return {rounded<Numbers<T>, T>(rows[0].numbers),
+    const Numbers<double>& usual = rows[0].numbers;
+    return {rounded<Numbers<T>, T>(usual),
             rounded<Numbers<T>, T>(rows[1].numbers),
-            rounded<Aging<T>, T>(aging_of(s.kind, mu, nu, s.age)),
-            mu,
-            nu,
+            rounded<Aging<T>, T>(aging_of(s.kind, usual, s.age)),
+            usual.eta,
+            usual.rho,
+            usual.mu,
+            usual.nu,
             step_.lrs[group]};
   }
 

@@ -15,7 +15,7 @@ import rbwa_fused as rf
 from rbwa_fused import _C, rules
 from rbwa_fused.engine import backends, doors, memory, segments
 
-MOMENTUM = segments.COLUMN_OF["momentum_buffer"]
+MOMENTUM = segments.COLUMN_OF["m"]
 STEP = torch.ops.rbwa_fused.step_.default
 
 
@@ -35,7 +35,10 @@ def arguments(n: int = 3, length: int = 40) -> list[Any]:
 
 def rows(kind: int) -> Tensor:
     """Both rows of a group."""
-    numbers = [kind, 1.0, 0.1, 0.9, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5]
+    named = dict.fromkeys(rules.COLUMNS, 0.0)
+    named |= {"s": 1.0, "lambda_": 0.1, "mu": 0.9, "c": 1.0, "gamma": 1.0, "eta": 0.5}
+    named |= {"nu": 0.9, "q": 0.1, "epsilon": 0.1}
+    numbers = [float(kind), *list(named.values())[1:]]
     return torch.tensor([numbers, numbers], dtype=torch.float64)
 
 
@@ -151,7 +154,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "half a difference": (
         lambda a: (
             a[6].__setitem__((slice(None), 0), rules.Kind.DIFFERENCE),
-            edit(segments.COLUMN_OF["difference_buffer"], 0)(a),
+            edit(segments.COLUMN_OF["z"], 0)(a),
         ),
         "lacks the stream",
     ),
@@ -178,7 +181,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "streams of two dtypes": (
         lambda a: a[2].__setitem__(0, a[2][0].double()),
-        "differ in dtype",
+        "must have the dtype",
     ),
 }
 
