@@ -6,6 +6,7 @@ kernels and runs wherever torch runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
             if "v_max" in e:
                 v = torch.where(v <= old["v_max"], old["v_max"], v)
                 e["v_max"].copy_(v)
-            direction = direction / (torch.sqrt(v) * k.bias + k.epsilon)
+            direction = direction / (_root(v) * k.bias + k.epsilon)
         if k.rho != 0:
             direction = direction + k.rho * theta
         x = theta - k.eta * direction  # (3)
@@ -105,6 +106,16 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table
         ages[i] += bool(KEPT_BY[kind])
     table.ages.copy_(torch.tensor(ages, device="cpu"))
     tell(segments, table.state, ages)
+
+
+def _root(v: Tensor) -> Tensor:
+    """A square root, rounded to nearest. On the CPU torch.sqrt is MKL's, which misses that in 0.6 %
+    of numbers, by one unit."""
+    if v.device.type != "cpu":
+        return v.sqrt()
+    if v.dtype == torch.float32:
+        return v.double().sqrt().float()
+    return v.clone().apply_(lambda x: math.sqrt(x) if x >= 0.0 else math.nan)
 
 
 def _in_memory_order(tensor: Tensor, length: int) -> Tensor:
