@@ -35,7 +35,7 @@ RBWA_HOST auto with_kind(Kind kind, const Work& work) {
 }
 
 // The kind whose branch of a kernel serves a kind: decoupled decay of 0 is none, and one kernel is
-// compiled for both.
+// compiled for both. (A row of kMomentum has a rho of 0.)
 RBWA_INLINE constexpr Kind served_by(Kind kind) {
   return kind == Kind::kMomentum ? Kind::kDecoupled : kind;
 }

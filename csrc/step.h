@@ -32,7 +32,8 @@ struct Segment {
 };
 
 // The coefficient tables as engine/rows.py packs them. A param group has two rows, the usual one
-// and behind it that of a parameter's first step with this kind (age 0):
+// and behind it that of a parameter's first step with this kind (age 0), which Adam's kinds do not
+// read, as their ages say more (Aging):
 struct Row {
   double kind;  // what its parameters with a gradient are stepped by
   Numbers<double> numbers;

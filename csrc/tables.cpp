@@ -105,7 +105,7 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
     segment.name = stream(column[kColumn_##name], &kept_type);                                   \
     STD_TORCH_CHECK(!moves || segment.name != nullptr || segment.length == 0, "step_: segment ", \
                     i, " lacks the stream " #name " of its row's kind");                         \
-    segment.row = row + (segment.age == 0);                                                      \
+    segment.row = row + (segment.age == 0 && !is_adam(kind));                                    \
   }
     RBWA_KEPT(RBWA_RESOLVE)
 #undef RBWA_RESOLVE

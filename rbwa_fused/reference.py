@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.engine.segments import COLUMN_OF, LENGTH, ROW, SAMPLING, Table, ages_of, tell
-from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind, aging
+from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind, aging, is_adam
 from rbwa_fused.streams import AVERAGE, MASTER
 
 Element = dict[str, Tensor]  # by the names of csrc/update.h: theta, and of g, m, z … what there is
@@ -35,7 +35,9 @@ def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
         if "m" in e:
             m = k.mu * old["m"] + k.c * g  # (2)
             e["m"].copy_(m)
-            direction = k.alpha * g + k.gamma * m if k.alpha != 0 else k.gamma * m
+            direction = k.gamma * m
+            if k.alpha != 0 and kind in (Kind.MOMENTUM, Kind.DECOUPLED):
+                direction = k.alpha * g + direction
         if "z" in e:
             z = k.mu * old["z"] + k.kappa * (g - old["previous"])  # (2) for the difference
             e["z"].copy_(z)
@@ -48,7 +50,7 @@ def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
                 v = torch.where(v <= old["v_max"], old["v_max"], v)
                 e["v_max"].copy_(v)
             direction = direction / (_root(v) * k.bias + k.epsilon)
-        if k.rho != 0:
+        if k.rho != 0 and (kind == Kind.DECOUPLED or is_adam(kind)):
             direction = direction + k.rho * theta
         x = theta - k.eta * direction  # (3)
     if "a" in e:
@@ -78,7 +80,7 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table
             for name, column in COLUMN_OF.items()
             if columns[column] != -1
         }
-        first = bool(KEPT_BY[kind]) and ages[i] == 0
+        first = bool(KEPT_BY[kind]) and ages[i] == 0 and not is_adam(kind)
         wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
         scale, w, sample, *flags = table.samplings[columns[SAMPLING]].to(wide)
         row = table.rows[columns[ROW] + first]

@@ -285,7 +285,7 @@ class Launch:
             entries += [master or theta_at, g_at or 0]
             entries += [streams_at.get(name, 0) for name in (AVERAGE, *KEPT)]
             lr = lrs[row // 2] if lrs else 0
-            row += bool(KEPT_BY[kind]) and bool(first) and first[number]
+            row += bool(KEPT_BY[kind]) and bool(first) and first[number] and not is_adam(kind)
             entries += [columns[LENGTH], row, sampling, kind, lr, number]
             entries += [theta_at if master else 0]
 
@@ -307,7 +307,9 @@ class Launch:
     def _coefficients(self, rows: Tensor, samplings: Tensor, agings: list[float]) -> list[Tensor]:
         own = torch.tensor(agings, dtype=torch.float64, device="cpu")
         wide = [t.reshape(-1).to(self._wide) for t in (rows, samplings, own)]
-        bases = rows[:, BASES].reshape(-1)
+        # Of kinds that no age matters to there is nothing to make anything of.
+        aged = any(map(is_adam, rows[:, KIND].tolist()))
+        bases = rows[:, BASES].reshape(-1) if aged else rows.new_empty(0)
         return [bases, *wide]  # eight bytes each come first, where they are aligned
 
     @property

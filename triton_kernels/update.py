@@ -338,7 +338,8 @@ def step_kernel(
             kind = tl.where(tl.load(found_inf) == 0, kind, -1)
         mark = marks + 2 * number
         keeps = kind >= DECOUPLED
-        row = tl.where(keeps & (tl.load(mark) == 0), row + 1, row)
+        if KIND < ADAM:
+            row = tl.where(keeps & (tl.load(mark) == 0), row + 1, row)
         tl.store(mark + 1, 1, mask=keeps & (index == 0))
 
     row_at = rows + row * ROW_COLUMNS
@@ -437,7 +438,10 @@ def power(base, exponent, BITS: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(
+    do_not_specialize=["segments"],
+    do_not_specialize_on_alignment=["table", "bases", "marks", "agings"],
+)
 def age_kernel(table, bases, marks, agings, segments, BLOCK: tl.constexpr):
     """Before a step that the device counts: `aging_of` of csrc/update.h for a launch's segments.
 

@@ -322,7 +322,10 @@ RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int 
       device_samplings != nullptr ? device_samplings[s.sampling] : host_samplings[s.sampling];
   const auto* groups = reinterpret_cast<const CudaGroup<T>*>(launch.tables + launch.groups_at);
   const CudaGroup<T>& group = groups[s.group];
-  const bool first = launch.marks != nullptr ? launch.marks[2 * s.index] == 0 : s.first != 0;
+  bool first = false;
+  if constexpr (!is_adam(most)) {
+    first = launch.marks != nullptr ? launch.marks[2 * s.index] == 0 : s.first != 0;
+  }
   Coefficients<T> k{first ? group.first : group.usual, T(1), sampling.w, sampling.current != 0,
                     sampling.write_back != 0};
   if constexpr (is_adam(most)) {

@@ -28,6 +28,8 @@ from rbwa_fused import reference, rules
 from rbwa_fused.average import weight_of
 from rbwa_fused.engine import backends, doors, segments
 from rbwa_fused.engine.counters import policy_row
+from rbwa_fused.rules import Kind
+from rbwa_fused.streams import KEPT, KEYS
 
 pytest.importorskip("triton")
 pytest.importorskip("numpy")  # what the interpreter computes with
@@ -37,6 +39,11 @@ from rbwa_fused.triton_kernels import step as triton_step
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("RBWA_TRITON_TESTS") == "interpreted"
 CPU = torch.device("cpu")
+# Kinds of which one launch may have several.
+FAMILIES = [
+    (Kind.PLAIN, Kind.MOMENTUM, Kind.DECOUPLED, Kind.DIFFERENCE),
+    (Kind.ADAM, Kind.AMSGRAD),
+]
 NAMED = [name for name in AVERAGES if name not in ("custom", "same-dtype")]
 
 
@@ -160,15 +167,20 @@ class TestInterpreted:
         ps = params(torch.float32)
         run_twice(monkeypatch, "rsgdm explicit", "mean-write-back", torch.float32, ps, steps=3)
 
-    def test_any_coefficients_and_infinities_do_as_in_the_reference(self) -> None:
+    @pytest.mark.parametrize("kinds", FAMILIES, ids=str)
+    def test_any_coefficients_and_infinities_do_as_in_the_reference(
+        self, kinds: tuple[Kind, ...]
+    ) -> None:
         random = torch.Generator().manual_seed(0)
-        kinds = (rules.Kind.PLAIN, rules.Kind.MOMENTUM, rules.Kind.DIFFERENCE)
-        groups = list(itertools.product(kinds, (0.0, 1.0), (0.0, 1.0)))
-        numbers = torch.rand(2 * len(groups), 10, generator=random, dtype=torch.float64)
-        lambda_, alpha = rules.COLUMNS.index("lambda_"), rules.COLUMNS.index("alpha")
+        groups = list(itertools.product(kinds, (0.0, 1.0), (0.0, 1.0), (0.0, 1.0)))
+        columns = len(rules.COLUMNS)
+        numbers = torch.rand(2 * len(groups), columns, generator=random, dtype=torch.float64)
+        dropped = [rules.COLUMNS.index(name) for name in ("lambda_", "alpha", "rho")]
         for i, (kind, *zeros) in enumerate(groups):
             numbers[2 * i : 2 * i + 2, 0] = kind
-            numbers[2 * i : 2 * i + 2, [lambda_, alpha]] *= torch.tensor(zeros).double()
+            numbers[2 * i : 2 * i + 2, dropped] *= torch.tensor(zeros).double()
+            if kind == Kind.MOMENTUM:  # served as Kind.DECOUPLED
+                numbers[2 * i : 2 * i + 2, rules.COLUMNS.index("rho")] = 0.0
         flags = (0.0, 1.0)
         samplings = [
             [0.5, *row] for row in itertools.product((0.0, 0.3, 1.0), (1.0,), flags, flags)
@@ -184,13 +196,17 @@ class TestInterpreted:
             g[3] = -torch.inf
             memory[-1][5] = torch.inf
             grads.append(None if i % 7 == 0 else g)
-        for stream in ("average", *rules.KEPT_BY[rules.Kind.DIFFERENCE]):
+        keys = {"average": "average"} | {slot: key for key, slot in KEYS.items()}
+        for slot in ("average", *KEPT):
             own = [
                 i
                 for i, (group, _) in enumerate(every)
-                if stream == "average" or stream in rules.KEPT_BY[groups[group][0]]
+                if slot == "average" or slot in rules.KEPT_BY[groups[group][0]]
             ]
-            table.attach(stream, {i: torch.randn(40, generator=random) for i in own})
+            held = {i: torch.randn(40, generator=random) for i in own}
+            if slot.startswith("v"):
+                held = {i: tensor.abs() for i, tensor in held.items()}
+            table.attach(keys[slot], held)
         table.set_ages(i % 2 for i in range(len(memory)))
         tables = table.table(numbers, torch.tensor(samplings, dtype=torch.float64))
         for i, buffer in enumerate(tables.state):
@@ -305,9 +321,9 @@ class TestInterpreted:
             copied.clear()
             opt.step()
             steady.append(list(copied))
-        table = len(ps) * 13 * 8
+        table = len(ps) * 15 * 8
         assert sum(steady[0]) > table
-        alone = 4 * (10 * 2 + 5 * 2)  # two rows of a group, two of a sampler
+        alone = 4 * (14 * 2 + 5 * 2)  # two rows of a group, two of a sampler
         assert steady[2:] == [[alone]] * 10
 
     @pytest.mark.parametrize("name", NAMED)
@@ -443,6 +459,7 @@ class Counters(SimpleNamespace):
             samplings32=torch.zeros(rows, 5),
             samplings64=torch.zeros(rows, 5, dtype=torch.float64),
             marks=torch.zeros(segments, 2, dtype=torch.int32),
+            agings=torch.full((segments, 3), torch.nan, dtype=torch.float64),
             grad_scale=None,
             found_inf=None,
             lrs=[],
@@ -482,6 +499,7 @@ class OnDevice:
         self.state = {
             name: {i: torch.zeros_like(p).detach() for i, p in enumerate(ps)}
             for name in opt.engine.rule.streams
+            if opt.engine.rule.name != "adam" or opt.defaults["amsgrad"] or "max" not in name
         }
         if policy is not None and not policy.elided_for(ps[0].dtype):
             dtype = policy.dtype_for(ps[0].dtype)
@@ -516,17 +534,23 @@ def disassemble(cubin: bytes, folder: Path) -> Counter[str]:
     return Counter(re.findall(r"^\s+(?:/\*\w+\*/)?\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M))
 
 
-# dtype, dtype of theta and of averages, rule, averaged, counters on the device
+# dtype, dtype of theta, of what is kept and of averages, rule, averaged, counters on the device
 KERNELS = [
-    ("float32", "float32", "float32", "PLAIN", False, False),
-    ("float32", "float32", "float32", "MOMENTUM", False, False),
-    ("float32", "float32", "float32", "MOMENTUM", True, False),
-    ("float32", "float32", "float32", "DIFFERENCE", True, True),
-    ("bfloat16", "bfloat16", "float32", "MOMENTUM", True, False),
-    ("bfloat16", "bfloat16", "float32", "DIFFERENCE", True, True),
-    ("bfloat16", "float32", "float32", "MOMENTUM", False, False),
-    ("float16", "float32", "float32", "DIFFERENCE", True, True),
-    ("float16", "float16", "float16", "MOMENTUM", True, True),
+    ("float32", "float32", "float32", "float32", "PLAIN", False, False),
+    ("float32", "float32", "float32", "float32", "DECOUPLED", False, False),
+    ("float32", "float32", "float32", "float32", "DECOUPLED", True, False),
+    ("float32", "float32", "float32", "float32", "DIFFERENCE", True, True),
+    ("bfloat16", "bfloat16", "bfloat16", "float32", "DECOUPLED", True, False),
+    ("bfloat16", "bfloat16", "bfloat16", "float32", "DIFFERENCE", True, True),
+    ("bfloat16", "float32", "float32", "float32", "DECOUPLED", False, False),
+    ("float16", "float32", "float32", "float32", "DIFFERENCE", True, True),
+    ("float16", "float16", "float16", "float16", "DECOUPLED", True, True),
+    ("float32", "float32", "float32", "float32", "ADAM", False, False),
+    ("float32", "float32", "float32", "float32", "ADAM", True, False),
+    ("float32", "float32", "float32", "float32", "AMSGRAD", True, True),
+    ("bfloat16", "bfloat16", "float32", "float32", "ADAM", True, False),
+    ("bfloat16", "float32", "float32", "float32", "ADAM", True, True),
+    ("float16", "float16", "float16", "float16", "AMSGRAD", True, False),
 ]
 
 
@@ -548,7 +572,8 @@ class TestCompiled:
         p = torch.ones(3)
         table = segments.Segments()
         table.add(p, 0, 0, row=0, sampling=0)
-        rows = torch.zeros(2, 10, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
+        columns = len(rules.COLUMNS)
+        rows = torch.zeros(2, columns, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
             triton_step.step_triton([p], [p], table.table(*rows))
         assert "mps" in (triton_step.available(torch.device("mps")) or "")
@@ -568,7 +593,7 @@ assert "pip install triton" in step.available(torch.device("cuda"))
     @pytest.mark.parametrize("parts", [1, triton_step.PARTS])
     @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "-".join(map(str, k)))
     def test_full_chunks_move_128_bits_an_instruction_and_spill_nothing(
-        self, kernel: tuple[str, str, str, str, bool, bool], parts: int, tmp_path: Path
+        self, kernel: tuple[str, str, str, str, str, bool, bool], parts: int, tmp_path: Path
     ) -> None:
         import triton
         import triton.language as tl
@@ -581,12 +606,14 @@ assert "pip install triton" in step.available(torch.device("cuda"))
             update = sys.modules[f"{triton_step.__package__}.update"]
         if not isinstance(update.step_kernel, triton.JITFunction):
             pytest.skip("TRITON_INTERPRET is set")
-        dtype, theta, average, rule, averaged, deferred = kernel
+        dtype, theta, kept_dtype, average, rule, averaged, deferred = kernel
         pointers = {"chunks": "*i32", "table": "*i64", "rows": "*fp32", "samplings": "*fp32"}
+        pointers["agings"] = "*fp32"
         counting = {"marks": "*i32", "grad_scale": "*fp32", "found_inf": "*fp32"}
         constants: dict[str, Any] = {
             "DTYPE": getattr(tl, dtype),
             "THETA_DTYPE": getattr(tl, theta),
+            "KEPT_DTYPE": getattr(tl, kept_dtype),
             "AVERAGE_DTYPE": getattr(tl, average),
             "KIND": getattr(update, rule).value,
             "AVERAGED": averaged,
@@ -616,8 +643,15 @@ assert "pip install triton" in step.available(torch.device("cuda"))
 
         of_average = vectors(average) * averaged
         of_param = vectors(dtype) * (theta != dtype)  # beside its master
-        kept = {"PLAIN": [1], "MOMENTUM": [1, 2], "DIFFERENCE": [1, 2, 4]}[rule]
-        both = [n * vectors(theta) + of_param + of_average for n in kept]
+        kept = {
+            "PLAIN": [0],
+            "DECOUPLED": [0, 1],
+            "DIFFERENCE": [0, 1, 3],
+            "ADAM": [2],
+            "AMSGRAD": [2, 3],
+        }[rule]
+        own = vectors(theta) + of_param + of_average
+        both = [n * vectors(kept_dtype) + own for n in kept]
         loads = sum(both) + len(kept) * vectors(dtype)
         stores = sum(both) + len(kept) * vectors(dtype) * deferred
         if averaged:  # a segment without a gradient
@@ -625,7 +659,7 @@ assert "pip install triton" in step.available(torch.device("cuda"))
             loads, stores = loads + alone, stores + alone
         assert found["LDG.E.128"] == loads and found["STG.E.128"] == stores, found
         forbidden = r"(DADD|DMUL|DFMA|DSETP)\b"
-        if not deferred:  # the reciprocal of the loss scale is a division
+        if not deferred and "A" not in rule[:1]:  # the reciprocal of the loss scale divides
             forbidden += r"|FFMA|.*\.FTZ"
         # Triton 3.6 and 3.8 keep two words of some kernels of four blocks in local memory.
         assert found["STL"] + found["LDL"] <= (0 if parts == 1 else 4), found

@@ -24,6 +24,7 @@ from rules import RULES
 from torch import Tensor, nn
 
 from rbwa_fused.engine.counters import DeviceCounters
+from rbwa_fused.rules import Kind
 from rbwa_fused.streams import DTYPES
 
 pytest.importorskip("triton")
@@ -49,7 +50,7 @@ FULL = os.environ.get("RBWA_PROFILE") == "long"
 class Variant(NamedTuple):
     """What one step kernel is compiled for."""
 
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameters, theta, averages
+    dtypes: tuple[torch.dtype, ...]  # of parameters, theta, what is kept, averages
     rule: int
     averaged: bool
     given: tuple[bool, bool, bool]  # marks, grad_scale, found_inf
@@ -57,9 +58,10 @@ class Variant(NamedTuple):
 
 
 DTYPE_SETS = [
-    (dtype, theta, average)
+    (dtype, theta, kept, average)
     for dtype in DTYPES
     for theta in dict.fromkeys((dtype, dtype if dtype in WIDE else torch.float32))
+    for kept in dict.fromkeys((theta, theta if theta in WIDE else torch.float32))
     for average in dict.fromkeys((theta, theta if theta in WIDE else torch.float32))
 ]
 COUNTED = [(False, False, False), *itertools.product([True], (False, True), (False, True))]
@@ -67,7 +69,7 @@ VARIANTS = [
     Variant(*choices)
     for choices in itertools.product(
         DTYPE_SETS,
-        (rule.value for rule in (update.PLAIN, update.MOMENTUM, update.DIFFERENCE)),
+        (int(kind) for kind in Kind if kind not in (Kind.SAMPLE, Kind.MOMENTUM)),
         (False, True),
         COUNTED,
         (1, triton_step.PARTS),
@@ -150,12 +152,13 @@ def counters(samplers: int = 1) -> DeviceCounters:
         samplings64=torch.zeros(2 * samplers, 5, dtype=torch.float64),
         samplings32=torch.zeros(2 * samplers, 5),
         marks=torch.zeros(3, 2, dtype=torch.int32),
+        agings=torch.zeros(3, 3, dtype=torch.float64),
     )
 
 
 def launch_step(variant: Variant, offset: int = 0) -> None:
     """Launches a variant; its tables lie `offset` elements off the alignment."""
-    dtype, theta, average = variant.dtypes
+    dtype, *others = variant.dtypes
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def table(columns: int, of: torch.dtype) -> Tensor:
@@ -168,12 +171,11 @@ def launch_step(variant: Variant, offset: int = 0) -> None:
         deferred = replace(
             counters(), grad_scale=one if scaled else None, found_inf=one if skipping else None
         )
-    rows = table(10, wide), table(5, wide)
-    upload = triton_step.Upload(
-        rows[0], table(13, torch.int64), *rows, variant.rule, variant.averaged
-    )
+    entries, bases = table(15, torch.int64), table(8, torch.float64)
+    tables = entries, bases, table(28, wide), table(5, wide), table(9, wide)
+    upload = triton_step.Upload(entries, *tables, variant.rule, variant.averaged)
     chunks = torch.zeros(5, 2, dtype=torch.int32)
-    launch = triton_step.Launch(dtype, theta, average, [], chunks, variant.parts)
+    launch = triton_step.Launch(dtype, *others, [], chunks, variant.parts)
     launch._launch(upload, deferred)
 
 
@@ -255,8 +257,9 @@ def test_the_counters_kernel_compiles_to_machine_code(gpu: Gpu) -> None:
 def test_tables_anywhere_in_memory_need_no_kernel_of_their_own(gpu: Gpu) -> None:
     """One that had to be compiled in the middle of training, or of a capture."""
     variant = VARIANTS[-1]._replace(given=(True, True, True))
-    (on, off) = (gpu.sources_of(launch_step, variant, offset)[0] for offset in (0, 1))
-    assert on.key == off.key
+    on, off = (gpu.sources_of(launch_step, variant, offset) for offset in (0, 1))
+    assert len(on) == 2  # ages come first
+    assert [source.key for source in on] == [source.key for source in off]
 
 
 def train(options: dict[str, Any]) -> None:
