@@ -18,7 +18,7 @@ import rbwa_fused as rf
 
 pytest.importorskip("rbwa_fused._C")
 FORMS = list(itertools.product((True, False), repeat=2))  # small, with a table of blocks
-SEGMENT, GROUP, SAMPLING = 80, 80, 20  # bytes in a launch, float32
+SEGMENT, GROUP, SAMPLING = 96, 160, 20  # bytes in a launch, float32
 SMALL = 8128  # of tables
 
 

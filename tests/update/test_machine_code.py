@@ -14,6 +14,7 @@ import pytest
 
 from rbwa_fused.engine import backends
 from rbwa_fused.engine.counters import POLICY_COLUMNS
+from rbwa_fused.rules import KEPT_BY, Kind, is_adam
 
 if backends._C_cuda is None:
     pytest.skip("the CUDA kernels are not built here", allow_module_level=True)
@@ -23,12 +24,14 @@ ARCHITECTURES = [
     for name in ("sm_80", "sm_90")
     if f"{name[-2]}.{name[-1]}" in backends._C_cuda.ARCHITECTURES
 ]
-# As g++ mangles it: storage of the parameter, of theta, of the average, where
-# S1_ repeats the first; kind, averaged, arithmetic; bytes of tables.
-NAME = r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)(f|d|S1_)L4Kind(\d)ELb(\d)E[fd]Li(\d+)E"
-TABLE_BYTES, SMALL_TABLE_BYTES = 32688, 8128
+# As g++ mangles it: storage of the parameter, of theta, of what is kept, of the average, where S1_
+# repeats the first; kind, averaged, arithmetic; bytes of tables.
+OTHER = r"(f|d|S1_)"
+NAME = rf"step_kernelI(f|d|6__half|13__nv_bfloat16){OTHER * 3}L4Kind(\d)ELb(\d)E[fd]Li(\d+)E"
+TABLE_BYTES, SMALL_TABLE_BYTES = 32672, 8128
 SIZES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
-PLAIN, MOMENTUM, DIFFERENCE = 1, 2, 3  # enum Kind
+SERVING = (Kind.PLAIN, Kind.DECOUPLED, Kind.DIFFERENCE, Kind.ADAM, Kind.AMSGRAD)
+STEPS = 80  # kernels that take one
 THREADS = 256
 REGISTERS = 65536  # of a multiprocessor, handed out to a thread by eights
 MOST_THREADS = 2048
@@ -36,11 +39,12 @@ IN_FLIGHT = 64 * 1024  # bytes of loads a multiprocessor needs to hide the memor
 
 
 class Kernel(NamedTuple):
-    """One compiled step: storage of the parameter, of theta (another for a master) and of the
-    average, enum Kind, averaged, bytes of the launch's tables, registers, code."""
+    """One compiled step: storage of the parameter, of theta (another for a master), of what is kept
+    and of the average, enum Kind, averaged, bytes of the launch's tables, registers, code."""
 
     storage: str
     theta: str
+    kept: str
     average: str
     kind: int
     averaged: bool
@@ -51,13 +55,18 @@ class Kernel(NamedTuple):
     @property
     def bytes_in_flight(self) -> int:
         """What a thread has loaded before it uses the first of it (csrc/cuda/body.h)."""
+        return 16 * (1 + self.vectors) * (1 if SIZES[self.storage] == 2 else 2)
+
+    @property
+    def vectors(self) -> int:
+        """Of 128 bits, beside one of the gradient: of theta and its parameter, of what is kept and
+        of the average."""
         size = SIZES[self.storage]
-        kept = SIZES[self.theta] // size  # vectors of theta, m, z, previous
-        vectors = 1 + kept * (1 + (self.kind >= MOMENTUM) + 2 * (self.kind == DIFFERENCE))
-        vectors += self.theta != self.storage  # the parameter beside its master
+        vectors = SIZES[self.theta] // size + (self.theta != self.storage)
+        vectors += len(KEPT_BY[self.kind]) * (SIZES[self.kept] // size)
         if self.averaged:
             vectors += SIZES[self.average] // size
-        return 16 * vectors * (1 if size == 2 else 2)
+        return vectors
 
 
 def cuobjdump(*args: str) -> str:
@@ -78,8 +87,8 @@ def kernels(architecture: str) -> list[Kernel]:
         name = part.split(maxsplit=1)[0]
         kind = re.search(NAME, name)
         if kind is not None:
-            storage, theta, average, rule, averaged, table_bytes = kind.groups()
-            dtypes = storage, *(storage if s == "S1_" else s for s in (theta, average))
+            storage, *others, rule, averaged, table_bytes = kind.groups()
+            dtypes = storage, *(storage if s == "S1_" else s for s in others)
             sizes = int(table_bytes), int(registers[name])
             found.append(Kernel(*dtypes, int(rule), averaged == "1", *sizes, part))
     return found
@@ -87,17 +96,19 @@ def kernels(architecture: str) -> list[Kernel]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_there_is_a_kernel_for_every_set_of_streams(architecture: str) -> None:
-    kinds = {kernel[:6] for kernel in kernels(architecture)}
+    kinds = {kernel[:7] for kernel in kernels(architecture)}
     expected = {
-        (storage, theta, average, rule, averaged, table_bytes)
+        (storage, theta, kept, average, int(rule), averaged, table_bytes)
         for storage, size in SIZES.items()
         for theta in ({storage, "f"} if size == 2 else {storage})
-        for rule in (PLAIN, MOMENTUM, DIFFERENCE)
-        for averaged in (False, True)
+        for rule in SERVING
+        for wide in (rule == Kind.DECOUPLED or is_adam(rule),)
+        for kept in ({theta, "f"} if wide and size == 2 else {theta})
+        for averaged in ({True} if is_adam(rule) else {False, True})
         for average in ({theta, "f"} if averaged and size == 2 else {theta})
         for table_bytes in {TABLE_BYTES, SMALL_TABLE_BYTES if storage == "f" else TABLE_BYTES}
     }
-    assert kinds == expected and len(kernels(architecture)) == len(expected) == 48
+    assert kinds == expected and len(kernels(architecture)) == len(expected) == STEPS
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -108,52 +119,50 @@ def test_a_kernel_for_small_launches_is_the_same_with_less_to_hand_over(architec
         for name, size in re.findall(r"Function (\S+):\s+REG:\d+.*?CONSTANT\[0\]:(\d+)", usage)
     }
     small = {name: size for name, size in handed.items() if f"Li{SMALL_TABLE_BYTES}E" in name}
-    assert len(small) == 6
+    assert len(small) == 8
     for name, size in small.items():
         large = name.replace(f"Li{SMALL_TABLE_BYTES}E", f"Li{TABLE_BYTES}E")
         twins = [
             handed[other] for other in handed if other.split("EEv")[0] == large.split("EEv")[0]
         ]
         assert twins == [size + TABLE_BYTES - SMALL_TABLE_BYTES], name
-    by_kind = {kernel[:6]: kernel.registers for kernel in kernels(architecture)}
+    by_kind = {kernel[:7]: kernel.registers for kernel in kernels(architecture)}
     for kind, registers in by_kind.items():
-        if kind[5] == SMALL_TABLE_BYTES:
-            assert registers == by_kind[(*kind[:5], TABLE_BYTES)]
+        if kind[6] == SMALL_TABLE_BYTES:
+            assert registers == by_kind[(*kind[:6], TABLE_BYTES)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memory_is_read_and_written_by_128_bits(architecture: str) -> None:
     for kernel in kernels(architecture):
-        streams = 1 + (kernel.kind >= MOMENTUM) + 2 * (kernel.kind == DIFFERENCE) + kernel.averaged
-        streams *= SIZES[kernel.theta] // SIZES[kernel.storage]
-        streams += kernel.theta != kernel.storage  # the parameter beside its master
         loads = len(re.findall(r"\bLDG\.E[.A-Z]*\.128\b", kernel.code))
         stores = len(re.findall(r"\bSTG\.E[.A-Z]*\.128\b", kernel.code))
-        assert loads >= streams + 1, kernel[:5]  # and the gradient
-        assert stores >= streams, kernel[:5]
+        assert loads >= kernel.vectors + 1, kernel[:6]  # and the gradient
+        assert stores >= kernel.vectors, kernel[:6]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_goes_through_local_memory(architecture: str) -> None:
     for kernel in kernels(architecture):
-        assert not re.findall(r"\b(?:LDL|STL)\b", kernel.code), kernel[:5]
+        assert not re.findall(r"\b(?:LDL|STL)\b", kernel.code), kernel[:6]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_float64_computes_in_float64(architecture: str) -> None:
     for kernel in kernels(architecture):
         arithmetic = re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP)\b", kernel.code)
-        assert bool(arithmetic) == (kernel.storage == "d"), kernel[:5]
+        assert bool(arithmetic) == (kernel.storage == "d"), kernel[:6]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_multiply_add_is_contracted(architecture: str) -> None:
-    """It would round once where the CPU rounds twice. FFMA and DFMA remain in 1/grad_scale only."""
+    """It would round once where the CPU rounds twice. FFMA and DFMA remain in 1/grad_scale, and in
+    Adam's divisions and roots."""
     for kernel in kernels(architecture):
         if kernel.storage != "d":
             fused = re.findall(r"\bFFMA\b", kernel.code)
-            reciprocal = re.findall(r"\bMUFU\.RCP\b", kernel.code)
-            assert len(fused) <= 8 * len(reciprocal), kernel[:5]
+            reciprocal = re.findall(r"\bMUFU\.(?:RCP|RSQ)\b", kernel.code)
+            assert len(fused) <= 8 * len(reciprocal), kernel[:6]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -161,7 +170,7 @@ def test_registers_leave_room_for_enough_loads_in_flight(architecture: str) -> N
     for kernel in kernels(architecture):
         of_a_block = THREADS * -(-kernel.registers // 8) * 8
         blocks = min(REGISTERS // of_a_block, MOST_THREADS // THREADS)
-        assert blocks * THREADS * kernel.bytes_in_flight >= IN_FLIGHT, (kernel[:6], blocks)
+        assert blocks * THREADS * kernel.bytes_in_flight >= IN_FLIGHT, (kernel[:7], blocks)
 
 
 @functools.cache
@@ -194,7 +203,7 @@ def test_replicas_are_pulled_by_128_bits_in_registers_and_their_own_arithmetic(
 def test_every_kernel_that_may_be_launched_is_compiled(architecture: str) -> None:
     sass = cuobjdump("-sass", "-arch", architecture)
     names = re.findall(r"Function : \S*?([a-z]+)_kernel", sass)
-    assert Counter(names) == {"step": 48, "pull": 4, "advance": 1}
+    assert Counter(names) == {"step": STEPS, "age": 2, "pull": 4, "advance": 1}
 
 
 def test_python_and_cpp_agree_on_a_policy() -> None:
@@ -202,4 +211,4 @@ def test_python_and_cpp_agree_on_a_policy() -> None:
 
 
 def test_the_module_is_small_enough_to_ship() -> None:
-    assert Path(backends._C_cuda.__file__).stat().st_size < 3.5e6
+    assert Path(backends._C_cuda.__file__).stat().st_size < 5e6

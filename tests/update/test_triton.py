@@ -441,9 +441,12 @@ class TestInterpreted:
                     wide = torch.promote_types(dtype, torch.float32)
                     unscaled = grads[i].to(wide) * (1 / scale.to(wide))
                     assert_same(p.grad, grads[i] if skipped else unscaled.to(dtype), (step, i))
-                for name, value in states(opt, q).items():
+                held = states(opt, q)
+                age = int(held.pop("step", 0))
+                for name, value in held.items():
                     assert_same(device.state[name][i], value, (step, i, name))
-                started = "momentum_buffer" in states(opt, q)
+                started = opt.engine.rule.streams[0] in held
+                assert age in (0, device.deferred.marks[i, 0]), (step, i)
                 assert (device.deferred.marks[i, 0] > 0) == started, (step, i)
         assert device.deferred.counts.tolist() == [9, opt.n_averaged, 0]
 
