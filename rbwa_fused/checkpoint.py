@@ -73,13 +73,23 @@ def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Grou
         group.update(zip(OURS, (engine.rule.name, engine.steps, n_averaged, *left), strict=True))
         for key in TORCHS:
             group.pop(key, None)
-    params = chain.from_iterable(group["params"] for group in live_groups)
-    for key, p in zip(
-        chain.from_iterable(group["params"] for group in groups), params, strict=True
-    ):
-        if p in waiting and key in saved["state"]:
-            held = saved["state"][key].items()
-            saved["state"][key] = {k: v for k, v in held if k not in waiting[p]}
+    for live, group in zip(live_groups, groups, strict=True):
+        for key, p in zip(group["params"], live["params"], strict=True):
+            held = saved["state"].get(key, {})
+            if p in waiting:
+                held = {k: v for k, v in held.items() if k not in waiting[p]}
+            if engine.rule.counts and held and STEP not in held:
+                held = {**unstepped(engine.rule, live, p), **held}
+            if key in saved["state"]:
+                saved["state"][key] = held
+
+
+def unstepped(rule: Rule, group: Group, param: Tensor) -> dict[str, Tensor]:
+    """What torch.optim.Adam looks for in the state of a parameter that has any, such as an average:
+    before the first step zeros. One that is frozen is not stepped, and takes no more memory."""
+    streams = rule.streams_of(rule.coefficients(group, True).kind)
+    zeros = {stream: torch.zeros_like(param.detach()) for stream in streams if param.requires_grad}
+    return {STEP: torch.zeros((), dtype=torch.float32, device="cpu"), **zeros}
 
 
 def read(
@@ -284,7 +294,7 @@ def check_state(
     needed = tuple(stream for stream in rule.streams if stream not in rule.late)
     needed = (STEP, *needed) if rule.counts else needed
     kept = tuple(stream for stream in needed if stream in held)
-    if kept not in ((), needed):
+    if kept not in ((), needed) and kept != (STEP,):  # which a frozen parameter has
         raise ValueError(f"the checkpoint's state of {name} has {kept}, not all of {needed}")
     if rule.counts and STEP in held and not 0 <= number(STEP, held[STEP]) < 2**63:
         raise ValueError(f"Invalid step of {name} in the checkpoint: {held[STEP]}")

@@ -42,10 +42,12 @@ class Literal(Protocol):
 
 
 def sgd(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
-    """torch.optim.SGD, as its documentation prints it."""
+    """torch.optim.SGD, as its documentation prints it. Decoupled decay is that of SGDW (Loshchilov
+    and Hutter, 2019), multiplied by lr as AdamW's is in torch; without momentum it is the same."""
+    decoupled = o.get("decoupled_weight_decay") and o["momentum"] != 0
     if o["maximize"]:
         g = -g
-    if o["weight_decay"] != 0:
+    if o["weight_decay"] != 0 and not decoupled:
         g = g + o["weight_decay"] * theta
     if o["momentum"] != 0:
         b = g
@@ -53,6 +55,8 @@ def sgd(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
             b = o["momentum"] * state["momentum_buffer"] + (1 - o["dampening"]) * g
         state["momentum_buffer"] = b
         g = g + o["momentum"] * b if o["nesterov"] else b
+    if o["weight_decay"] != 0 and decoupled:
+        g = g + o["weight_decay"] * theta
     return theta - o["lr"] * g
 
 
@@ -102,16 +106,6 @@ def rsgdm_implicit(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
         u = beta * state["momentum_buffer"] + (1 - beta) * g
     state["momentum_buffer"] = u
     return theta - o["lr"] * (beta * u + (1 - beta) * g)
-
-
-def sgdw(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
-    """SGDW (Loshchilov and Hutter, 2019), whose decay is multiplied by lr, as AdamW's in torch."""
-    x = sgd(state, theta, g, {**o, "weight_decay": 0.0})
-    if o["momentum"] == 0:
-        return sgd(state, theta, g, o)  # the same, and one operation less
-    m = g if not o["maximize"] else -g
-    m = m + o["momentum"] * state["momentum_buffer"] if o["nesterov"] else state["momentum_buffer"]
-    return theta - o["lr"] * (m + o["weight_decay"] * theta) if o["weight_decay"] != 0 else x
 
 
 def _power(base: float, exponent: int) -> float:
@@ -344,7 +338,7 @@ RULES: dict[str, Rule] = {
     "sgdw": Rule(
         rf.FusedSGD,
         {"lr": 0.2, "momentum": 0.7, "weight_decay": 0.1, "decoupled_weight_decay": True},
-        sgdw,
+        sgd,
         OF_SGDW,
         _nesterov_alone,
     ),

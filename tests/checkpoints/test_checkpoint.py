@@ -770,7 +770,10 @@ def _resume(model: Any, opt: Any) -> tuple[Any, Any]:
     saved = opt.state_dict()
     rules = {"rsgdm_implicit": "implicit", "rsgdm_explicit": "explicit", "sgdm": None}
     rule = saved["param_groups"][0]["rule"]
-    new = type(opt)(members, **({"difference": rules[rule]} if rule in rules else {}))
+    options = {"difference": rules[rule]} if rule in rules else {}
+    if rule == "adam":
+        options["state_dtype"] = opt.engine.options.state_dtype
+    new = type(opt)(members, **options)
     new.load_state_dict(saved)
     return fresh, new
 

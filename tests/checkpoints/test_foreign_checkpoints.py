@@ -89,7 +89,10 @@ def test_another_optimizers_checkpoint_changes_no_hyperparameter_and_no_state(
     parameters = matrices()
     opt = stepped(ALGORITHMS[rule].made(parameters, average=rf.ema(0.5)), 3, parameters)
     before = snapshot(opt)
-    with pytest.raises(ValueError, match=r"another optimizer's, with .*lr.* and without .*dampen"):
+    lacks = "amsgrad" if ALGORITHMS[rule].torchs is torch.optim.Adam else "dampening"
+    with pytest.raises(
+        ValueError, match=rf"another optimizer's, with .*lr.* and without .*{lacks}"
+    ):
         load(opt, saved)
     assert snapshot(opt) == before
 
