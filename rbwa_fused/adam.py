@@ -82,6 +82,7 @@ class FusedAdam(FusedOptimizer):
         fused: bool | None = None,
     ) -> None:
         rules.implementation(foreach, differentiable, fused)
+        rules.tensors_with_foreach(lr, betas, foreach, capturable)
         if state_dtype not in get_args(StateDtype):
             raise ValueError(
                 f"Invalid state_dtype: {state_dtype!r} (expected one of {get_args(StateDtype)})"

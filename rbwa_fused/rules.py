@@ -284,6 +284,20 @@ def implementation(foreach: Any, differentiable: Any, fused: Any) -> None:
         )
 
 
+def tensors_with_foreach(lr: Any, betas: Any, foreach: Any, capturable: bool) -> None:
+    """Raise where torch.optim.Adam's ``foreach`` would read tensors on the host, in its words."""
+    if not foreach or capturable:
+        return
+    named = {"lr": lr}
+    if isinstance(betas, tuple | list):
+        named |= {f"betas[{i}]": beta for i, beta in enumerate(betas)}
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} as a Tensor is not supported for capturable=False and foreach=True"
+            )
+
+
 def remember_momentum(group: Group) -> Memory:
     """Implicit RSGDM's one buffer is that of this momentum (docs/equivalences.md)."""
     return {IMPLICIT: float(group["momentum"])}

@@ -125,8 +125,9 @@ def adam(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
     if decay != 0 and not decoupled:
         g = g + decay * theta
     beta1, beta2 = map(float, o["betas"])
-    step = state["step"] + 1.0 if "step" in state else _one(g)
-    t = int(step.v if isinstance(step, Value) else step)
+    before = state.get("step", 0)
+    t = int(before.v if isinstance(before, Value) else before) + 1
+    step = _count(t, g)
     m = beta1 * state.get("exp_avg", 0.0 * g) + (1 - beta1) * g
     v = beta2 * state.get("exp_avg_sq", 0.0 * g) + ((1 - beta2) * g) * g
     state.update(step=step, exp_avg=m, exp_avg_sq=v)
@@ -140,10 +141,11 @@ def adam(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
     return theta - (o["lr"] / correction) * d
 
 
-def _one(like: N) -> N:
-    """The count of a first step: a number of its own, exact in any arithmetic."""
-    one = torch.ones((), dtype=torch.float64)
-    return Value(one, torch.zeros_like(one), like.arithmetic) if isinstance(like, Value) else one
+def _count(steps: int, like: N) -> N:
+    """A number of no shape, exact in any arithmetic."""
+    count = torch.full((), float(steps), dtype=torch.float64)
+    exact = torch.zeros_like(count)
+    return Value(count, exact, like.arithmetic) if isinstance(like, Value) else count
 
 
 def _larger(a: N, b: N) -> N:

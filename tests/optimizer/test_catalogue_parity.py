@@ -64,7 +64,12 @@ class TestParity(TestCase):
             if "average" in group:
                 continue
             nets, params = zip(*(network(device, dtype) for _ in range(2)), strict=True)
-            loop = COUNTERPARTS[optim_info.optim_cls](params[0], **group, foreach=False)
+            how: dict[str, bool] = {"foreach": False}
+            if "betas" in optim_info.optim_cls(params[1]).defaults and dtype.itemsize == 2:
+                # The loop's root of a 16-bit v is 0 where that is small, and its step infinite.
+                how = {"fused": True}
+                alone["state_dtype"] = "param"
+            loop = COUNTERPARTS[optim_info.optim_cls](params[0], **group, **how)
             opt = optim_info.optim_cls(params[1], **deepcopy(group), **alone)
             for step in range(7):
                 for net, one in zip(nets, (loop, opt), strict=True):
@@ -137,8 +142,10 @@ class TestParity(TestCase):
         for p in net.parameters():
             nn.init.ones_(p)
             p.grad = torch.ones_like(p)
-        optim_info.optim_cls(net.parameters(), lr=0.5, momentum=0).step()
-        assert [p.unique().tolist() for p in net.parameters()], [[0.5] == [0.5]]
+        options = {"momentum": 0} if "momentum" in optim_info.optim_cls([real]).defaults else {}
+        optim_info.optim_cls(net.parameters(), lr=0.5, **options).step()
+        for p in net.parameters():
+            assert ulps(p.detach(), torch.full_like(p, 0.5)) <= 2
 
     @parametrize("default", [torch.float64, torch.float16])
     @optims(INFOS)

@@ -68,11 +68,17 @@ def made(cls: Any, lr: Any = 0.1, **options: Any) -> tuple[list[nn.Parameter], A
 
 
 def take(ps: list[nn.Parameter], opt: Any, step: int) -> tuple[Any, Any]:
-    """A step with gradients that do not depend on the weights. Returns both groups' numbers."""
+    """A step with gradients that do not depend on the weights. Returns both groups' numbers: the
+    rate, and the momentum or Adam's betas."""
     for p in ps:
         p.grad = torch.sin(torch.arange(p.numel()) + step)
     opt.step()
-    return [float(g["lr"]) for g in opt.param_groups], [g["momentum"] for g in opt.param_groups]
+    groups = opt.param_groups
+    return [float(g["lr"]) for g in groups], [g[_cycled(g)] for g in groups]
+
+
+def _cycled(group: Any) -> str:
+    return "betas" if "betas" in group else "momentum"
 
 
 def scheduled(name: str, cls: Any, **options: Any) -> tuple[list[Tensor], list[Any], list[str]]:
@@ -118,7 +124,7 @@ def test_a_rule_takes_a_schedulers_numbers_as_if_set_by_hand(name: str, rule: st
     ps, opt = made(ALGORITHMS[rule].cls, **options)
     for step, (lrs, momenta) in enumerate(numbers):
         for group, lr, momentum in zip(opt.param_groups, lrs, momenta, strict=True):
-            group.update(lr=lr, momentum=momentum)
+            group.update({"lr": lr, _cycled(group): momentum})
         take(ps, opt, step)
     same_bits(driven, [p.detach() for p in ps])
 

@@ -247,7 +247,8 @@ class TestState(TestCase):
     ) -> None:
         for kwargs in inputs(optim_info, device):
             problem, opt = trained(optim_info, kwargs, device, steps=1)
-            kept = opt.engine.rule.streams if opt.defaults["momentum"] != 0 else ()
+            kept = opt.engine.tables.plan.groups[0].kept
+            assert bool(kept) == (opt.defaults.get("momentum", 1) != 0)
             assert all(set(kept) <= opt.state.get(p, {}).keys() for p in problem.params)
             if not kept and opt.defaults["average"] is None:
                 assert dict(opt.state) == {}
