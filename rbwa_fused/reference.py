@@ -50,11 +50,17 @@ def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
     e["theta"].copy_(x)
 
 
-def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table) -> None:
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    table: Table,
+    clip: Tensor | None = None,
+) -> None:
     """The step for every segment of a table; gradients in their parameters' layout.
 
     Coefficients are rounded to the arithmetic of their segment first, as in the kernels. A master
-    follows a parameter that somebody has written to since it was rounded from it.
+    follows a parameter that somebody has written to since it was rounded from it. ``clip``
+    multiplies the gradients.
     """
     for i, columns in enumerate(table.segments.tolist()):
         length = columns[LENGTH]
@@ -74,6 +80,8 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table
         k = SimpleNamespace(
             **dict(zip((*COLUMNS, "w", "current", "write_back"), numbers, strict=True))
         )
+        if clip is not None:
+            k.s = k.s * clip.to(wide)
         if grad is None:
             kind = Kind.SAMPLE
         e = {"theta": held.get(MASTER, theta)}

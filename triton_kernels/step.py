@@ -68,9 +68,10 @@ def prepare(
     grads: list[Tensor | None],
     table: Table,
     counters: DeviceCounters | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """See engine/doors.py.."""
-    return step_triton, params, grads, table, counters
+    return step_triton, params, grads, table, counters, clip
 
 
 def step_triton(
@@ -78,6 +79,7 @@ def step_triton(
     grads: Grads,
     table: Table,
     counters: DeviceCounters | None = None,
+    clip: Tensor | None = None,
 ) -> None:
     """`reference.step_` in one launch for each set of dtypes: of parameters, theta and averages.
 
@@ -86,6 +88,7 @@ def step_triton(
         counters: None, or what the device decides by itself (engine/counters.py): samplings and
             ages of its own stand for the table's; a step may be skipped. Both rows of every group
             must be up to date then, and `advance_triton` follows.
+        clip: as `reference.step_`'s.
 
     Raises:
         RuntimeError: where the backend does not serve the device, or the first step with a table
@@ -107,7 +110,7 @@ def step_triton(
         launches, addresses = known
         first = [] if counters is not None else [age == 0 for age in table.ages.tolist()]
         for launch in launches:
-            launch.run(params, grads, addresses, table, first, counters)
+            launch.run(params, grads, addresses, table, first, counters, clip)
     if counters is None:
         kinds = table.rows[table.segments[:, ROW], KIND]
         older = [
@@ -197,6 +200,7 @@ class Launch:
         tables: Table,
         first: list[bool],
         counters: DeviceCounters | None,
+        clip: Tensor | None = None,
     ) -> None:
         """Brings the tables up to date where something changed, and launches. `first` says which
         segments are of age 0, where the host counts."""
@@ -222,7 +226,7 @@ class Launch:
         if capturing:
             self.captured.append(upload)
         if upload.kind is not None:
-            self._launch(upload, counters)
+            self._launch(upload, counters, clip)
 
     def _upload(self, rows: Tensor, samplings: Tensor, at: Addresses, used: Used) -> Upload:
         """Packs the table and the coefficients, and copies them to the device."""
@@ -266,7 +270,7 @@ class Launch:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return [rows.reshape(-1).to(wide), samplings.reshape(-1).to(wide)]
 
-    def _launch(self, upload: Upload, counters: DeviceCounters | None) -> None:
+    def _launch(self, upload: Upload, counters: DeviceCounters | None, clip: Tensor | None) -> None:
         from . import update
 
         samplings, marks, grad_scale, found_inf = upload.samplings, None, None, None
@@ -283,6 +287,7 @@ class Launch:
             marks,
             grad_scale,
             found_inf,
+            clip,
             DTYPE=_triton_dtype(self.dtype),
             THETA_DTYPE=_triton_dtype(self.theta_dtype),
             AVERAGE_DTYPE=_triton_dtype(self.average_dtype),

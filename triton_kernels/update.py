@@ -216,7 +216,7 @@ def step_by_kind(
             )
 
 
-TABLES = ["chunks", "table", "rows", "samplings", "marks", "grad_scale", "found_inf"]
+TABLES = ["chunks", "table", "rows", "samplings", "marks", "grad_scale", "found_inf", "clip"]
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -228,6 +228,7 @@ def step_kernel(
     marks,
     grad_scale,
     found_inf,
+    clip,
     DTYPE: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     AVERAGE_DTYPE: tl.constexpr,
@@ -238,7 +239,8 @@ def step_kernel(
 ):
     """One chunk of one segment. step.py says what the tables hold.
 
-    `marks` is None where the host counts steps; `grad_scale` and `found_inf` may be None.
+    `marks` is None where the host counts steps; `grad_scale`, `found_inf` and `clip` may be
+    None.
     """
     chunk = chunks + 2 * tl.program_id(0)
     index = tl.load(chunk + 1)
@@ -281,6 +283,8 @@ def step_kernel(
             else:
                 unscale = 1.0 / scale
             s = s * unscale
+    if clip is not None:
+        s = s * tl.load(clip).to(s.dtype)
     sampled = ((a != 0) & (tl.load(sampling + 2) != 0)).to(tl.int32)
     k = (
         s,

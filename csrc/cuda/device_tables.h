@@ -14,6 +14,7 @@ struct DeviceTables {
   View marks;             // int32 (segments, 2), see struct DeviceCounters
   View grad_scale;        // float32, or absent
   View found_inf;         // float32, or absent
+  View clip;              // float64 that multiplies the gradients, or absent
 };
 
 // What `advance_on` counts; see struct DeviceCounters.
@@ -24,6 +25,10 @@ struct CountTables {
 // Takes the step on a device and stream; nothing has been changed where it throws.
 void step_on(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables,
              const DeviceTables& own, DLDevice device, void* stream);
+
+// The sum of squares on a device and stream, see norm.h.
+void sum_squares_on(const std::vector<View>& grads, const View& sums, DLDevice device,
+                    void* stream);
 
 // Counts the step just taken, unless it was skipped, and prepares the next one's samplings.
 void advance_on(const CountTables& tables, DLDevice device, void* stream);

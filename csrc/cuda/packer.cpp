@@ -16,6 +16,7 @@ class Packer {
     launch_.marks = step.marks;
     launch_.grad_scale = step.grad_scale;
     launch_.found_inf = step.found_inf;
+    launch_.clip = step.clip;
     launch_.chunk = chunk;
   }
 

@@ -17,6 +17,7 @@ struct CudaStep {
   int32_t* marks;  // with the device's samplings
   const float* grad_scale;
   const float* found_inf;
+  const double* clip;
   void* stream;
 };
 

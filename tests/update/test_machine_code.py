@@ -26,7 +26,7 @@ ARCHITECTURES = [
 # As g++ mangles it: storage of the parameter, of theta, of the average, where
 # S1_ repeats the first; kind, averaged, arithmetic; bytes of tables.
 NAME = r"step_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|S1_)(f|d|S1_)L4Kind(\d)ELb(\d)E[fd]Li(\d+)E"
-TABLE_BYTES, SMALL_TABLE_BYTES = 32688, 8128
+TABLE_BYTES, SMALL_TABLE_BYTES = 32672, 8112
 SIZES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
 PLAIN, MOMENTUM, DIFFERENCE = 1, 2, 3  # enum Kind
 THREADS = 256
