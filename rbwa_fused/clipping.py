@@ -53,10 +53,13 @@ class Share:
 
     Attributes:
         coefficient: float64, on the device of the first gradient.
+        spent: a step has taken it. It counts again for a further step with the same gradients, as
+            if they had been multiplied, and forbids nothing.
     """
 
     def __init__(self, params: Iterable[Tensor], coefficient: Tensor) -> None:
         self.coefficient = coefficient
+        self.spent = False
         self._seen = {p: _seen(p) for p in params}
         self._shares: list[weakref.ref[Share]] = []  # of all optimizers, this one's too
 
@@ -84,7 +87,7 @@ class Share:
 
     def check(self) -> None:
         """Raises where gradients were changed."""
-        if self.gradients() == "changed":
+        if not self.spent and self.gradients() == "changed":
             raise RuntimeError(CHANGED)
 
     def claim(self, params: Iterable[Tensor]) -> bool:
@@ -93,7 +96,8 @@ class Share:
         Raises:
             RuntimeError: where gradients of one of the optimizers were changed.
         """
-        if self.gradients() == "new":
+        found = self.gradients()
+        if found == "new" or (self.spent and found == "changed"):
             return False
         for one in self._shares:
             share = one()
@@ -165,14 +169,19 @@ class Clipping(Optimizer):
         super().zero_grad(set_to_none)
 
     def _claim_clip(self, grad_scale: Tensor | None) -> tuple[Tensor, list[Call]] | tuple[()]:
-        """The coefficient of the step under way, and what forgets it with the step; or nothing."""
+        """The coefficient of the step under way, and what spends it with the step; or nothing."""
         assert self.pending_clip is not None
         if not self.pending_clip.claim(chain.from_iterable(g["params"] for g in self.param_groups)):
             self.pending_clip = None
             return ()
         if grad_scale is not None:
             raise RuntimeError(SCALED)
-        return self.pending_clip.coefficient, [(setattr, self, "pending_clip", None)]
+        return self.pending_clip.coefficient, [(setattr, self.pending_clip, "spent", True)]
+
+    def _forget_unspent_clip(self) -> None:
+        """Behind a step: it was skipped."""
+        if self.pending_clip is not None and not self.pending_clip.spent:
+            self.pending_clip = None
 
 
 class Target(Protocol):
@@ -243,7 +252,7 @@ def clip_grad_norm_(
     total = total_norm(grads, order, fused[0] if fused else "auto")
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
+            f"The total norm of order {order} for gradients from `parameters` is non-finite, "
             "so it cannot be clipped. To disable this error and scale the gradients by the "
             "non-finite norm anyway, set `error_if_nonfinite=False`"
         )

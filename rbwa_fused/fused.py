@@ -101,7 +101,7 @@ class FusedOptimizer(Saved):
             while not step(self.param_groups, self.state, *scaler, *clip):
                 self._rebuild()
             if clip:
-                self.pending_clip = None  # also of a step that was skipped
+                self._forget_unspent_clip()
         return loss
 
     def _call(self, closure: Callable[[], Any]) -> Any:
