@@ -7,6 +7,7 @@ others drops it, and one that finds some of them changed raises.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -20,14 +21,22 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from rbwa_fused.engine import backends, norm
 from rbwa_fused.engine.doors import Call
 from rbwa_fused.engine.memory import is_dense, is_plain
-from rbwa_fused.engine.sharded import is_flattened, is_sharded, local, summed_over
+from rbwa_fused.engine.sharded import (
+    SummedOver,
+    is_flattened,
+    is_sharded,
+    is_sharded_as,
+    laid_out_as,
+    local,
+    summed_over,
+)
 from rbwa_fused.numbers import flag, number
 from rbwa_fused.streams import DTYPES
 
 CHANGED = (
     "gradients were changed after clip_grad_norm_; call it last, or use "
-    "torch.nn.utils.clip_grad_norm_ (zero_grad(set_to_none=False) of the model, behind a step that "
-    "was left out, changes them, too: use the optimizer's)"
+    "torch.nn.utils.clip_grad_norm_ (behind a step that was left out, call the optimizer's "
+    "zero_grad(), not the model's, which may leave the same gradients with other values)"
 )
 SCALED = "clip_grad_norm_ saw scaled gradients; call scaler.unscale_(optimizer) first"
 IN_BACKWARD = (
@@ -41,7 +50,8 @@ FLATTENED = (
 
 
 class Seen(NamedTuple):
-    """A parameter, and the gradient that it had: the tensor itself, and its version."""
+    """A parameter, and the gradient that it had: the tensor itself (of a DTensor the shard), and
+    its version. Who writes to a DTensor changes its version, or that of the shard in it."""
 
     param: Tensor
     grad: weakref.ref[Tensor] | None
@@ -79,7 +89,7 @@ class Share:
             now = local(param.grad)
             if grad is None or grad() is not now:
                 new = True
-            elif now._version != version:
+            elif _version(param.grad, now) != version:
                 return "changed"
             else:
                 same = True
@@ -112,7 +122,18 @@ def _seen(param: Tensor) -> Seen:
     if param.grad is None:
         return Seen(param, None, 0)
     grad = local(param.grad)
-    return Seen(param, weakref.ref(grad), grad._version)
+    return Seen(param, weakref.ref(grad), _version(param.grad, grad))
+
+
+def _version(grad: Tensor, shard: Tensor) -> int:
+    return shard._version if grad is shard else grad._version + shard._version
+
+
+class Target(Protocol):
+    """An optimizer whose step multiplies the gradients."""
+
+    pending_clip: Share | None
+    engine: Any
 
 
 class Clipping(Optimizer):
@@ -121,6 +142,12 @@ class Clipping(Optimizer):
     pending_clip: Share | None = None  # for the step to come
     engine: Any
     _itself: Any
+
+    @property
+    def clipping_target(self) -> Target:
+        """What steps by the coefficient. Not for users."""
+        own: Target = self._itself
+        return own
 
     def clip_grad_norm_(
         self,
@@ -159,9 +186,7 @@ class Clipping(Optimizer):
                 not finite. The `step` raises where gradients were changed since this call, and
                 where they are still scaled by a GradScaler.
         """
-        return clip_grad_norm_(
-            self._itself, max_norm, norm_type, error_if_nonfinite, in_place=in_place
-        )
+        return clip_grad_norm_(self, max_norm, norm_type, error_if_nonfinite, in_place=in_place)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim.Optimizer.zero_grad."""
@@ -184,17 +209,11 @@ class Clipping(Optimizer):
             self.pending_clip = None
 
 
-class Target(Protocol):
-    """An optimizer whose step multiplies the gradients."""
-
-    pending_clip: Share | None
-    engine: Any
-
-
 def target_of(opt: Optimizer) -> Target | None:
-    """What takes the coefficient of an optimizer; None where its gradients are to be scaled."""
-    own = getattr(opt, "clipping_target", opt)  # ZeroRedundancyOptimizer's local one
-    return own._itself if isinstance(own, Clipping) else None
+    """What takes the coefficient of an optimizer, also in accelerate's wrapper; None where its
+    gradients are to be scaled."""
+    inside = getattr(opt, "optimizer", None)
+    return getattr(opt, "clipping_target", getattr(inside, "clipping_target", None))
 
 
 @torch.no_grad()
@@ -247,6 +266,9 @@ def clip_grad_norm_(
     if any(is_flattened(p) for p in chain.from_iterable(params)):
         raise RuntimeError(FLATTENED)
 
+    for p in chain.from_iterable(params):
+        if is_sharded(p.grad) and not is_sharded_as(p.grad, p):
+            p.grad = laid_out_as(p, p.grad)  # as the step would
     grads = [p.grad for p in chain.from_iterable(params) if p.grad is not None]
     fused = [target.engine.options.backend for target in targets if target is not None]
     total = total_norm(grads, order, fused[0] if fused else "auto")
@@ -282,8 +304,11 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0, backend: str = "
     wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
     dtype = torch.float64 if wide else torch.float32
     if norm_type != 2.0:
-        norms = [_norm(g, norm_type, dtype).to(grads[0].device) for g in grads]
-        return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        norms = [
+            _norms(where, shards, norm_type).to(grads[0].device)
+            for where, shards in summed_over(grads).items()
+        ]
+        return torch.linalg.vector_norm(torch.cat(norms), norm_type).to(dtype)
     total: Tensor | None = None
     for where, shards in summed_over(grads).items():
         own = where.total(_sum_squares(shards, backend))
@@ -321,9 +346,21 @@ def _readable(grad: Tensor) -> Tensor:
     return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-def _norm(grad: Any, norm_type: float, dtype: torch.dtype) -> Tensor:
-    result = torch.linalg.vector_norm(grad, norm_type, dtype=None if grad.is_complex() else dtype)
-    return (result.full_tensor() if is_sharded(result) else result).to(dtype)
+def _norms(where: SummedOver, shards: Sequence[Tensor], p: float) -> Tensor:
+    """The p-norm of each gradient, float64."""
+    nothing = math.inf if p == -math.inf else 0.0  # which an empty shard adds
+    each = [
+        torch.linalg.vector_norm(g.abs() if g.is_complex() else g, p, dtype=torch.float64)
+        if g.numel() > 0
+        else torch.tensor(nothing, dtype=torch.float64, device=g.device)
+        for g in shards
+    ]
+    norms = torch.stack([own.to(shards[0].device) for own in each])
+    if not where.dims:
+        return norms
+    if math.isinf(p):
+        return where.total(norms, "max" if p > 0 else "min")
+    return where.total(norms) if p == 0 else where.total(norms**p) ** (1 / p)
 
 
 def _scale_(params: Iterable[Tensor], coefficient: Tensor) -> None:

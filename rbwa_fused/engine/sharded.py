@@ -101,17 +101,21 @@ class SummedOver(NamedTuple):
     mesh: Any = None
     dims: tuple[int, ...] = ()
 
-    def total(self, own: Tensor) -> Tensor:
-        """The sum of what the shards have, each once, whichever dimensions replicate them."""
+    def total(self, own: Tensor, op: str = "sum") -> Tensor:
+        """The sum (or "max", "min") of what the shards have, each once, whichever dimensions
+        replicate them."""
         if not self.dims:
             return own
-        from torch.distributed.tensor import DTensor, Partial, Replicate
+        import torch.distributed as dist
 
-        placements = [
-            Partial() if dim in self.dims else Replicate() for dim in range(self.mesh.ndim)
-        ]
-        whole: Any = DTensor.from_local(own, self.mesh, placements, run_check=False)
-        return cast(Tensor, whole.full_tensor())
+        reduction = getattr(dist.ReduceOp, op.upper())
+        total = own.to(self.mesh.device_type, copy=True)
+        if len(self.dims) == self.mesh.ndim and self.mesh.size() == dist.get_world_size():
+            dist.all_reduce(total, reduction)
+        else:
+            for dim in self.dims:
+                dist.all_reduce(total, reduction, group=self.mesh.get_group(dim))
+        return total
 
 
 def summed_over(grads: Iterable[Any]) -> dict[SummedOver, list[Tensor]]:
