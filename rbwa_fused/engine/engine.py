@@ -177,9 +177,8 @@ class Engine(Upkeep):
         """What steps one table."""
         table, backend = launch
         tables = table.table(*self.tables.plan.tensors)
-        if clip is not None:
-            clip = clip.to(table.params[0].device)
-        call = backend.call(table.memory, grads, tables, counters, clip)
+        clipped = () if clip is None else (clip.to(table.params[0].device),)
+        call = backend.call(table.memory, grads, tables, counters, *clipped)
         if not table.copies:
             return [call]
         before = [(copy.copy_, param) for param, copy in table.copies]
