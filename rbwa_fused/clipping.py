@@ -7,32 +7,25 @@ others drops it, and one that finds some of them changed raises.
 
 from __future__ import annotations
 
-import math
+import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple, Protocol
+from operator import is_
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rbwa_fused.engine import backends, norm
-from rbwa_fused.engine.doors import Call
-from rbwa_fused.engine.memory import is_dense, is_plain
-from rbwa_fused.engine.sharded import (
-    SummedOver,
-    is_flattened,
-    is_sharded,
-    is_sharded_as,
-    laid_out_as,
-    local,
-    summed_over,
-)
+from rbwa_fused.engine import doors
+from rbwa_fused.engine.doors import Call, Grads
+from rbwa_fused.engine.sharded import is_flattened, is_sharded, is_sharded_as, laid_out_as, local
 from rbwa_fused.numbers import flag, number
-from rbwa_fused.streams import DTYPES
+from rbwa_fused.total_norm import total_norm
 
+PLAIN = {Tensor, type(None)}  # types of gradients that are no DTensor
+FSDP1 = "torch.distributed.fsdp"  # without which no parameter is FullyShardedDataParallel's
 CHANGED = (
     "gradients were changed after clip_grad_norm_; call it last, or use "
     "torch.nn.utils.clip_grad_norm_ (behind a step that was left out, call the optimizer's "
@@ -49,15 +42,6 @@ FLATTENED = (
 )
 
 
-class Seen(NamedTuple):
-    """A parameter, and the gradient that it had: the tensor itself (of a DTensor the shard), and
-    its version. Who writes to a DTensor changes its version, or that of the shard in it."""
-
-    param: Tensor
-    grad: weakref.ref[Tensor] | None
-    version: int
-
-
 class Share:
     """An optimizer's part of a coefficient: what multiplies its gradients, if they are the same.
 
@@ -67,10 +51,13 @@ class Share:
             if they had been multiplied, and forbids nothing.
     """
 
-    def __init__(self, params: Iterable[Tensor], coefficient: Tensor) -> None:
+    def __init__(self, params: list[Tensor], grads: Grads, coefficient: Tensor) -> None:
         self.coefficient = coefficient
         self.spent = False
-        self._seen = {p: _seen(p) for p in params}
+        self._params = params
+        shards = _shards(grads)
+        self._grads = [None if g is None else weakref.ref(g) for g in shards]
+        self._versions = _versions(grads, shards)
         self._shares: list[weakref.ref[Share]] = []  # of all optimizers, this one's too
 
     @staticmethod
@@ -82,14 +69,21 @@ class Share:
 
     def gradients(self) -> Literal["same", "new", "changed"]:
         """What has become of them. One that is gone is none of a step."""
+        grads = doors.gradients(self._params)[0]
+        shards = _shards(grads)
+        known = [None if grad is None else grad() for grad in self._grads]
+        versions = _versions(grads, shards)
         same = new = False
-        for param, grad, version in self._seen.values():
-            if param.grad is None:
+        if versions == self._versions and all(map(is_, shards, known)):
+            return "same" if any(g is not None for g in shards) else "new"
+        for shard, before, version, version_before in zip(
+            shards, known, versions, self._versions, strict=True
+        ):
+            if shard is None:
                 continue
-            now = local(param.grad)
-            if grad is None or grad() is not now:
+            if shard is not before:
                 new = True
-            elif _version(param.grad, now) != version:
+            elif version != version_before:
                 return "changed"
             else:
                 same = True
@@ -100,7 +94,7 @@ class Share:
         if not self.spent and self.gradients() == "changed":
             raise RuntimeError(CHANGED)
 
-    def claim(self, params: Iterable[Tensor]) -> bool:
+    def claim(self, params: list[Tensor]) -> bool:
         """Whether a step of these parameters is to be multiplied.
 
         Raises:
@@ -109,24 +103,30 @@ class Share:
         found = self.gradients()
         if found == "new" or (self.spent and found == "changed"):
             return False
+        if found == "changed" or (
+            not (len(params) == len(self._params) and all(map(is_, params, self._params)))
+            and any(p.grad is not None for p in set(params).difference(self._params))
+        ):
+            raise RuntimeError(CHANGED)
         for one in self._shares:
             share = one()
-            if share is not None:  # whose optimizer has not stepped so far
+            if share is not None and share is not self:  # its optimizer has not stepped so far
                 share.check()
-        if any(p.grad is not None and p not in self._seen for p in params):
-            raise RuntimeError(CHANGED)
         return True
 
 
-def _seen(param: Tensor) -> Seen:
-    if param.grad is None:
-        return Seen(param, None, 0)
-    grad = local(param.grad)
-    return Seen(param, weakref.ref(grad), _version(param.grad, grad))
+def _shards(grads: Grads) -> Grads:
+    if set(map(type, grads)) <= PLAIN:
+        return grads
+    return [None if g is None else local(g) for g in grads]
 
 
-def _version(grad: Tensor, shard: Tensor) -> int:
-    return shard._version if grad is shard else grad._version + shard._version
+def _versions(grads: Grads, shards: Grads) -> list[int]:
+    """Who writes to a DTensor changes its version, or that of the shard in it."""
+    if grads is shards:
+        return [0 if g is None else g._version for g in grads]
+    pairs = zip(grads, shards, strict=True)
+    return [0 if g is None or s is None else g._version + s._version for g, s in pairs]
 
 
 class Target(Protocol):
@@ -196,7 +196,7 @@ class Clipping(Optimizer):
     def _claim_clip(self, grad_scale: Tensor | None) -> tuple[Tensor, list[Call]] | tuple[()]:
         """The coefficient of the step under way, and what spends it with the step; or nothing."""
         assert self.pending_clip is not None
-        if not self.pending_clip.claim(chain.from_iterable(g["params"] for g in self.param_groups)):
+        if not self.pending_clip.claim([p for group in self.param_groups for p in group["params"]]):
             self.pending_clip = None
             return ()
         if grad_scale is not None:
@@ -254,8 +254,9 @@ def clip_grad_norm_(
         raise ValueError(f"Invalid norm_type: {norm_type}")
     flag("error_if_nonfinite", error_if_nonfinite)
     flag("in_place", in_place)
-    params = [list(_params(opt)) for opt in opts]
-    if sum(map(len, params)) != len(set(chain.from_iterable(params))):
+    params = [[p for group in opt.param_groups for p in group["params"]] for opt in opts]
+    everyone = list(chain.from_iterable(params))
+    if len(opts) > 1 and len(everyone) != len(set(everyone)):
         raise ValueError("Invalid optimizers: a parameter is in two of them")
     targets = [target_of(opt) for opt in opts]
     for target in targets:
@@ -263,15 +264,13 @@ def clip_grad_norm_(
             raise RuntimeError(IN_BACKWARD)
         if target is not None and target.pending_clip is not None:
             target.pending_clip.check()
-    if any(is_flattened(p) for p in chain.from_iterable(params)):
+    if FSDP1 in sys.modules and any(map(is_flattened, everyone)):
         raise RuntimeError(FLATTENED)
 
-    for p in chain.from_iterable(params):
-        if is_sharded(p.grad) and not is_sharded_as(p.grad, p):
-            p.grad = laid_out_as(p, p.grad)  # as the step would
-    grads = [p.grad for p in chain.from_iterable(params) if p.grad is not None]
+    grads = [_gradients(own) for own in params]
+    present = [g for g in chain.from_iterable(grads) if g is not None]
     fused = [target.engine.options.backend for target in targets if target is not None]
-    total = total_norm(grads, order, fused[0] if fused else "auto")
+    total = total_norm(present, order, fused[0] if fused else "auto")
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             f"The total norm of order {order} for gradients from `parameters` is non-finite, "
@@ -280,99 +279,33 @@ def clip_grad_norm_(
         )
     coefficient = (limit / (total + 1e-6)).clamp(max=1.0)
     shares = []
-    for target, own in zip(targets, params, strict=True):
+    for target, own, of_own in zip(targets, params, grads, strict=True):
         if target is None or in_place:
-            _scale_(own, coefficient)
+            _scale_(of_own, coefficient)
         if target is not None:
             target.pending_clip = None
-            if grads and not in_place:
-                target.pending_clip = Share(own, coefficient.double())
+            if present and not in_place:
+                target.pending_clip = Share(own, of_own, coefficient.double())
                 shares.append(target.pending_clip)
     Share.join(shares)
     return total
 
 
-def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0, backend: str = "auto") -> Tensor:
-    """The norm of all gradients together: 0-dim, float64 where one of them is, else float32.
-
-    Raises:
-        ValueError: for a DTensor whose shards are terms of a sum.
-        RuntimeError, TypeError: for a sparse gradient, or one without plain memory.
-    """
-    if not grads:
-        return torch.tensor(0.0)
-    wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
-    dtype = torch.float64 if wide else torch.float32
-    if norm_type != 2.0:
-        norms = [
-            _norms(where, shards, norm_type).to(grads[0].device)
-            for where, shards in summed_over(grads).items()
-        ]
-        return torch.linalg.vector_norm(torch.cat(norms), norm_type).to(dtype)
-    total: Tensor | None = None
-    for where, shards in summed_over(grads).items():
-        own = where.total(_sum_squares(shards, backend))
-        total = own if total is None else total + own.to(total.device)
-    assert total is not None
-    return total.sqrt().to(grads[0].device, dtype)
+def _gradients(params: list[Tensor]) -> Grads:
+    """Those of parameters, laid out as they are: a step would do the same, and communicate."""
+    grads = doors.gradients(params)[0]
+    if not set(map(type, grads)) <= PLAIN:
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            if is_sharded(g) and not is_sharded_as(g, p):
+                p.grad = grads[i] = laid_out_as(p, g)
+    return grads
 
 
-def _sum_squares(grads: Sequence[Tensor], backend: str) -> Tensor:
-    """The sum of the squares of plain tensors, float64."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for g in grads:
-        by_device.setdefault(g.device, []).append(_readable(g))
-    total: Tensor | None = None
-    for device, here in by_device.items():
-        sums = norm.memory(here)
-        backends.choose(backend, device).sum_squares(here, sums)
-        total = sums[0] if total is None else total + sums[0].to(total.device)
-    assert total is not None
-    return total
-
-
-def _readable(grad: Tensor) -> Tensor:
-    """A gradient as the kernels can read it: itself, or a copy."""
-    if grad.layout != torch.strided:
-        raise RuntimeError("rbwa_fused does not support sparse gradients: clip_grad_norm_ got one")
-    if is_traceable_wrapper_subclass(grad):
-        raise TypeError(f"a gradient is a {type(grad).__name__}, which has no plain memory")
-    if grad.is_complex():
-        grad = torch.view_as_real(grad.resolve_conj())
-    if grad.dtype not in DTYPES:
-        return grad.float().contiguous()
-    if (grad.is_contiguous() or is_dense(grad)) and is_plain(grad):
-        return grad
-    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
-
-
-def _norms(where: SummedOver, shards: Sequence[Tensor], p: float) -> Tensor:
-    """The p-norm of each gradient, float64."""
-    nothing = math.inf if p == -math.inf else 0.0  # which an empty shard adds
-    each = [
-        torch.linalg.vector_norm(g.abs() if g.is_complex() else g, p, dtype=torch.float64)
-        if g.numel() > 0
-        else torch.tensor(nothing, dtype=torch.float64, device=g.device)
-        for g in shards
-    ]
-    norms = torch.stack([own.to(shards[0].device) for own in each])
-    if not where.dims:
-        return norms
-    if math.isinf(p):
-        return where.total(norms, "max" if p > 0 else "min")
-    return where.total(norms) if p == 0 else where.total(norms**p) ** (1 / p)
-
-
-def _scale_(params: Iterable[Tensor], coefficient: Tensor) -> None:
+def _scale_(grads: Grads, coefficient: Tensor) -> None:
     """As torch.nn.utils.clip_grads_with_norm_."""
-    by_device: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for p in params:
-        if p.grad is not None:
-            grad = local(p.grad)
-            by_device.setdefault((grad.device, grad.dtype), []).append(grad)
-    for (device, _), grads in by_device.items():
-        torch._foreach_mul_(grads, coefficient.to(device))
-
-
-def _params(opt: Optimizer) -> Iterator[Tensor]:
-    return chain.from_iterable(group["params"] for group in opt.param_groups)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for shard in _shards(grads):
+        if shard is not None:
+            by_kind.setdefault((shard.device, shard.dtype), []).append(shard)
+    for (device, _), alike in by_kind.items():
+        torch._foreach_mul_(alike, coefficient.to(device))

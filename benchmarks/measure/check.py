@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.rows.maths import Maths
+from benchmarks.rows.maths import CLIP, Maths
 from benchmarks.rows.problem import MOMENTUM, WEIGHT_DECAY, Problem
 from benchmarks.rows.provider import Provider
 
@@ -40,6 +40,10 @@ def check(provider: Provider, problem: Problem) -> str | None:
     if not provider.params[0].is_floating_point():
         return None
     both = [list(map(sample, gradients)) for gradients in problem.gradients]
+    if provider.maths.clipped:
+        for gradients, own in zip(problem.gradients, both, strict=True):
+            norm = sum(g.double().square().sum().item() for g in gradients) ** 0.5
+            own[:] = [g.double() * min(1.0, CLIP / (norm + 1e-6)) for g in own]
     return difference(provider, problem, start, [both[step % 2] for step in range(steps)])
 
 

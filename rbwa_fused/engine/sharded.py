@@ -124,6 +124,9 @@ def summed_over(grads: Iterable[Any]) -> dict[SummedOver, list[Tensor]]:
     Raises:
         ValueError: for a DTensor whose shards are terms of a sum.
     """
+    grads = list(grads)
+    if set(map(type, grads)) == {Tensor}:
+        return {SummedOver(): grads}
     found: dict[SummedOver, list[Tensor]] = {}
     for grad in grads:
         where = SummedOver()

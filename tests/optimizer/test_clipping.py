@@ -18,7 +18,7 @@ from rules import RULES
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import clipping
+from rbwa_fused.total_norm import total_norm
 
 CHANGED = "gradients were changed after clip_grad_norm_; call it last, or use"
 LIMIT = 1.0
@@ -884,4 +884,4 @@ def test_norm_and_coefficient_are_found_without_autograd() -> None:
     norm = run.clip()
     assert not norm.requires_grad
     run.opt.step()
-    assert clipping.total_norm([g.detach() for g in grads]).item() == norm.item()
+    assert total_norm([g.detach() for g in grads]).item() == norm.item()

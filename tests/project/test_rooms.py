@@ -28,7 +28,7 @@ FLOORS: dict[str, Sequence[str]] = {
         "rbwa_fused.engine",
         *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate", "estimate")),
         *(f"rbwa_fused.{name}" for name in ("averages", "form", "checkpoint", "adopted")),
-        *(f"rbwa_fused.{name}" for name in ("members", "buffers", "clipping")),
+        *(f"rbwa_fused.{name}" for name in ("members", "buffers", "total_norm", "clipping")),
         *(
             f"rbwa_fused.{name}"
             for name in ("in_backward", "saved", "fused", "optimizer", "replicas")
