@@ -36,7 +36,7 @@ struct Summed {
 // Writes the sum of the squares to sums[0], and behind it each chunk's.
 void sum_squares_cpu(const std::vector<Summed>& grads, double* sums);
 
-// The loops of `sum_squares_cpu` with the instruction set in use: the squares of elements
-// [begin, begin + n), n <= kNormChunk, and n sums of chunks.
-double squares_cpu(const Summed& grad, int64_t begin, int64_t n);
+// The loops of `sum_squares_cpu` with the instruction set in use: the sums of a gradient's chunks
+// [first, first + count), and the sum of n sums.
+void squares_cpu(const Summed& grad, int64_t first, int64_t count, double* sums);
 double sums_cpu(const double* sums, int64_t n);

@@ -20,12 +20,10 @@ struct Work {
 void sum_chunks(int64_t begin, int64_t end, void* context) {
   const Work& work = *static_cast<const Work*>(context);
   const auto after = std::upper_bound(work.first_chunk.begin(), work.first_chunk.end(), begin);
-  size_t i = after - work.first_chunk.begin() - 1;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    while (chunk >= work.first_chunk[i + 1]) ++i;  // also past empty gradients
-    const int64_t from = (chunk - work.first_chunk[i]) * kNormChunk;
-    const int64_t n = std::min(kNormChunk, work.grads[i].length - from);
-    work.sums[chunk] = squares_cpu(work.grads[i], from, n);
+  for (size_t i = after - work.first_chunk.begin() - 1; begin < end; ++i) {
+    const int64_t stop = std::min(end, work.first_chunk[i + 1]);
+    squares_cpu(work.grads[i], begin - work.first_chunk[i], stop - begin, work.sums + begin);
+    begin = stop;
   }
 }
 

@@ -57,7 +57,7 @@ struct Capability {
   bool available;
   void (*range)(const Segment&, const Row&, const Sampling&, int64_t begin, int64_t n);
   void (*pull)(const Replicated&, const Pull&, int64_t begin, int64_t n);
-  double (*squares)(const Summed&, int64_t begin, int64_t n);
+  void (*squares)(const Summed&, int64_t first, int64_t count, double* sums);
   double (*sums)(const double* sums, int64_t n);
 };
 
@@ -131,8 +131,8 @@ void pull_range_cpu(const Replicated& param, const Pull& pull, int64_t begin, in
   chosen.load()->pull(param, pull, begin, n);
 }
 
-double squares_cpu(const Summed& grad, int64_t begin, int64_t n) {
-  return chosen.load()->squares(grad, begin, n);
+void squares_cpu(const Summed& grad, int64_t first, int64_t count, double* sums) {
+  chosen.load()->squares(grad, first, count, sums);
 }
 
 double sums_cpu(const double* sums, int64_t n) { return chosen.load()->sums(sums, n); }

@@ -53,13 +53,13 @@ NORM_H: Mutants = [
 ]
 NORM_LOOP: Mutants = [
     ("at[lane] += at[lane + half];", "at[lane] = at[2 * lane] + at[2 * lane + 1];"),
-    ("row < n; row += kNormLanes", "row + kNormLanes <= n; row += kNormLanes"),
-    ("static_cast<const S*>(grad.g) + begin", "static_cast<const S*>(grad.g)"),
+    ("row < end; row += kNormLanes", "row + kNormLanes <= end; row += kNormLanes"),
+    ("sums[chunk + k * apart] =", "sums[kTogether * chunk + k] ="),
 ]
 NORM_CPU: Mutants = [
-    ("while (chunk >= work.first_chunk[i + 1]) ++i;", "if (chunk >= work.first_chunk[i + 1]) ++i;"),
-    ("std::min(kNormChunk, work.grads[i].length - from)", "kNormChunk"),
-    ("(chunk - work.first_chunk[i]) * kNormChunk", "chunk * kNormChunk"),
+    ("std::min(end, work.first_chunk[i + 1])", "work.first_chunk[i + 1]"),
+    ("begin - work.first_chunk[i], stop", "begin, stop"),
+    ("work.sums + begin", "work.sums"),
 ]
 SUMMED: Mutants = [
     ("(is_contiguous(grad) || is_dense(grad))", "true"),
