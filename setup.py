@@ -105,6 +105,8 @@ def extensions() -> list:
         "cpu/step_cpu.cpp",
         "replica_tables.cpp",
         "cpu/pull_cpu.cpp",
+        "summed.cpp",
+        "cpu/norm_cpu.cpp",
     ]
     found = [
         CppExtension(
@@ -132,6 +134,7 @@ def extensions() -> list:
             "cuda/step_cuda.cu",
         ]
         names += ["replica_tables.cpp", "cuda/pull_packer.cpp", "cuda/pull_cuda.cu"]
+        names += ["summed.cpp", "cuda/norm_packer.cpp", "cuda/norm_cuda.cu"]
         found.append(
             CUDAExtension(
                 "rbwa_fused._C_cuda",

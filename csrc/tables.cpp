@@ -9,6 +9,7 @@ const T* table_of(const View& view, DLDataType type, const char* name) {
 }
 
 template const int64_t* table_of(const View&, DLDataType, const char*);
+template const double* table_of(const View&, DLDataType, const char*);
 template const Row* table_of(const View&, DLDataType, const char*);
 template const Sampling* table_of(const View&, DLDataType, const char*);
 

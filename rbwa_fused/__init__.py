@@ -3,6 +3,7 @@
 from rbwa_fused.adam import FusedAdam, FusedAdamW
 from rbwa_fused.average import Algorithm2, Average, Ema, Mean
 from rbwa_fused.averager import Averager
+from rbwa_fused.clipping import clip_grad_norm_
 from rbwa_fused.estimate import averaged_model
 from rbwa_fused.optimizer import RSGDM, FusedSGD
 from rbwa_fused.policies import ema, lookahead, mean, rbwa, rbwa_e, rswa, swa, switch_ema
@@ -22,6 +23,7 @@ __all__ = [
     "FusedSGD",
     "Mean",
     "averaged_model",
+    "clip_grad_norm_",
     "ema",
     "lookahead",
     "mean",

@@ -97,8 +97,11 @@ class FusedOptimizer(Saved):
         if self._early is None or not self._early.finish():
             step, found = self.engine.step, self.__dict__
             scaler = found.get("grad_scale"), found.get("found_inf")  # for the time of a step
-            while not step(self.param_groups, self.state, *scaler):
+            clip = () if self.pending_clip is None else self._claim_clip(scaler[0])
+            while not step(self.param_groups, self.state, *scaler, *clip):
                 self._rebuild()
+            if clip:
+                self._forget_unspent_clip()
         return loss
 
     def _call(self, closure: Callable[[], Any]) -> Any:

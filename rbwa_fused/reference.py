@@ -62,11 +62,17 @@ def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
     e["theta"].copy_(x)
 
 
-def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table) -> None:
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    table: Table,
+    clip: Tensor | None = None,
+) -> None:
     """The step for every segment of a table; gradients in their parameters' layout.
 
     Coefficients are rounded to the arithmetic of their segment first, as in the kernels. A master
-    follows a parameter that somebody has written to since it was rounded from it.
+    follows a parameter that somebody has written to since it was rounded from it. ``clip``
+    multiplies the gradients.
     """
     segments = table.segments.tolist()
     ages = ages_of(segments, table.state, table.ages.tolist())
@@ -89,6 +95,8 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], table: Table
         numbers = torch.stack([*row.to(wide)[:-2], rho, eta * scale, bias, w, *flags]).tolist()
         names = (*COLUMNS, "bias", "w", "current", "write_back")
         k = SimpleNamespace(**dict(zip(names, numbers, strict=True)))
+        if clip is not None:
+            k.s = k.s * clip.to(wide)
         if grad is None:
             kind = Kind.SAMPLE
         e = {"theta": held.get(MASTER, theta)}

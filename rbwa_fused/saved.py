@@ -7,11 +7,10 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch.optim import Optimizer
-
 from rbwa_fused import adopted, checkpoint, form, rules
 from rbwa_fused.averages import Averages
 from rbwa_fused.buffers import KEY, Buffers, LoadedBuffers
+from rbwa_fused.clipping import Clipping
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.tables import Options
@@ -23,7 +22,7 @@ BUFFERS_LEFT = (
 )
 
 
-class Saved(Averages, Optimizer):
+class Saved(Averages, Clipping):
     """Base of FusedOptimizer, which has the step: an engine, and what becomes of it where groups
     and state are exchanged, saved or loaded."""
 
@@ -120,7 +119,7 @@ class Saved(Averages, Optimizer):
         for group, new in zip(self.param_groups, loaded.groups, strict=True):
             group.update(new, **self._always)
         checkpoint.keep_tensors(loaded.state, self.state)
-        self.state = loaded.state
+        self.state, self.pending_clip = loaded.state, None
         counted = loaded.steps, loaded.counts
         engine.build(self.param_groups, loaded.state, *counted, beside=of_buffers.n_averaged)
         self._laid_out()
@@ -156,7 +155,7 @@ class Saved(Averages, Optimizer):
         if live:
             self.engine.refuse_inside_averaged("__setstate__")
             self.engine.refuse_midway("__setstate__")
-        state = {**self.__dict__, **state}
+        state = {**self.__dict__, **state, "pending_clip": None}
         counts, beside = state.pop("counts", None), state.pop("beside", 0)
         engine = state.pop("engine", None)
         if not isinstance(engine, Engine):

@@ -10,6 +10,8 @@
 #include "cuda/body.h"
 #include "cuda/device_tables.h"
 #include "cuda/kernel.h"
+#include "cuda/norm_body.h"
+#include "cuda/norm_cuda.h"
 #include "cuda/packer.h"
 #include "cuda/pull_body.h"
 #include "cuda/pull_cuda.h"
@@ -100,6 +102,39 @@ const char* pull_cuda(Dtype dtype, const void* launch, int64_t blocks, void*) {
   return nullptr;
 }
 
+// Lanes in the shared memory of a block, folded by threads that wait for one another.
+double folded(double* lanes) {
+  for (int half = kNormLanes / 2; half > 0; half /= 2) {
+    for (int thread = 0; thread < kThreads; ++thread) fold_lane(lanes, half, thread);
+  }
+  return lanes[0];
+}
+
+const char* squares_cuda(Dtype dtype, const NormLaunch& launch, int64_t blocks, void*) {
+  if (const char* error = launched()) return error;
+  with_storage(dtype, [&]<typename S>() {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const NormChunk chunk = chunk_of(launch, block);
+      double lanes[kNormLanes];
+      for (int thread = 0; thread < kThreads; ++thread) {
+        lanes[thread] = squares_lane<S>(chunk, thread);
+      }
+      launch.sums[chunk.sum] = folded(lanes);
+    }
+  });
+  return nullptr;
+}
+
+const char* sums_cuda(double* sums, int64_t chunks, void*) {
+  if (const char* error = launched()) return error;
+  double lanes[kNormLanes];
+  for (int thread = 0; thread < kThreads; ++thread) {
+    lanes[thread] = sums_lane(sums + 1, chunks, thread);
+  }
+  sums[0] = folded(lanes);
+  return nullptr;
+}
+
 const char* advance_cuda(const DeviceCounters& counters, void*) {
   if (counters.found_inf != nullptr && *counters.found_inf != 0) return nullptr;
   const int64_t step = counters.counts[0] + 1;
@@ -110,18 +145,24 @@ const char* advance_cuda(const DeviceCounters& counters, void*) {
 
 PYBIND11_MODULE(emulated_cuda, module) {
   if (!find_exchange_table()) throw py::import_error("this torch has no DLPack exchange table");
-  module.def("step", [](const PythonTables& fixed, const py::list& params, const py::list& grads) {
-    step_on(views_of(params), views_of(grads), fixed.tables, {}, kCpu, nullptr);
+  module.def("step", [](const PythonTables& fixed, const py::list& params, const py::list& grads,
+                        py::handle clip) {
+    DeviceTables own{};
+    own.clip = view_of(clip);
+    step_on(views_of(params), views_of(grads), fixed.tables, own, kCpu, nullptr);
   });
-  module.def("step_deferred",
-             [](const PythonTables& fixed, const py::list& params, const py::list& grads,
-                const py::list& lrs, py::handle samplings64, py::handle samplings32,
-                py::handle marks, py::handle agings, py::handle grad_scale, py::handle found_inf) {
-               const DeviceTables own{views_of(lrs),     view_of(samplings64), view_of(samplings32),
-                                      view_of(marks),    view_of(agings),      view_of(grad_scale),
-                                      view_of(found_inf)};
-               step_on(views_of(params), views_of(grads), fixed.tables, own, kCpu, nullptr);
-             });
+  module.def("sum_squares", [](const py::list& grads, py::handle sums) {
+    sum_squares_on(views_of(grads), view_of(sums), kCpu, nullptr);
+  });
+  module.def("step_deferred", [](const PythonTables& fixed, const py::list& params,
+                                 const py::list& grads, const py::list& lrs, py::handle samplings64,
+                                 py::handle samplings32, py::handle marks, py::handle agings,
+                                 py::handle grad_scale, py::handle found_inf, py::handle clip) {
+    const DeviceTables own{views_of(lrs),      view_of(samplings64), view_of(samplings32),
+                           view_of(marks),     view_of(agings),      view_of(grad_scale),
+                           view_of(found_inf), view_of(clip)};
+    step_on(views_of(params), views_of(grads), fixed.tables, own, kCpu, nullptr);
+  });
   module.def("advance", [](py::handle counts, py::handle policies, py::handle samplings64,
                            py::handle samplings32, py::handle marks, py::handle found_inf) {
     advance_on({view_of(counts), view_of(policies), view_of(samplings64), view_of(samplings32),

@@ -23,6 +23,8 @@ SOURCES += [
     "csrc/views.cpp",
     "csrc/replica_tables.cpp",
     "csrc/cuda/pull_packer.cpp",
+    "csrc/summed.cpp",
+    "csrc/cuda/norm_packer.cpp",
 ]
 FLAGS = ["-O1", "-g0", "-std=c++20", "-ffp-contract=off"]
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -63,7 +65,8 @@ def backend() -> doors.Backend:
     def advance(d: DeviceCounters) -> None:
         module.advance(d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf)
 
-    return doors.Backend("cuda", doors.door(module), True, advance)
+    squares = doors.squares_door(module)
+    return doors.Backend("cuda", doors.door(module), True, advance, squares)
 
 
 @pytest.fixture

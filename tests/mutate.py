@@ -23,6 +23,7 @@ from queue import SimpleQueue
 sys.path.insert(1, str(Path(__file__).resolve().parent / "tools"))
 
 import mutants
+import mutants_clipping
 import mutants_distributed
 from workspace import ROOT, Workspace
 
@@ -279,6 +280,7 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     ("rbwa_fused/engine/samplers.py", SAMPLER, PYTHON, False),
     *mutants.CASES,
     *mutants_distributed.CASES,
+    *mutants_clipping.CASES,
 ]
 PATIENCE = 600  # seconds; a test that hangs has noticed
 

@@ -78,9 +78,10 @@ def prepare(
     grads: list[Tensor | None],
     table: Table,
     counters: DeviceCounters | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """See engine/doors.py.."""
-    return step_triton, params, grads, table, counters
+    return step_triton, params, grads, table, counters, clip
 
 
 def step_triton(
@@ -88,6 +89,7 @@ def step_triton(
     grads: Grads,
     table: Table,
     counters: DeviceCounters | None = None,
+    clip: Tensor | None = None,
 ) -> None:
     """`reference.step_` in one launch for each set of dtypes: of parameters, theta and averages.
 
@@ -96,6 +98,7 @@ def step_triton(
         counters: None, or what the device decides by itself (engine/counters.py): samplings and
             ages of its own stand for the table's; a step may be skipped. Both rows of every group
             must be up to date then, and `advance_triton` follows.
+        clip: as `reference.step_`'s.
 
     Raises:
         RuntimeError: where the backend does not serve the device, or the first step with a table
@@ -120,7 +123,7 @@ def step_triton(
             segments = table.segments.tolist()
             ages = ages_of(segments, table.state, table.ages.tolist())
         for launch in launches:
-            launch.run(params, grads, addresses, table, ages, counters)
+            launch.run(params, grads, addresses, table, ages, counters, clip)
     if ages is not None:
         kinds = table.rows[table.segments[:, ROW], KIND].tolist()
         older = [
@@ -217,6 +220,7 @@ class Launch:
         tables: Table,
         ages: list[int] | None,
         counters: DeviceCounters | None,
+        clip: Tensor | None = None,
     ) -> None:
         """Brings the tables up to date where something changed, and launches. `ages` are those of
         all segments, where the host counts."""
@@ -243,7 +247,7 @@ class Launch:
         if capturing:
             self.captured.append(upload)
         if upload.kind is not None:
-            self._launch(upload, counters)
+            self._launch(upload, counters, clip)
 
     def _agings(self, tables: Table, ages: list[int] | None) -> list[float]:
         """What its age makes of the row of each segment, all in one list; empty where it makes
@@ -316,7 +320,7 @@ class Launch:
     def _wide(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def _launch(self, upload: Upload, counters: DeviceCounters | None) -> None:
+    def _launch(self, upload: Upload, counters: DeviceCounters | None, clip: Tensor | None) -> None:
         from . import update
 
         samplings, agings = upload.samplings, upload.agings
@@ -349,6 +353,7 @@ class Launch:
             agings,
             grad_scale,
             found_inf,
+            clip,
             DTYPE=_triton_dtype(self.dtype),
             THETA_DTYPE=_triton_dtype(self.theta_dtype),
             KEPT_DTYPE=_triton_dtype(self.kept_dtype),

@@ -287,6 +287,7 @@ def step_by_kind(
 
 
 TABLES = ["chunks", "table", "rows", "samplings", "marks", "agings", "grad_scale", "found_inf"]
+TABLES += ["clip"]
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -299,6 +300,7 @@ def step_kernel(
     agings,
     grad_scale,
     found_inf,
+    clip,
     DTYPE: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     KEPT_DTYPE: tl.constexpr,
@@ -310,8 +312,8 @@ def step_kernel(
 ):
     """One chunk of one segment. step.py says what the tables hold.
 
-    `marks` is None where the host counts steps; `grad_scale` and `found_inf` may be None. `agings`
-    has what a segment's age makes of its row, for the kinds that it matters to.
+    `marks` is None where the host counts steps; `grad_scale`, `found_inf` and `clip` may be
+    None. `agings` has what a segment's age makes of its row, for the kinds that it matters to.
     """
     chunk = chunks + 2 * tl.program_id(0)
     index = tl.load(chunk + 1)
@@ -355,6 +357,8 @@ def step_kernel(
             scale = tl.load(grad_scale).to(s.dtype)
             unscale = divided(scale * 0 + 1, scale)
             s = s * unscale
+    if clip is not None:
+        s = s * tl.load(clip).to(s.dtype)
     bias = eta
     if KIND >= ADAM:
         aging = agings + number * AGING_COLUMNS

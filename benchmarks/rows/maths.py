@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+CLIP = 1.0  # largest norm of all gradients together, where it is clipped; theirs is above 2
+
 
 @dataclass(frozen=True)
 class Average:
@@ -20,7 +22,8 @@ class Average:
 class Maths:
     """What a provider computes: torch's SGD with or without momentum, RSGDM, AdamW with torch's
     defaults except for the rate, or schedule-free SGD (Defazio et al., 2024), here without weight
-    decay; an average."""
+    decay; an average; with the norm of all gradients clipped to CLIP or not."""
 
     rule: Literal["plain", "momentum", "rsgdm", "adamw", "schedule_free"] = "momentum"
     average: Average | None = None
+    clipped: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import rbwa_fused as rf
 from benchmarks.rows import today
-from benchmarks.rows.maths import Average, Maths
+from benchmarks.rows.maths import CLIP, Average, Maths
 from benchmarks.rows.problem import MOMENTUM, WEIGHT_DECAY, Problem
 from benchmarks.rows.provider import Build, Provider, use_gradients_of
 
@@ -28,6 +29,7 @@ def ours(
     backend: str = "cpu",
     capturable: bool = False,
     in_backward: bool = False,
+    clipped: bool = False,
 ) -> Build:
     """A builder for FusedSGD, or for RSGDM where the maths are RSGDM's."""
 
@@ -42,31 +44,36 @@ def ours(
             "capturable": capturable,
             "in_backward": in_backward,
         }
-        opt: torch.optim.Optimizer
+        opt: rf.FusedSGD | rf.RSGDM
         if maths.rule == "rsgdm":
             opt = rf.RSGDM(problem.groups(model), difference=difference, **options)
         else:
             opt = rf.FusedSGD(problem.groups(model), **options)
         params: list[Tensor] = list(model.parameters())
 
+        def clip_and_step() -> None:
+            opt.clip_grad_norm_(CLIP)
+            opt.step()
+
         def averages() -> list[Tensor] | None:
             kept = [opt.state.get(p, {}).get("average") for p in params]
             return None if kept[0] is None else kept
 
         def moved() -> tuple[float, float]:
-            """From the state itself: theta and each buffer are read and written, g is read."""
+            """From the state itself: theta and each buffer are read and written, g is read, for its
+            norm once more."""
             streams = {k: v.element_size() for k, v in opt.state.get(params[0], {}).items()}
             average_bytes = 2 * streams.pop("average", 0)
             item = params[0].element_size()
-            without = 3 * item + 2 * sum(streams.values())
+            without = (4 if clipped else 3) * item + 2 * sum(streams.values())
             return without, without + average_bytes
 
         return Provider(
             name=name,
             kind="ours",
-            maths=maths,
+            maths=replace(maths, clipped=clipped),
             params=params,
-            step=opt.step,
+            step=clip_and_step if clipped else opt.step,
             use_gradients=use_gradients_of(problem, model),
             averages=averages,
             state=lambda: [t for s in opt.state.values() for t in s.values()],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.rows.maths import Average, Maths
+from benchmarks.rows.maths import CLIP, Average, Maths
 from benchmarks.rows.problem import LR, MOMENTUM, WEIGHT_DECAY, Problem
 from benchmarks.rows.provider import Kind, Provider, use_gradients_of
 
@@ -33,6 +33,7 @@ SCALED_SUM = 5  # a *= decay: 2, a += (1 - decay) theta: 3
 COPY = 2
 SCHEDULE_FREE = 9  # y to z: 3, y += g: 3, z -= g: 3
 ADAMW = 7  # theta, g, m, v; theta, m, v
+CLIPPING = 3  # g for its norm; g, g to scale it
 RSGDM = 20  # the seven passes of rsgdm_foreach: 3 + 3 + 3 + 3 + 2 + 3 + 3
 
 
@@ -130,6 +131,24 @@ def torch_adamw(problem: Problem, name: str) -> Provider:
     """torch.optim.AdamW(fused=True)."""
     model = problem.copy()
     return provider(problem, name, model, adamw(problem, model), ADAMW, "baseline", rule="adamw")
+
+
+def clipped(problem: Problem, name: str) -> Provider:
+    """Fused SGD behind torch's clip_grad_norm_, which writes to the gradients: it gets copies."""
+    model = problem.copy()
+    opt, params = sgd(problem, model), list(model.parameters())
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
+        opt.step()
+
+    def use_gradients(which: int) -> None:
+        for p, g in zip(params, problem.gradients[which], strict=True):
+            p.grad = g.clone()
+
+    made = provider(problem, name, model, opt, FUSED + CLIPPING, step=step)
+    made.maths, made.use_gradients = Maths("momentum", clipped=True), use_gradients
+    return made
 
 
 def averaged_model(

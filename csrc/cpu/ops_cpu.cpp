@@ -19,6 +19,7 @@
 #include "python_tensors.h"
 #include "replica_tables.h"
 #include "step.h"
+#include "summed.h"
 #include "tables.h"
 
 namespace {
@@ -28,10 +29,20 @@ using torch::stable::Tensor;
 
 constexpr DLDevice kCpu{kDLCPU, 0};
 
-void step(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables) {
+// `clip` is a float64 that multiplies the gradients, or absent.
+void step(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables,
+          const View& clip) {
   const std::vector<Segment> segments = resolve(params, grads, tables, kCpu);
-  step_cpu(segments.data(), static_cast<int64_t>(segments.size()),
-           static_cast<const Row*>(tables.rows.data),
+  const Row* rows = static_cast<const Row*>(tables.rows.data);
+  std::vector<Row> clipped;
+  if (clip.dtype.bits != 0) {
+    STD_TORCH_CHECK(numel_of(clip) == 1, "step_: `clip` must be one number");
+    const double coefficient = *table_of<double>(clip, kDouble, "clip");
+    clipped.assign(rows, rows + numel_of(tables.rows) / kRowColumns);
+    for (Row& row : clipped) row.numbers.s *= coefficient;
+    rows = clipped.data();
+  }
+  step_cpu(segments.data(), static_cast<int64_t>(segments.size()), rows,
            static_cast<const Sampling*>(tables.samplings.data));
   grow(segments, tables);
 }
@@ -40,10 +51,20 @@ void step(const std::vector<View>& params, const std::vector<View>& grads, const
 
 void step_op(std::vector<Tensor> params, std::vector<std::optional<Tensor>> grads,
              std::vector<Tensor> state, Tensor segments, Tensor shapes, Tensor ages, Tensor rows,
-             Tensor samplings) {
+             Tensor samplings, std::optional<Tensor> clip) {
   step(views_of(params), views_of(grads),
        {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
-        view_of(samplings)});
+        view_of(samplings)},
+       view_of(clip));
+}
+
+void sum_squares(const std::vector<View>& grads, const View& sums) {
+  const std::vector<Summed> checked = summed(grads, sums, kCpu);
+  sum_squares_cpu(checked, static_cast<double*>(sums.data));
+}
+
+void sum_squares_op(std::vector<Tensor> grads, Tensor sums) {
+  sum_squares(views_of(grads), view_of(sums));
 }
 
 void pull_op(std::vector<Tensor> params, int64_t replicas, double alpha) {
@@ -52,10 +73,19 @@ void pull_op(std::vector<Tensor> params, int64_t replicas, double alpha) {
 
 // ---- the Python module -------------------------------------------------------------------------
 
-void step_python(const PythonTables& fixed, const py::list& params, const py::list& grads) {
+void step_python(const PythonTables& fixed, const py::list& params, const py::list& grads,
+                 py::handle clip) {
   const std::vector<View> of_params = views_of(params), of_grads = views_of(grads);
+  const View of_clip = view_of(clip);
   const py::gil_scoped_release release;
-  step(of_params, of_grads, fixed.tables);
+  step(of_params, of_grads, fixed.tables, of_clip);
+}
+
+void sum_squares_python(const py::list& grads, py::handle sums) {
+  const std::vector<View> of_grads = views_of(grads);
+  const View of_sums = view_of(sums);
+  const py::gil_scoped_release release;
+  sum_squares(of_grads, of_sums);
 }
 
 }  // namespace
@@ -63,13 +93,15 @@ void step_python(const PythonTables& fixed, const py::list& params, const py::li
 STABLE_TORCH_LIBRARY(rbwa_fused, library) {
   library.def(
       "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
-      "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings) -> ()");
+      "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings, Tensor? clip=None) -> ()");
+  library.def("sum_squares_(Tensor[] grads, Tensor(a!) sums) -> ()");
   library.def("pull_(Tensor(a!)[] params, int replicas, float alpha) -> ()");
   library.def("hand_over(Tensor[] tensors) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CPU, library) {
   library.impl("step_", TORCH_BOX(&step_op));
+  library.impl("sum_squares_", TORCH_BOX(&sum_squares_op));
   library.impl("pull_", TORCH_BOX(&pull_op));
 }
 
@@ -100,6 +132,9 @@ PYBIND11_MODULE(_C, module) {
   if (find_exchange_table()) {
     py::class_<PythonTables>(module, "Tables", "The tables of a launch as the kernels see them.")
         .def(py::init<py::list, py::object, py::object, py::object, py::object, py::object>());
-    module.def("step", &step_python, "torch.ops.rbwa_fused.step_ without the dispatcher.");
+    module.def("step", &step_python, py::arg("tables"), py::arg("params"), py::arg("grads"),
+               py::arg("clip") = py::none(), "torch.ops.rbwa_fused.step_ without the dispatcher.");
+    module.def("sum_squares", &sum_squares_python,
+               "torch.ops.rbwa_fused.sum_squares_ without the dispatcher.");
   }
 }

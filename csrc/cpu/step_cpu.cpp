@@ -13,6 +13,7 @@
 
 #include "convert.h"
 #include "dispatch.h"
+#include "norm.h"
 #include "replicas.h"
 #include "step.h"
 #if defined(__x86_64__)
@@ -25,6 +26,7 @@ namespace {
 
 namespace baseline {
 #include "cpu/loop.h"
+#include "cpu/norm_loop.h"
 #include "cpu/pull_loop.h"
 }  // namespace baseline
 
@@ -35,6 +37,7 @@ namespace baseline {
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 #include "cpu/loop.h"
+#include "cpu/norm_loop.h"
 #include "cpu/pull_loop.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -43,6 +46,7 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace avx512 {
 #include "cpu/loop.h"
+#include "cpu/norm_loop.h"
 #include "cpu/pull_loop.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -54,6 +58,8 @@ struct Capability {
   void (*range)(const Segment&, const Row&, const Aging<double>&, const Sampling&, int64_t begin,
                 int64_t n);
   void (*pull)(const Replicated&, const Pull&, int64_t begin, int64_t n);
+  void (*squares)(const Summed&, int64_t first, int64_t count, double* sums);
+  double (*sums)(const double* sums, int64_t n);
 };
 
 const Capability kCapabilities[] = {
@@ -62,13 +68,13 @@ const Capability kCapabilities[] = {
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("f16c"),
-     avx512::range, avx512::pull_range},
+     avx512::range, avx512::pull_range, avx512::squares, avx512::sums},
     {"avx2",
      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c"),
-     avx2::range, avx2::pull_range},
+     avx2::range, avx2::pull_range, avx2::squares, avx2::sums},
 #endif
-    {"baseline", true, baseline::range, baseline::pull_range},
+    {"baseline", true, baseline::range, baseline::pull_range, baseline::squares, baseline::sums},
 };
 
 const Capability* best_capability() {
@@ -127,6 +133,12 @@ void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sam
 void pull_range_cpu(const Replicated& param, const Pull& pull, int64_t begin, int64_t n) {
   chosen.load()->pull(param, pull, begin, n);
 }
+
+void squares_cpu(const Summed& grad, int64_t first, int64_t count, double* sums) {
+  chosen.load()->squares(grad, first, count, sums);
+}
+
+double sums_cpu(const double* sums, int64_t n) { return chosen.load()->sums(sums, n); }
 
 const char* cpu_capability() { return chosen.load()->name; }
 

@@ -334,6 +334,7 @@ RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int 
     if (group.lr != nullptr) k.eta = static_cast<T>(*group.lr);
   }
   k.eta *= sampling.scale;
+  if (launch.clip != nullptr) k.s *= static_cast<T>(*launch.clip);
   Unscale<T> u{launch.grad_scale != nullptr, T(1)};
   if (u.scaled) u.unscale = T(1) / static_cast<T>(*launch.grad_scale);
 

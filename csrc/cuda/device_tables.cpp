@@ -1,7 +1,9 @@
 #include "cuda/device_tables.h"
 
+#include "cuda/norm_cuda.h"
 #include "cuda/packer.h"
 #include "policy.h"
+#include "summed.h"
 
 namespace {
 
@@ -48,6 +50,7 @@ void step_on(const std::vector<View>& params, const std::vector<View>& grads, co
   step.agings = on_device<double>(own.agings, device, kDouble, agings, "agings");
   step.grad_scale = on_device<const float>(own.grad_scale, device, kFloat, 1, "grad_scale");
   step.found_inf = on_device<const float>(own.found_inf, device, kFloat, 1, "found_inf");
+  step.clip = on_device<const double>(own.clip, device, kDouble, 1, "clip");
   STD_TORCH_CHECK(device_counts == (step.device_samplings != nullptr) &&
                       device_counts == (step.device_samplings_float != nullptr) &&
                       device_counts == (step.agings != nullptr || segments.empty()),
@@ -56,6 +59,13 @@ void step_on(const std::vector<View>& params, const std::vector<View>& grads, co
   const char* error = step_in_launches(segments, step);
   STD_TORCH_CHECK(error == nullptr, "step_: ", error);
   if (!device_counts) grow(segments, tables);
+}
+
+void sum_squares_on(const std::vector<View>& grads, const View& sums, DLDevice device,
+                    void* stream) {
+  const std::vector<Summed> checked = summed(grads, sums, device);
+  const char* error = sum_squares_in_launches(checked, static_cast<double*>(sums.data), stream);
+  STD_TORCH_CHECK(error == nullptr, "sum_squares_: ", error);
 }
 
 void advance_on(const CountTables& tables, DLDevice device, void* stream) {

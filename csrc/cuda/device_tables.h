@@ -15,6 +15,7 @@ struct DeviceTables {
   View agings;            // float64 (segments, 3): room for struct Aging of each
   View grad_scale;        // float32, or absent
   View found_inf;         // float32, or absent
+  View clip;              // float64 that multiplies the gradients, or absent
 };
 
 // What `advance_on` counts; see struct DeviceCounters.
@@ -25,6 +26,10 @@ struct CountTables {
 // Takes the step on a device and stream; nothing has been changed where it throws.
 void step_on(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables,
              const DeviceTables& own, DLDevice device, void* stream);
+
+// The sum of squares on a device and stream, see norm.h.
+void sum_squares_on(const std::vector<View>& grads, const View& sums, DLDevice device,
+                    void* stream);
 
 // Counts the step just taken, unless it was skipped, and prepares the next one's samplings.
 void advance_on(const CountTables& tables, DLDevice device, void* stream);

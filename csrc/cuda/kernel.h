@@ -21,7 +21,7 @@ constexpr int kLaunchBytes = 32'764;
 constexpr int kTableBytes = 32'672;  // beside the rest of Launch
 // What a launch hands over is fixed when its kernel is compiled, and is copied at every launch: a
 // model of up to 80 tensors in float32 takes a kernel that gets 8 KB.
-constexpr int kSmallTableBytes = 8'128;
+constexpr int kSmallTableBytes = 8'112;
 
 // A segment as the kernel sees it. `first_chunk` counts the launch's chunks before it.
 struct CudaSegment {
@@ -63,6 +63,7 @@ struct Launch {
   Aging<T>* agings;         // for each segment, with `marks`; or null: the launch has them
   const float* grad_scale;  // null: 1
   const float* found_inf;   // not zero: nothing happens; null: never
+  const double* clip;       // multiplies the gradients as they are read; null: 1
   int64_t chunk;            // elements
   int32_t segment_count;
   int32_t groups_at;  // bytes into `tables`; segments stand at 0

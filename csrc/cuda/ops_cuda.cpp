@@ -51,22 +51,34 @@ void advance(const CountTables& tables) {
 // ---- the operators -----------------------------------------------------------------------------
 
 void step_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
-             Tensor shapes, Tensor ages, Tensor rows, Tensor samplings) {
+             Tensor shapes, Tensor ages, Tensor rows, Tensor samplings, Optional clip) {
+  DeviceTables own{};
+  own.clip = view_of(clip);
   step(views_of(params), views_of(grads),
        {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
         view_of(samplings)},
-       {});
+       own);
 }
+
+void sum_squares(const Views& grads, const View& sums) {
+  const DLDevice device = sums.device;
+  STD_TORCH_CHECK(device.device_type == kDLCUDA, "sum_squares_: `sums` is not on a CUDA device");
+  const torch::stable::accelerator::DeviceGuard guard(device.device_id);
+  sum_squares_on(grads, sums, device, current_stream(device));
+}
+
+void sum_squares_op(Tensors grads, Tensor sums) { sum_squares(views_of(grads), view_of(sums)); }
 
 void step_deferred_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
                       Tensor shapes, Tensor ages, Tensor rows, Tensor samplings,
                       std::vector<Optional> lrs, Tensor samplings64, Tensor samplings32,
-                      Tensor marks, Tensor agings, Optional grad_scale, Optional found_inf) {
+                      Tensor marks, Tensor agings, Optional grad_scale, Optional found_inf,
+                      Optional clip) {
   step(views_of(params), views_of(grads),
        {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
         view_of(samplings)},
        {views_of(lrs), view_of(samplings64), view_of(samplings32), view_of(marks), view_of(agings),
-        view_of(grad_scale), view_of(found_inf)});
+        view_of(grad_scale), view_of(found_inf), view_of(clip)});
 }
 
 void advance_op(Tensor counts, Tensor policies, Tensor samplings64, Tensor samplings32,
@@ -89,20 +101,30 @@ void pull_op(Tensors params, int64_t replicas, double alpha) {
 
 // ---- the Python module -------------------------------------------------------------------------
 
-void step_python(const PythonTables& fixed, const py::list& params, const py::list& grads) {
+void step_python(const PythonTables& fixed, const py::list& params, const py::list& grads,
+                 py::handle clip) {
   const Views of_params = views_of(params), of_grads = views_of(grads);
+  DeviceTables own{};
+  own.clip = view_of(clip);
   const py::gil_scoped_release release;
-  step(of_params, of_grads, fixed.tables, {});
+  step(of_params, of_grads, fixed.tables, own);
+}
+
+void sum_squares_python(const py::list& grads, py::handle sums) {
+  const Views of_grads = views_of(grads);
+  const View of_sums = view_of(sums);
+  const py::gil_scoped_release release;
+  sum_squares(of_grads, of_sums);
 }
 
 void step_deferred_python(const PythonTables& fixed, const py::list& params, const py::list& grads,
                           const py::list& lrs, py::handle samplings64, py::handle samplings32,
                           py::handle marks, py::handle agings, py::handle grad_scale,
-                          py::handle found_inf) {
+                          py::handle found_inf, py::handle clip) {
   const Views of_params = views_of(params), of_grads = views_of(grads);
-  const DeviceTables own{views_of(lrs),     view_of(samplings64), view_of(samplings32),
-                         view_of(marks),    view_of(agings),      view_of(grad_scale),
-                         view_of(found_inf)};
+  const DeviceTables own{views_of(lrs),      view_of(samplings64), view_of(samplings32),
+                         view_of(marks),     view_of(agings),      view_of(grad_scale),
+                         view_of(found_inf), view_of(clip)};
   const py::gil_scoped_release release;
   step(of_params, of_grads, fixed.tables, own);
 }
@@ -114,7 +136,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rbwa_fused, library) {
       "step_deferred_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
       "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings, Tensor?[] lrs, "
       "Tensor samplings64, Tensor samplings32, Tensor(d!) marks, Tensor(e!) agings, "
-      "Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "Tensor? grad_scale, Tensor? found_inf, Tensor? clip=None) -> ()");
   library.def(
       "advance_(Tensor(a!) counts, Tensor policies, Tensor(b!) samplings64, "
       "Tensor(c!) samplings32, Tensor(d!) marks, Tensor? found_inf) -> ()");
@@ -124,6 +146,7 @@ STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CUDA, library) {
   library.impl("step_", TORCH_BOX(&step_op));
   library.impl("step_deferred_", TORCH_BOX(&step_deferred_op));
   library.impl("advance_", TORCH_BOX(&advance_op));
+  library.impl("sum_squares_", TORCH_BOX(&sum_squares_op));
   library.impl("pull_", TORCH_BOX(&pull_op));
 }
 
@@ -137,6 +160,8 @@ PYBIND11_MODULE(_C_cuda, module) {
       "How steps are launched from now on, for benchmarks (csrc/cuda/packer.h).");
   if (find_exchange_table()) {
     module.def("step", &step_python, "torch.ops.rbwa_fused.step_ without the dispatcher.");
+    module.def("sum_squares", &sum_squares_python,
+               "torch.ops.rbwa_fused.sum_squares_ without the dispatcher.");
     module.def("step_deferred", &step_deferred_python,
                "torch.ops.rbwa_fused.step_deferred_ without the dispatcher.");
   }

@@ -18,6 +18,7 @@ class Packer {
     launch_.agings = static_cast<Aging<T>*>(step.agings);
     launch_.grad_scale = step.grad_scale;
     launch_.found_inf = step.found_inf;
+    launch_.clip = step.clip;
     launch_.chunk = chunk;
   }
 

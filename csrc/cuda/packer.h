@@ -18,6 +18,7 @@ struct CudaStep {
   void* agings;    // Aging for each segment, in the arithmetic of the launch; with `marks`
   const float* grad_scale;
   const float* found_inf;
+  const double* clip;
   void* stream;
 };
 

@@ -22,6 +22,7 @@ from torch.distributed import optim
 from torch.distributed.algorithms.join import JoinHook
 
 from rbwa_fused.checkpoint import OURS, OWN
+from rbwa_fused.clipping import Target, clip_grad_norm_
 from rbwa_fused.distributed.exchange import explained
 from rbwa_fused.fused import FusedOptimizer
 from rbwa_fused.rules import MEMORY
@@ -78,6 +79,28 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
     def n_averaged(self) -> int:
         """Samples in the averages of this rank's parameters, of the group that has most."""
         return self.optim.n_averaged
+
+    @property
+    def clipping_target(self) -> Target:
+        """This rank's optimizer. Not for users."""
+        return self.optim.clipping_target
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        *,
+        in_place: bool = False,
+    ) -> Tensor:
+        """As `FusedSGD.clip_grad_norm_`, by the gradients of all ranks' parameters: each rank has
+        all of them, and nothing is communicated."""
+        return clip_grad_norm_(self, max_norm, norm_type, error_if_nonfinite, in_place=in_place)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, and forgets what `clip_grad_norm_` has found."""
+        self.optim.pending_clip = None
+        super().zero_grad(set_to_none)
 
     def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """See `rbwa_fused.distributed.averaged`; `rbwa_fused.averaged_model` takes this, too."""

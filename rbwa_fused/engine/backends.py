@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rbwa_fused import compiled, reference
 from rbwa_fused.engine.counters import DeviceCounters
-from rbwa_fused.engine.doors import Backend, Call, Grads, door
+from rbwa_fused.engine.doors import Backend, Call, Grads, door, squares_door
 from rbwa_fused.engine.memory import is_dense, is_plain, same_layout
 from rbwa_fused.engine.segments import Table
 
@@ -24,10 +24,14 @@ _C_cuda, CUDA_MISSING = compiled.load("_C_cuda") if _C is not None else (None, C
 
 
 def _reference(
-    params: list[Tensor], grads: Grads, table: Table, counters: DeviceCounters | None = None
+    params: list[Tensor],
+    grads: Grads,
+    table: Table,
+    counters: DeviceCounters | None = None,
+    clip: Tensor | None = None,
 ) -> Call:
     """The step in plain PyTorch, on any device. The caller has checked that everything fits."""
-    return reference.step_, params, grads, table
+    return reference.step_, params, grads, table, clip
 
 
 def _advance_cuda(d: DeviceCounters) -> None:
@@ -36,8 +40,8 @@ def _advance_cuda(d: DeviceCounters) -> None:
     )
 
 
-CPU = Backend("cpu", door(_C), checks=True)
-CUDA = Backend("cuda", door(_C_cuda), True, _advance_cuda)
+CPU = Backend("cpu", door(_C), checks=True, sum_squares=squares_door(_C))
+CUDA = Backend("cuda", door(_C_cuda), True, _advance_cuda, squares_door(_C_cuda))
 REFERENCE = Backend("reference", _reference, checks=False)
 
 
@@ -90,9 +94,9 @@ def choose(backend: str, device: torch.device) -> Backend:
     if why is not None:
         raise RuntimeError(f"backend {backend!r}: {why}")
     if backend == "triton":
-        from rbwa_fused.triton_kernels import step
+        from rbwa_fused.triton_kernels import norm, step
 
-        return Backend("triton", step.prepare, False, step.advance_triton)
+        return Backend("triton", step.prepare, False, step.advance_triton, norm.sum_squares)
     return CPU if backend == "cpu" else CUDA
 
 
@@ -131,6 +135,7 @@ def user_level() -> int:
 if _C is not None:
     torch.library.register_fake("rbwa_fused::step_", lambda *tables: None)
     torch.library.register_fake("rbwa_fused::pull_", lambda params, replicas, alpha: None)
+    torch.library.register_fake("rbwa_fused::sum_squares_", lambda grads, sums: None)
 if _C_cuda is not None:
     torch.library.register_fake("rbwa_fused::step_deferred_", lambda *tables: None)
     torch.library.register_fake("rbwa_fused::advance_", lambda *tables: None)

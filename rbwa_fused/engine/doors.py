@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rbwa_fused import compiled
 from rbwa_fused.engine.counters import DeviceCounters
+from rbwa_fused.engine.norm import sum_squares_
 from rbwa_fused.engine.segments import Table
 
 _C, _ = compiled.load("_C")
@@ -36,6 +37,8 @@ class Prepare(Protocol):
         table: see segments.py.
         counters: on the device, where the host does not count (cuda and triton only); the ages are
             its marks then.
+        clip: a float64 on the parameters' device that multiplies the gradients as they are read,
+            or None.
 
     The call raises RuntimeError for a parameter or gradient that does not fit the tables; nothing
     has been changed then.
@@ -47,6 +50,7 @@ class Prepare(Protocol):
         grads: Grads,
         table: Table,
         counters: DeviceCounters | None = None,
+        clip: Tensor | None = None,
     ) -> Call: ...
 
 
@@ -59,12 +63,14 @@ class Backend(NamedTuple):
         checks: whether the step itself refuses gradients that do not fit, before it changes
             anything.
         advance: counts a step on the device; without it the backend cannot defer.
+        sum_squares: see norm.py.
     """
 
     name: str
     call: Prepare
     checks: bool
     advance: Callable[[DeviceCounters], None] | None = None
+    sum_squares: Callable[[list[Tensor], Tensor], None] = sum_squares_
 
 
 @torch.no_grad()
@@ -89,24 +95,39 @@ def door(module: Any) -> Prepare:
         grads: Grads,
         table: Table,
         counters: DeviceCounters | None = None,
+        clip: Tensor | None = None,
     ) -> Call:
         t, d = table, counters
         own: tuple[Any, ...] = ()
         if d is not None:
-            own = (d.samplings64, d.samplings32, d.marks, d.agings, d.grad_scale, d.found_inf)
+            counted = d.samplings64, d.samplings32, d.marks, d.agings
+            own = (*counted, d.grad_scale, d.found_inf, clip)
         if direct is None or torch.autograd._profiler_enabled():
             op = torch.ops.rbwa_fused
             operands = (params, grads, t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings)
             if d is None:
-                return op.step_.default, *operands
+                return op.step_.default, *operands, clip
             return op.step_deferred_.default, *operands, d.lrs, *own
         if t.views is None:
             t.views = _C.Tables(t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings)
         if d is None:
-            return direct, t.views, params, grads
+            return direct, t.views, params, grads, clip
         return direct_deferred, t.views, params, grads, list(d.lrs), *own
 
     return call
+
+
+def squares_door(module: Any) -> Callable[[list[Tensor], Tensor], None]:
+    """The compiled sum of squares, by the same two doors."""
+    direct: Any = getattr(module, "sum_squares", None)
+
+    def sum_squares(grads: list[Tensor], sums: Tensor) -> None:
+        if direct is None or torch.autograd._profiler_enabled():
+            torch.ops.rbwa_fused.sum_squares_.default(grads, sums)
+        else:
+            direct(grads, sums)
+
+    return sum_squares
 
 
 def described(grads: Grads) -> tuple[Grads, bool, bool, bool]:

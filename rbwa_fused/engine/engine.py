@@ -10,6 +10,7 @@ owner's, who hands them over at each step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import is_, setitem
 
 import torch
@@ -37,12 +38,16 @@ class Engine(Upkeep):
         state: State,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        clip: Tensor | None = None,
+        after: Sequence[Call] = (),
     ) -> bool:
         """Takes a step with the gradients that the parameters have.
 
         Args:
             grad_scale, found_inf: GradScaler's, of one element: the gradients' scale, and whether
                 the step is to be skipped.
+            clip: a float64 that multiplies the gradients; not together with a scale.
+            after: what is to be done together with the step, or not at all.
 
         Returns:
             False, with nothing changed, where the tables must be rebuilt first.
@@ -70,7 +75,7 @@ class Engine(Upkeep):
             gathered.append((launch, grads))
         if not present:
             return True
-        return self._take(gathered, absent, negated, grad_scale, found_inf)
+        return self._take(gathered, absent, negated, grad_scale, found_inf, after, clip=clip)
 
     def sample(
         self,
@@ -110,6 +115,7 @@ class Engine(Upkeep):
         found_inf: Tensor | None,
         after: Sequence[Call] = (),
         unseen: bool = False,
+        clip: Tensor | None = None,
     ) -> bool:
         """`step`, or `sample`, with gradients that were gathered."""
         tables, plan = self.tables, self.tables.plan
@@ -137,10 +143,11 @@ class Engine(Upkeep):
         calls: list[Call] = []
         if self.device_counters is not None and on_device:
             told = self.options.capturable, grad_scale, found_inf
-            calls += self.device_counters.calls(gathered, self.launch, *told)
+            launching = self.launch if clip is None else partial(self.launch, clip=clip)
+            calls += self.device_counters.calls(gathered, launching, *told)
         else:
             for launch, grads in gathered:
-                calls += self.launch(launch, grads)
+                calls += self.launch(launch, grads, clip=clip)
             calls.append(self.end())
         for (table, _), grads in gathered:
             calls += self.finish(table, grads, absent, scale)
@@ -161,12 +168,17 @@ class Engine(Upkeep):
         plan.update(scale)
 
     def launch(
-        self, launch: Served, grads: Grads, counters: DeviceCounters | None = None
+        self,
+        launch: Served,
+        grads: Grads,
+        counters: DeviceCounters | None = None,
+        clip: Tensor | None = None,
     ) -> list[Call]:
         """What steps one table."""
         table, backend = launch
         tables = table.table(*self.tables.plan.tensors)
-        call = backend.call(table.memory, grads, tables, counters)
+        clipped = () if clip is None else (clip.to(table.params[0].device),)
+        call = backend.call(table.memory, grads, tables, counters, *clipped)
         if not table.copies:
             return [call]
         before = [(copy.copy_, param) for param, copy in table.copies]

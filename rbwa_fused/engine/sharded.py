@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,53 @@ def beside(shard: Tensor, param: Tensor) -> Tensor:
 def is_partial(tensor: Any) -> bool:
     """Whether a tensor is a DTensor whose shards are terms of a sum."""
     return is_sharded(tensor) and any(p.is_partial() for p in tensor.placements)
+
+
+class SummedOver(NamedTuple):
+    """The dimensions of a mesh on which gradients are sharded; of plain tensors none."""
+
+    mesh: Any = None
+    dims: tuple[int, ...] = ()
+
+    def total(self, own: Tensor, op: str = "sum") -> Tensor:
+        """The sum (or "max", "min") of what the shards have, each once, whichever dimensions
+        replicate them."""
+        if not self.dims:
+            return own
+        import torch.distributed as dist
+
+        reduction = getattr(dist.ReduceOp, op.upper())
+        total = own.to(self.mesh.device_type, copy=True)
+        if len(self.dims) == self.mesh.ndim and self.mesh.size() == dist.get_world_size():
+            dist.all_reduce(total, reduction)
+        else:
+            for dim in self.dims:
+                dist.all_reduce(total, reduction, group=self.mesh.get_group(dim))
+        return total
+
+
+def summed_over(grads: Iterable[Any]) -> dict[SummedOver, list[Tensor]]:
+    """The shards of gradients by the dimensions over which a sum of theirs goes on.
+
+    Raises:
+        ValueError: for a DTensor whose shards are terms of a sum.
+    """
+    grads = list(grads)
+    if set(map(type, grads)) == {Tensor}:
+        return {SummedOver(): grads}
+    found: dict[SummedOver, list[Tensor]] = {}
+    for grad in grads:
+        where = SummedOver()
+        if is_partial(grad):
+            raise ValueError(
+                f"clip_grad_norm_ of a DTensor gradient with placements {grad.placements}, whose "
+                "shards are terms of a sum (expected Shard or Replicate)"
+            )
+        if is_sharded(grad):
+            dims = (dim for dim, p in enumerate(grad.placements) if not p.is_replicate())
+            where = SummedOver(grad.device_mesh, tuple(dims))
+        found.setdefault(where, []).append(local(grad))
+    return found
 
 
 def reshard(model: nn.Module | None) -> None:

@@ -54,6 +54,8 @@ BYTES_FLOAT32 = {
     "SGD, no momentum": 12,
     "SGD + momentum": 20,
     "SGD + momentum, flatten=False": 20,
+    "SGD + momentum, clipped": 24,
+    "fused + clip_grad_norm_": 32,
     "RBWA": 20,
     "RBWA, no momentum": 12,
     "RBWA-E": 20,

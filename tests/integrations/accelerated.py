@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import rbwa_fused as rf
+
 accelerate: Any = pytest.importorskip("accelerate", reason="needs accelerate")
 
 EPOCHS = 4
@@ -80,7 +82,14 @@ class Run:
     """
 
     def __init__(
-        self, make: Make, *, accumulation: int, clip: bool, bf16: bool, scaler: Any = None
+        self,
+        make: Make,
+        *,
+        accumulation: int,
+        clip: bool,
+        bf16: bool,
+        scaler: Any = None,
+        in_step: bool = False,
     ) -> None:
         self.accelerator = accelerate.Accelerator(
             cpu=True,
@@ -90,7 +99,7 @@ class Run:
         self.accelerator.scaler = scaler
         prepared = self.accelerator.prepare(*build(make))
         self.model, self.opt, self.loader, self.scheduler = prepared
-        self.clip = clip
+        self.clip, self.in_step = clip, in_step
 
     def train(self, epochs: int) -> None:
         for _ in range(epochs):
@@ -98,7 +107,13 @@ class Run:
                 with self.accelerator.accumulate(self.model):
                     self.accelerator.backward(loss_of(self.model, batch))
                     if self.clip and self.accelerator.sync_gradients:
-                        self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)
+                        if self.accelerator.scaler is not None:  # as accelerate does for fp16
+                            self.accelerator.scaler.unscale_(self.opt.optimizer)
+                        if self.in_step:
+                            rf.clip_grad_norm_(self.opt, CLIP)
+                            assert self.opt.optimizer.pending_clip is not None
+                        else:
+                            self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)
                     self.opt.step()
                     self.scheduler.step()
                     self.opt.zero_grad()

@@ -41,6 +41,19 @@ def test_a_prepared_run_is_the_loop_written_by_hand(name: str, options: str) -> 
     assert opt.n_averaged > 0
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_prepared_optimizer_clips_in_its_step(scaled: bool) -> None:
+    ends = []
+    for in_step in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
+        options = OPTIONS["accumulated and clipped"]
+        run = Run(MAKES["ema"], **options, scaler=scaler, in_step=in_step)
+        run.train(EPOCHS)
+        ends.append([p.detach() for p in run.unwrapped.parameters()])
+    for clipped, in_the_step in zip(*ends, strict=True):
+        assert torch.allclose(clipped, in_the_step, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", MAKES)

@@ -82,6 +82,48 @@ def test_gradients_are_clipped_under_16_mixed(
     assert result(run.optimizers[0]) == result(opt)
 
 
+class ClippedInTheStep(Net):
+    """As README says."""
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any
+    ) -> None:
+        rf.clip_grad_norm_(optimizer, gradient_clip_val)
+
+
+@pytest.mark.parametrize(
+    ("configure", "options"),
+    [(ema, dict), (ema, lambda: {"precision": "bf16-mixed"}), (without_unscaling, scaled)],
+    ids=["float32", "bf16-mixed", "16-mixed"],
+)
+def test_a_module_clips_in_the_step_by_its_hook(
+    configure: Configure,
+    options: Callable[[], dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = []
+    for cls in (Net, ClippedInTheStep):
+        model = cls(configure)
+        run = trainer(tmp_path, gradient_clip_val=0.2, **options())
+        with monkeypatch.context() as patch:
+            if cls is not Net:
+                patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: pytest.fail("in place"))
+            run.fit(model, loader(), loader())
+        ends.append([p.detach() for p in model.parameters()])
+    for clipped, in_the_step in zip(*ends, strict=True):
+        # 20 steps whose coefficient may differ in its last bit.
+        assert torch.allclose(clipped, in_the_step, rtol=1e-5, atol=1e-6)
+
+
+def test_what_lightning_leaves_scaled_raises_instead_of_being_clipped_wrongly(
+    tmp_path: Path,
+) -> None:
+    run = trainer(tmp_path, gradient_clip_val=0.2, **scaled())
+    with pytest.raises(RuntimeError, match="clip_grad_norm_ saw scaled gradients"):
+        run.fit(ClippedInTheStep(ema), loader())
+
+
 @pytest.mark.parametrize("unscaling", [True, False])
 def test_a_scaler_finds_the_optimizer_after_a_closure_as_before_it(unscaling: bool) -> None:
     opt = rf.FusedSGD([nn.Parameter(torch.ones(2))], lr=0.1)

@@ -18,7 +18,7 @@ FLOORS: dict[str, Sequence[str]] = {
     "rbwa_fused": (
         *(f"rbwa_fused.{name}" for name in ("streams", "numbers", "fingerprint", "command")),
         *(f"rbwa_fused.{name}" for name in ("compiled", "papers", "average", "policies", "rules")),
-        *(f"rbwa_fused.engine.{name}" for name in ("sharded", "memory", "segments")),
+        *(f"rbwa_fused.engine.{name}" for name in ("sharded", "memory", "segments", "norm")),
         "rbwa_fused.reference",  # a backend, as are these:
         "rbwa_fused.triton_kernels",
         *(
@@ -28,7 +28,7 @@ FLOORS: dict[str, Sequence[str]] = {
         "rbwa_fused.engine",
         *(f"rbwa_fused.{name}" for name in ("model_state", "swap", "evaluate", "estimate")),
         *(f"rbwa_fused.{name}" for name in ("averages", "form", "checkpoint", "adopted")),
-        *(f"rbwa_fused.{name}" for name in ("members", "buffers")),
+        *(f"rbwa_fused.{name}" for name in ("members", "buffers", "total_norm", "clipping")),
         *(
             f"rbwa_fused.{name}"
             for name in ("in_backward", "saved", "fused", "optimizer", "replicas")

@@ -28,7 +28,7 @@ ARCHITECTURES = [
 # repeats the first; kind, averaged, arithmetic; bytes of tables.
 OTHER = r"(f|d|S1_)"
 NAME = rf"step_kernelI(f|d|6__half|13__nv_bfloat16){OTHER * 3}L4Kind(\d)ELb(\d)E[fd]Li(\d+)E"
-TABLE_BYTES, SMALL_TABLE_BYTES = 32672, 8128
+TABLE_BYTES, SMALL_TABLE_BYTES = 32672, 8112
 SIZES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
 SERVING = (Kind.PLAIN, Kind.DECOUPLED, Kind.DIFFERENCE, Kind.ADAM, Kind.AMSGRAD)
 STEPS = 80  # kernels that take one

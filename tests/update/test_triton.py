@@ -21,12 +21,14 @@ import pytest
 import torch
 from cases import AVERAGES, DTYPES, gradients, params, policy_for, products
 from rules import KERNELS, RULES
+from test_norm import gradients as norm_gradients
+from test_norm import sums_by
 from torch import Tensor, nn
 
 import rbwa_fused as rf
 from rbwa_fused import reference, rules
 from rbwa_fused.average import weight_of
-from rbwa_fused.engine import backends, doors, segments
+from rbwa_fused.engine import backends, doors, norm, segments
 from rbwa_fused.engine.counters import policy_row
 from rbwa_fused.rules import Kind
 from rbwa_fused.streams import KEPT, KEYS
@@ -35,6 +37,7 @@ pytest.importorskip("triton")
 pytest.importorskip("numpy")  # what the interpreter computes with
 
 from rbwa_fused.triton_kernels import step as triton_step
+from rbwa_fused.triton_kernels.norm import sum_squares
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("RBWA_TRITON_TESTS") == "interpreted"
@@ -83,16 +86,17 @@ class Twice:
         grads: list[Tensor | None],
         table: segments.Table,
         counters: Any = None,
+        clip: Tensor | None = None,
     ) -> None:
         assert counters is None
         live = [*(p.detach() for p in params), *(g for g in grads if g is not None)]
         live += [*table.state, table.ages]
         before = [t.clone() for t in live]
-        reference.step_(params, grads, table)
+        reference.step_(params, grads, table, clip)
         expected = [t.clone() for t in live]
         for tensor, value in zip(live, before, strict=True):
             tensor.copy_(value)
-        triton_step.step_triton(params, grads, table)
+        triton_step.step_triton(params, grads, table, None, clip)
         for i, (tensor, value) in enumerate(zip(live, expected, strict=True)):
             assert_same(tensor, value, (i, tuple(tensor.shape)))
             tensor.copy_(value)
@@ -116,6 +120,7 @@ def run_twice(
     dtype: torch.dtype,
     ps: list[nn.Parameter],
     steps: int,
+    clipped: int | None = None,
 ) -> None:
     both = Twice()
     backend = doors.Backend("triton", both.call, False)
@@ -129,6 +134,8 @@ def run_twice(
             ps[step % len(ps)].grad = None  # takes no step, but is sampled
         if step == 2:  # somebody else writes, which a master follows
             ps[0].detach().mul_(0.7)
+        if step == clipped:
+            opt.clip_grad_norm_(3.0)
         opt.step()
     assert both.steps == steps
 
@@ -156,6 +163,41 @@ class TestInterpreted:
     ) -> None:
         monkeypatch.setattr(triton_step, "CHUNK", 32)
         run_twice(monkeypatch, rule, average, dtype, few(dtype), steps=5)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_a_clipped_step_gives_the_bits_of_the_reference(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    ) -> None:
+        monkeypatch.setattr(triton_step, "CHUNK", 32)
+        for rule in ("momentum", "rsgdm explicit"):
+            run_twice(monkeypatch, rule, "ema", dtype, few(dtype), steps=3, clipped=1)
+
+    @pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
+    def test_the_norm_has_the_bits_of_the_reference(self, dtype: torch.dtype | None) -> None:
+        grads = norm_gradients(dtype)
+        expected, found = sums_by(norm.sum_squares_, grads), sums_by(sum_squares, grads)
+        assert torch.equal(found, expected)
+
+    def test_the_norm_of_more_chunks_than_lanes(self) -> None:
+        grads = norm_gradients(torch.float32, (3, 300 * 4096 + 9, 5))
+        assert torch.equal(sums_by(sum_squares, grads), sums_by(norm.sum_squares_, grads))
+
+    def test_without_a_single_element_the_norm_is_0(self) -> None:
+        grads = [torch.zeros(0), torch.zeros(3, 0)]
+        assert sums_by(sum_squares, grads).tolist() == [0.0]
+
+    def test_a_clipped_step_of_which_the_device_counts(self) -> None:
+        ends = []
+        for backend in ("triton", "cpu"):
+            p = nn.Parameter(torch.zeros(2))
+            opt = rf.FusedSGD([p], lr=1.0, momentum=0.5, backend=backend, capturable=True)
+            for skipped in (False, True, False):
+                p.grad = torch.tensor([3.0, 4.0])
+                opt.clip_grad_norm_(1.0)
+                opt.found_inf = torch.tensor([float(skipped)])
+                opt.step()
+            ends.append(p.tolist())
+        assert ends[0] == ends[1]
 
     @pytest.mark.parametrize("parts", [1, 4])
     def test_every_layout_in_chunks_as_they_are(

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import policy_for, products
+from rbwa_fused.triton_kernels import norm as triton_norm
 from rbwa_fused.triton_kernels import step as triton_step
 from rules import RULES
 from torch import Tensor, nn
 
+from rbwa_fused.engine import norm
 from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.rules import Kind
 from rbwa_fused.streams import DTYPES
@@ -53,7 +55,7 @@ class Variant(NamedTuple):
     dtypes: tuple[torch.dtype, ...]  # of parameters, theta, what is kept, averages
     rule: int
     averaged: bool
-    given: tuple[bool, bool, bool]  # marks, grad_scale, found_inf
+    given: tuple[bool, bool, bool, bool]  # marks, grad_scale, found_inf, clip
     parts: int
 
 
@@ -64,7 +66,9 @@ DTYPE_SETS = [
     for kept in dict.fromkeys((theta, theta if theta in WIDE else torch.float32))
     for average in dict.fromkeys((theta, theta if theta in WIDE else torch.float32))
 ]
-COUNTED = [(False, False, False), *itertools.product([True], (False, True), (False, True))]
+COUNTED = [(False, False, False, clip) for clip in (False, True)]
+COUNTED += [(True, *scaler, False) for scaler in itertools.product((False, True), repeat=2)]
+COUNTED += [(True, False, skipping, True) for skipping in (False, True)]  # of unscaled gradients
 VARIANTS = [
     Variant(*choices)
     for choices in itertools.product(
@@ -164,7 +168,7 @@ def launch_step(variant: Variant, offset: int = 0) -> None:
     def table(columns: int, of: torch.dtype) -> Tensor:
         return torch.zeros(16 + columns, dtype=of)[offset:]
 
-    marks, scaled, skipping = variant.given
+    marks, scaled, skipping, clipped = variant.given
     deferred = None
     if marks:
         one = torch.ones(1 + offset)[offset:]
@@ -176,7 +180,8 @@ def launch_step(variant: Variant, offset: int = 0) -> None:
     upload = triton_step.Upload(entries, *tables, variant.rule, variant.averaged)
     chunks = torch.zeros(5, 2, dtype=torch.int32)
     launch = triton_step.Launch(dtype, *others, [], chunks, variant.parts)
-    launch._launch(upload, deferred)
+    clip = torch.ones(1 + offset, dtype=torch.float64)[offset:] if clipped else None
+    launch._launch(upload, deferred, clip)
 
 
 def front_end(source: Source) -> None:
@@ -254,12 +259,38 @@ def test_the_counters_kernel_compiles_to_machine_code(gpu: Gpu) -> None:
     assert failures(machine_code, sources) == []
 
 
+SIZES = ((5,), (4096 * 300, 1))  # one row of chunks, and several
+
+
+def launch_norm(dtype: torch.dtype, sizes: tuple[int, ...], offset: int = 0) -> None:
+    grads = [torch.zeros(n + offset, dtype=dtype)[offset:] for n in sizes]
+    triton_norm.sum_squares(grads, norm.memory(grads))
+
+
+def test_the_norm_compiles_to_machine_code(gpu: Gpu) -> None:
+    sources = []
+    for dtype, sizes in itertools.product(DTYPES, SIZES):
+        for architecture in ARCHITECTURES:
+            sources += gpu.sources_of(launch_norm, dtype, sizes, architecture=architecture)
+    assert len(sources) == 2 * len(DTYPES) * len(SIZES) * len(ARCHITECTURES)
+    assert failures(machine_code, sources) == []
+
+
+def test_the_norm_of_more_gradients_needs_no_kernel_of_its_own(gpu: Gpu) -> None:
+    few, more = (
+        {source.key for source in gpu.sources_of(launch_norm, torch.float32, (5,) * n, n % 2)}
+        for n in (1, 40)
+    )
+    assert few == more
+
+
 def test_tables_anywhere_in_memory_need_no_kernel_of_their_own(gpu: Gpu) -> None:
     """One that had to be compiled in the middle of training, or of a capture."""
-    variant = VARIANTS[-1]._replace(given=(True, True, True))
-    on, off = (gpu.sources_of(launch_step, variant, offset) for offset in (0, 1))
-    assert len(on) == 2  # ages come first
-    assert [source.key for source in on] == [source.key for source in off]
+    for given in ((True, True, True, False), (True, False, True, True)):
+        variant = VARIANTS[-1]._replace(given=given)
+        on, off = (gpu.sources_of(launch_step, variant, offset) for offset in (0, 1))
+        assert len(on) == 2  # ages come first
+        assert [source.key for source in on] == [source.key for source in off]
 
 
 def train(options: dict[str, Any]) -> None:
@@ -275,6 +306,10 @@ def train(options: dict[str, Any]) -> None:
             for p in ps:
                 p.grad = torch.ones_like(p)
             ps[step % 2].grad = None
+            if scaler.get("grad_scale") is None:
+                opt.clip_grad_norm_(0.5)
+                assert opt.pending_clip is not None
+                opt.pending_clip.coefficient = torch.ones((), dtype=torch.float64)
             vars(opt).update(scaler)
             opt.step()
             for name in scaler:
@@ -289,6 +324,8 @@ def test_training_launches_nothing_else(gpu: Gpu, options: dict[str, Any]) -> No
     for found_inf in FOUND_INF:
         own = replace(counters(), found_inf=found_inf)
         known |= {source.key for source in gpu.sources_of(triton_step.advance_triton, own)}
+    for dtype in DTYPES:
+        known |= {source.key for source in gpu.sources_of(launch_norm, dtype, (5, 40))}
     trained = {source.key for source in gpu.sources_of(train, options)}
     assert len(trained) > 50
     assert trained <= known

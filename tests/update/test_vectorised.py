@@ -13,7 +13,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("cpu/loop.h", "cpu/narrow_loop.h", "cpu/pull_loop.h")
+FILES = ("cpu/loop.h", "cpu/narrow_loop.h", "cpu/norm_loop.h", "cpu/pull_loop.h")
 ELEMENTS = re.compile(r"for \(int64_t i = 0; i < (n|size); \+\+i\)")
 SIZES = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes of a vector
 
@@ -75,6 +75,6 @@ def test_no_rule_average_dtype_or_instruction_set_is_left_with_a_scalar_loop(
         elif using := re.search(r"using (\d+) byte vectors", rest):
             sizes.setdefault(loop, set()).add(int(using[1]))
     wanted = loops()
-    assert len(wanted) == 7
+    assert len(wanted) == 9
     assert missed & wanted.keys() == set()
     assert {loop for loop, own in wanted.items() if own - sizes.get(loop, set())} == set()
