@@ -44,7 +44,7 @@ def _sum_squares(grads: list[Tensor], backend: str) -> Tensor:
     """The sum of the squares of this process's shards, float64."""
     device = grads[0].device
     chosen = backends.choose(backend, device)
-    if chosen.checks and set(map(type, grads)) == {Tensor} and not any(map(Tensor.is_neg, grads)):
+    if chosen.checks and set(map(type, grads)) == {Tensor}:
         sums = norm.memory(grads)
         try:
             chosen.sum_squares(grads, sums)

@@ -835,6 +835,15 @@ def test_each_steps_and_zeroes_its_gradients_in_turn() -> None:
     assert params(opts[1])[0].item() == pytest.approx(-0.8)
 
 
+def test_one_of_them_without_a_gradient_has_nothing_to_clip() -> None:
+    ours, idle = made(torch.tensor([3.0, 4.0])), made(None)
+    rf.clip_grad_norm_([ours, idle], 1.0)
+    idle.grad_scale, idle.found_inf = torch.tensor([8.0]), torch.zeros(())
+    idle.step()
+    ours.step()
+    assert params(ours)[0].tolist() == pytest.approx([-0.6, -0.8], rel=1e-6)
+
+
 def test_a_parameter_in_two_of_them_and_what_is_no_optimizer_are_refused() -> None:
     opt = made(torch.ones(2))
     other = torch.optim.SGD(params(opt), lr=0.1)

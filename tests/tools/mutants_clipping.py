@@ -34,7 +34,6 @@ CLIPPING: Mutants = [
 ]
 TOTAL_NORM: Mutants = [
     ("torch.float64 if wide else torch.float32", "torch.float32"),
-    ("not any(map(Tensor.is_neg, grads))", "True"),
     ("grad.resolve_conj()", "grad"),
     ("(grad.is_contiguous() or is_dense(grad)) and is_plain(grad)", "is_plain(grad)"),
     ("math.inf if p == -math.inf else 0.0", "0.0"),
