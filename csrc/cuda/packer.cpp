@@ -23,8 +23,9 @@ class Packer {
   }
 
   const char* add(const Segment& s, int32_t index) {
-    const int64_t chunks = (s.length + launch_.chunk - 1) / launch_.chunk;
-    if (chunks == 0) return nullptr;
+    int64_t chunks = (s.length + launch_.chunk - 1) / launch_.chunk;
+    if (chunks == 0 && launch_.marks == nullptr) return nullptr;
+    chunks = std::max<int64_t>(chunks, 1);  // a block makes an empty segment older
     const char* error = nullptr;
     if (bytes_with(s) > kTableBytes || chunks_ + chunks > kMostChunks) error = flush();
     const auto [place, is_new] = group_of_.try_emplace(group_of(s), groups_.size());
@@ -188,7 +189,7 @@ std::vector<Members> launches_of(const std::vector<Segment>& segments) {
     for (size_t i = 0; i < segments.size(); ++i) {
       const Segment& s = segments[i];
       const Streams own = streams_of(s);
-      if (lacking(own) != lacks || (s.g == nullptr && s.a == nullptr)) continue;
+      if (lacking(own) != lacks || (s.kind == Kind::kSample && s.a == nullptr)) continue;
       auto found = std::find_if(launches.begin(), launches.end(), [&](const Members& launch) {
         const Streams& other = launch.streams;
         return own.dtype == other.dtype && own.theta == other.theta &&

@@ -80,12 +80,7 @@ class OnDevice:
         ages = {device: d.marks[:, 0].tolist() for device, d in self._counters.items()}
         for table, _ in self._tables.launches:
             own, n = ages[table.params[0].device], len(table.params)
-            # No kernel marks what is empty; but before the first step nothing can have started.
-            started = int(plan.counts[0] > 0)
-            table.set_ages(
-                started if local(p).numel() == 0 else age
-                for p, age in zip(table.params, own[:n], strict=True)
-            )
+            table.set_ages(own[:n])
             del own[:n]
 
 

@@ -475,6 +475,7 @@ def step_clipped(
             p.grad = None if i == step else g
         clip(opt, step)
         opt.step()
+    opt.state_dict()  # a device's count comes back to every `step`
     state = [v for p in ps for v in opt.state[p].values() if isinstance(v, Tensor)]
     return [*(p.detach() for p in ps), *state]
 
