@@ -19,7 +19,6 @@ from torch import nn
 import rbwa_fused as rf
 from rbwa_fused.engine import segments
 from rbwa_fused.rules import COLUMNS, Kind, Sampling
-from rbwa_fused.streams import STREAMS
 
 OUT = Path(__file__).parent / "tables.png"
 POINTS = {"row": "#cfe3f7", "sampling": "#f7e3cf", "shape": "#dcefd5"}
@@ -76,7 +75,7 @@ def main(out: Path = OUT) -> int:
     rows, samplings = told.rows, told.samplings
     names = ["length", "row", "sampling", "shape", "dims", "dtype"]
     kept = ["momentum_buffer", "average"]
-    places = [segments.COLUMN_OF[name] for name in kept]
+    places = [segments.COLUMN_OF[segments.SLOT_OF[name]] for name in kept]
     cells = [
         [*map(str, line[: segments.FIRST_STREAM]), *(str(line[at]) for at in places), str(age)]
         for line, age in zip(columns.tolist(), ages.tolist(), strict=True)
@@ -85,7 +84,7 @@ def main(out: Path = OUT) -> int:
     draw(
         axes[0],
         "segments: one line a parameter; where its streams are in `state` (-1: nowhere), "
-        f"and {len(STREAMS) - 2} streams more",
+        f"and {len(segments.SLOTS) - 2} streams more",
         [*names, "momentum", "average", "(age)"],
         cells,
         ["weight", "bias", "head"],

@@ -49,6 +49,18 @@ UPDATE = [
     ("k.current ? e.theta : e.a", "e.a"),
     ("k.write_back ? e.a : x", "x"),
     ("  e.theta = x;\n", ""),
+    ("(k.q * g) * g", "k.q * (g * g)"),
+    ("k.nu * e.v", "e.v"),
+    ("v <= e.v_max ? e.v_max : v", "e.v_max < v ? v : e.v_max"),
+    ("v = e.v_max;", ""),
+    ("std::sqrt(v) * k.bias", "std::sqrt(v)"),
+    (" + k.epsilon", ""),
+    ("direction + k.rho * e.theta", "direction"),
+    ("1 - power(mu, age + 1)", "1 - power(mu, age)"),
+    ("1 - power(nu, age + 1)", "1 - power(nu, age)"),
+    ("row.eta / grown", "row.eta"),
+    ("row.rho * grown", "row.rho"),
+    ("k.eta = aging.eta;", ""),
     ("rounded == param ? master : param", "master"),
 ]
 SAMPLED = [
@@ -136,10 +148,10 @@ LAUNCHES = [
     ("group = s.row / kRowsPerGroup;", "group = s.row;"),
     ("static_cast<uint8_t>(s.row % kRowsPerGroup)", "uint8_t{0}"),
     ("rounded<Numbers<T>, T>(rows[1].numbers)", "rounded<Numbers<T>, T>(rows[0].numbers)"),
-    ("key.most = std::max(key.most, segments[i].kind)", "key.most = segments[i].kind"),
+    ("key.most = std::max(key.most, served_by(segments[i].kind))", "key.most = segments[i].kind"),
     ("key.averaged |= segments[i].a != nullptr;", ""),
-    ("if (movable) wide->second.insert", "if (false) wide->second.insert"),
-    ("own.kind = static_cast<uint8_t>(s.kind);", ""),
+    ("lacking(own) != lacks ||", "lacks == 0 ||"),
+    ("own.kind = static_cast<uint8_t>(served_by(s.kind));", ""),
     ("chunks_ += chunks;", "chunks_ += 1;"),
     ("(s.length + launch_.chunk - 1) / launch_.chunk", "s.length / launch_.chunk"),
     ("bytes_with(s) > kTableBytes", "bytes_with(s) > 2 * kTableBytes"),
@@ -153,7 +165,7 @@ FORMS = [
 REFERENCE = [
     ("g + k.lambda_ * theta if", "g - k.lambda_ * theta if"),
     ('k.mu * old["m"] + k.c * g', 'k.mu * old["m"] + g'),
-    ("k.alpha * g + k.gamma * m if", "g + k.gamma * m if"),
+    ("k.alpha * g + direction", "g + direction"),
     ('k.kappa * (g - old["previous"])', '(g - old["previous"])'),
     ("x = theta - k.eta * direction", "x = theta + k.eta * direction"),
     ("a + k.w * (x - a)", "a - k.w * (x - a)"),
@@ -162,7 +174,7 @@ REFERENCE = [
     ("master.to(theta.dtype) == theta", "master == master"),
     ("theta.copy_(held[MASTER])", "pass"),
     ("columns[ROW] + first]", "columns[ROW]]"),
-    ("table.ages[i] += bool(KEPT_BY[kind])", "pass"),
+    ("ages[i] += bool(KEPT_BY[kind])", "pass"),
     ("            kind = Kind.SAMPLE\n", "            pass\n"),
 ]
 PULL_REFERENCE = [
@@ -177,17 +189,11 @@ PULL_REFERENCE = [
 RULES = [
     ('-1.0 if group.get("maximize") else 1.0', "1.0"),
     ('c = 1.0 if first else 1.0 - float(group["dampening"])', "c = 1.0"),
-    (
-        "Coefficients(mu, c=1.0, kappa=0.0, alpha=1.0, gamma=mu",
-        "Coefficients(mu, c=1.0, kappa=0.0, alpha=1.0, gamma=1.0",
-    ),
-    (
-        "Coefficients(beta, 1.0 - beta, kappa=0.0, alpha=0.0",
-        "Coefficients(beta, 1.0, kappa=0.0, alpha=0.0",
-    ),
+    ("c=1.0, alpha=1.0, gamma=mu", "c=1.0, alpha=1.0, gamma=1.0"),
+    ("beta, 1.0 - beta, gamma=1.0)", "beta, 1.0, gamma=1.0)"),
     ("c = 0.0 if first else 1.0 - beta", "c = 1.0 - beta"),
     ("alpha=1.0 - beta, gamma=beta", "alpha=beta, gamma=beta"),
-    ("kappa = 0.0 if first else 1.0 - beta", "kappa = 1.0 - beta"),
+    ("kappa=0.0 if first else 1.0 - beta", "kappa=1.0 - beta"),
     ("gamma=1.0, delta=beta", "gamma=1.0, delta=1.0"),
 ]
 AVERAGE = [
@@ -218,7 +224,7 @@ TRITON = [
     ("g = s * g\n", "g = g\n"),
     ("g + lambda_ * theta, g)", "g - lambda_ * theta, g)"),
     ("m = mu * m + c * g", "m = mu * m + g"),
-    ("alpha * g + gamma * m, gamma * m", "g + gamma * m, gamma * m"),
+    ("alpha * g + direction, direction", "g + direction, direction"),
     ("kappa * (g - previous)", "kappa * (g + previous)"),
     ("direction + delta * z", "direction + z"),
     ("x = theta - eta * direction", "x = theta + eta * direction"),
@@ -235,13 +241,13 @@ TRITON = [
     ("store(theta_at, theta, mask, FULL)", "pass"),
     ("weights_at = param_at", "pass"),
 ]
-TRITON_SAMPLED = [("        if k[11]:", "        if k[11] | (k[9] != 0):")]
+TRITON_SAMPLED = [("        if k[16]:", "        if k[16] | (k[14] != 0):")]
 UPLOADS = [
     ("or (at, used) != (self.key[0], self.used)", ""),
     ("or (at, used) != (self.key[0], self.used)", "or True"),
     ("upload is None or (at, values) != self.key", "upload is None"),
     ("row += bool(KEPT_BY[kind]) and bool(first) and first[number]", "pass"),
-    ("table.ages += torch.tensor(older", "table.ages + torch.tensor(older"),
+    ("table.ages.copy_(torch.tensor(older", "(torch.tensor(older"),
 ]
 COUNTERS = [
     ("& (step.to(tl.float64) > begins)", "& (begins < 1e300)"),

@@ -1,4 +1,4 @@
-"""Ours: FusedSGD and RSGDM as providers, and what each method computes."""
+"""Ours: FusedSGD, RSGDM and FusedAdamW as providers, and what each method computes."""
 
 from __future__ import annotations
 
@@ -31,24 +31,28 @@ def ours(
     in_backward: bool = False,
     clipped: bool = False,
 ) -> Build:
-    """A builder for FusedSGD, or for RSGDM where the maths are RSGDM's."""
+    """A builder for FusedSGD, or for RSGDM or FusedAdamW where the maths are theirs."""
 
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
-        options: dict[str, Any] = {
+        of_sgd = {
             "momentum": 0.0 if maths.rule == "plain" else MOMENTUM,
             "weight_decay": WEIGHT_DECAY,
+        }
+        options: dict[str, Any] = {
             "average": average,
             "backend": backend,
             "flatten": flatten,
             "capturable": capturable,
             "in_backward": in_backward,
         }
-        opt: rf.FusedSGD | rf.RSGDM
+        opt: rf.FusedSGD | rf.RSGDM | rf.FusedAdamW
         if maths.rule == "rsgdm":
-            opt = rf.RSGDM(problem.groups(model), difference=difference, **options)
+            opt = rf.RSGDM(problem.groups(model), difference=difference, **of_sgd, **options)
+        elif maths.rule == "adamw":
+            opt = rf.FusedAdamW(problem.groups(model), **options)
         else:
-            opt = rf.FusedSGD(problem.groups(model), **options)
+            opt = rf.FusedSGD(problem.groups(model), **of_sgd, **options)
         params: list[Tensor] = list(model.parameters())
 
         def clip_and_step() -> None:
@@ -64,6 +68,7 @@ def ours(
             norm once more."""
             streams = {k: v.element_size() for k, v in opt.state.get(params[0], {}).items()}
             average_bytes = 2 * streams.pop("average", 0)
+            streams.pop("step", None)  # one number
             item = params[0].element_size()
             without = (4 if clipped else 3) * item + 2 * sum(streams.values())
             return without, without + average_bytes
@@ -147,4 +152,9 @@ METHODS: dict[str, tuple[Maths, rf.Average | None]] = {
         rf.ema(today.EMA_DECAY, every=10),
     ),
     "SWA": (averaging(today.mean), rf.swa(start=0, every=1)),
+    "AdamW": (Maths("adamw"), None),
+    "AdamW + EMA": (
+        Maths("adamw", Average(today.ema(today.EMA_DECAY))),
+        rf.ema(today.EMA_DECAY),
+    ),
 }

@@ -43,11 +43,21 @@ def _rows() -> list[Row]:
         _row("EMA, flatten=False", flatten=False),
         _row("EMA every 10"),
         _row("SWA"),
+        _row("AdamW"),
+        _row("AdamW + EMA"),
+        _row("AdamW + EMA, clipped", clipped=True),
         Row("fused + Averager (EMA)", "ours", beside()),
         Row("AdamW fused + Averager (EMA)", "ours", beside(rule="adamw"), not_in="float16"),
         Row("fused + Averager into a teacher", "ours", beside(into=True)),
         Row("fused + teacher by foreach", "today", today.foreach_teacher),
         Row("fused + clip_grad_norm_", "today", today.clipped),
+        Row("AdamW fused + AveragedModel (EMA)", "today", today.adamw_ema(), not_in="float16"),
+        Row(
+            "AdamW fused + clip + AveragedModel",
+            "today",
+            today.adamw_ema(clipped=True),
+            not_in="float16",
+        ),
         Row("fused + AveragedModel (mean)", "today", today.averaged_model("mean")),
         Row("fused + AveragedModel (EMA)", "today", today.averaged_model("ema")),
         Row("fused + timm ModelEmaV3", "today", today.timm_ema, needs="timm"),
@@ -79,6 +89,9 @@ HOST_ROWS: tuple[str, ...] = (
     "fused + AveragedModel (EMA)",
     "fused + timm ModelEmaV3",
     "fused + ema_pytorch EMA",
+    "torch AdamW fused",
+    "AdamW",
+    "AdamW + EMA",
 )
 HOST_GROUP_ROWS: tuple[str, ...] = (BASELINE, "SGD + momentum", "RBWA", "EMA")
 

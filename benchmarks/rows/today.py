@@ -151,6 +151,47 @@ def clipped(problem: Problem, name: str) -> Provider:
     return made
 
 
+def adamw_ema(clipped: bool = False) -> Callable[[Problem, str], Provider]:
+    """Fused AdamW and torch's AveragedModel, behind clip_grad_norm_ or not: how most people train
+    with an EMA. Clipping writes to the gradients, so it gets copies."""
+
+    def build(problem: Problem, name: str) -> Provider:
+        model = problem.copy()
+        opt, params = adamw(problem, model), list(model.parameters())
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+
+        def step() -> None:
+            if clipped:
+                nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
+            opt.step()
+            averaged.update_parameters(model)
+
+        accesses = ADAMW + LERP + (CLIPPING if clipped else 0)
+        average = Average(ema(EMA_DECAY))
+        made = provider(
+            problem,
+            name,
+            model,
+            opt,
+            accesses,
+            step=step,
+            average=average,
+            averaged=averaged.module,
+            rule="adamw",
+        )
+        if clipped:
+
+            def use_gradients(which: int) -> None:
+                for p, g in zip(params, problem.gradients[which], strict=True):
+                    p.grad = g.clone()
+
+            made.maths = Maths("adamw", average, clipped=True)
+            made.use_gradients = use_gradients
+        return made
+
+    return build
+
+
 def averaged_model(
     how: Literal["mean", "ema", "rbwa", "rbwa_e"],
 ) -> Callable[[Problem, str], Provider]:

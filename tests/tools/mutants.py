@@ -82,7 +82,7 @@ TABLES: Mutants = [
     ("segment.length >= 0 && dims >= 0", "dims >= 0"),
     ("column[kShape] >= 0 &&", ""),
     ("&& is_contiguous(tables.state[which])", ""),
-    ("numel_of(tables.state[which]) == segment.length", "true"),
+    ("numel_of(tables.state[which]) == length", "true"),
     ("which >= 0 && which < state_count", "which < state_count"),
     ("which < state_count &&", ""),
     ("type->bits == 0 || same(view.dtype, *type)", "true"),
@@ -90,10 +90,10 @@ TABLES: Mutants = [
     ("(same(theta_type, kFloat) && is_narrow(segment.dtype))", "is_narrow(segment.dtype)"),
     ("(same(theta_type, kFloat) && is_narrow(segment.dtype))", "same(theta_type, kFloat)"),
     ("static_cast<int64_t>(segment.dtype) == column[kDtype] &&", ""),
-    ("segment.row = row + (ages[i] == 0);", ""),
+    ("segment.row = row + (segment.age == 0 && !is_adam(kind));", ""),
     ("STD_TORCH_CHECK(has_kind(rows[row])", "STD_TORCH_CHECK(true"),
     ("if (keeps_##name(kind)) {", "if (true) {"),
-    ("ages[i] += keeps_any(segments[i].kind)", "ages[i] += 1"),
+    ("ages[i] = segments[i].age + keeps_any(segments[i].kind)", "ages[i] = segments[i].age + 1"),
     ("std::vector<Segment> result(count);", "auto& result = *new std::vector<Segment>(count);"),
     ("numel_of(param) == segment.length &&", ""),
     ("(param.data != nullptr || segment.length == 0) &&", ""),
@@ -131,7 +131,7 @@ CHECKPOINT: Mutants = [
     ("live.setdefault(OWN + key, None)", "pass"),
     ("keys | {own[k]: v for", "keys | {k: v for"),
     ("value.detach().clone() if", "value.detach() if"),
-    ("if not (name in STREAMS and _absent(value))", ""),
+    ("if not (name in (STEP, *STREAMS) and _absent(value))", ""),
     ("taken: int = max(", "taken: int = min("),
     ("if counted and step not in (None, taken):", "if False:"),
     ("return taken if step is None else step", "return taken"),
@@ -151,7 +151,7 @@ CHECKPOINT: Mutants = [
     ("not same(theirs, ours):", "True:"),
     ("value.dtype not in DTYPES or value.is_meta", "value.dtype not in DTYPES"),
     ("if value.layout != torch.strided:", "if False:"),
-    ("if kept not in ((), streams):", "if False:"),
+    ("if kept not in ((), needed)", "if False"),
     ('if "master_param" in held and not plan.master_weights:', "if False:"),
     ('if "average" in held and policy is None:', "if False:"),
     ("policy is not None and n_averaged > 0:", "policy is not None and n_averaged > 1:"),
@@ -292,8 +292,8 @@ STATE: Mutants = [
     ("                    ages[i] = 1\n", "                    pass\n"),
     ("behind.append((group.memory.update, self._rule.remember(group.group)))", "pass"),
     ("give(MASTER, local(p).detach())", "give(MASTER, None)"),
-    ("and (moves or self._rule.streams[0] in held)", "and moves"),
-    ("(lacks_kept or lacks_master)", "lacks_kept"),
+    ("and (moves or first in held)", "and moves"),
+    ("(lacks_kept or lacks_late or lacks_master)", "lacks_kept"),
     ("            group.n_averaged > 0\n            and ", "            "),
     ("            and group.policy.write_back_every != 1\n", ""),
     ("p if master is None else master", "p"),
@@ -305,8 +305,11 @@ STATE: Mutants = [
         "        self.lost = any(self._is_lost(plan, p)",
         "        self.lost = False and any(self._is_lost(plan, p)",
     ),
-    ("streams = () if age > 0 else self._rule.streams", "streams = self._rule.streams"),
-    ("streams = () if age > 0 else self._rule.streams", "streams = ()"),
+    (
+        "streams = () if age > 0 else (*self._rule.streams, STEP)",
+        "streams = (*self._rule.streams, STEP)",
+    ),
+    ("streams = () if age > 0 else (*self._rule.streams, STEP)", "streams = ()"),
     (" and id(local(tensor)) in self._made", ""),
 ]
 FUSED: Mutants = [
@@ -516,12 +519,12 @@ BUFFERS: Mutants = [
 ]
 BESIDE_PARAMETERS: Mutants = [  # what an engine has beside the param groups
     (
-        "(self._master_weights, self._rule) if beside is None else (False, rules.NONE)",
-        "(self._master_weights, self._rule)",
+        "(self._dtypes, self._rule) if beside is None else (Dtypes(), rules.NONE)",
+        "(self._dtypes, self._rule)",
     ),
     (
-        "(self._master_weights, self._rule) if beside is None else (False, rules.NONE)",
-        "(self._master_weights, self._rule if beside is None else rules.NONE)",
+        "(self._dtypes, self._rule) if beside is None else (Dtypes(), rules.NONE)",
+        "(self._dtypes, self._rule if beside is None else rules.NONE)",
     ),
 ]
 BESIDE_IN_TABLES: Mutants = [
@@ -610,7 +613,7 @@ HELD_COMPILED: Mutants = [
 SHARDS_IN_TABLES_OF_GROUPS: Mutants = [
     ("not self._sharded or all(map(Segments.holds_shards, self._sharded))", "True"),
 ]
-SHARDS_IN_STATE: Mutants = [("held[stream] = beside(tensor, p)", "held[stream] = tensor")]
+SHARDS_IN_STATE: Mutants = [("tensor if stream == STEP else beside(tensor, p)", "tensor")]
 SHARDS_IN_TABLES: Mutants = [
     ("all(local(param) is shard for param, shard in self.shards)", "True"),
     ("                if alike is not g:\n                    param.grad = alike\n", ""),
