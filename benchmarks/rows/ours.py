@@ -35,7 +35,7 @@ def ours(
 
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
-        of_sgd = {
+        of_sgd: dict[str, Any] = {
             "momentum": 0.0 if maths.rule == "plain" else MOMENTUM,
             "weight_decay": WEIGHT_DECAY,
         }
