@@ -330,6 +330,13 @@ class Rule:
         """The optimizer."""
         return self.cls(params, **{**self.options, **more})
 
+    def of_step(self, numbers: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
+        """What `literal` takes at a step, and the counts of the group behind it."""
+        if self.counts is None:
+            return numbers, counts
+        taken, behind = self.counts({**numbers, **counts})
+        return {**numbers, **taken}, behind
+
     def takes(self, policy: rf.Average | None) -> bool:
         """Whether it can have such an average."""
         return self.writes_back or policy is None or policy.write_back_every == 0
@@ -357,9 +364,7 @@ class Rule:
         """What a parameter has in its state after a step, beside its average and its master."""
         state: dict[str, Tensor] = {}
         one = torch.ones((), dtype=torch.float64)
-        options = self.hyperparameters
-        taken = {} if self.counts is None else self.counts({**options, **NOT_STARTED})[0]
-        self.literal(state, one, one, {**options, **taken})
+        self.literal(state, one, one, self.of_step(self.hyperparameters, NOT_STARTED)[0])
         return tuple(state)
 
     def kept(self, dtype: torch.dtype) -> torch.dtype:

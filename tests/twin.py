@@ -77,9 +77,7 @@ class Member:
         """Lines (1)-(3) for a gradient that is unscaled."""
         before = self.rules_state
         after = dict(before)
-        numbers = group.numbers
-        if rule.counts is not None:
-            numbers |= rule.counts({**numbers, **group.counts})[0]
+        numbers, _ = rule.of_step(group.numbers, group.counts)
         x = rule.literal(after, theta, gradient, numbers)
         for name, value in after.items():
             if value is not before.get(name):
@@ -266,8 +264,8 @@ class Twin:
                 theta = x.stored(member.dtype)
                 member.theta.v.copy_(theta.v)
                 member.theta.off.copy_(theta.off)
-            if moved and self.rule.counts is not None:
-                group.counts = self.rule.counts({**group.numbers, **group.counts})[1]
+            if moved:
+                _, group.counts = self.rule.of_step(group.numbers, group.counts)
 
     def _average(
         self,

@@ -57,6 +57,7 @@ def _averages(rule: Rule) -> list[OptimizerInput]:
     given = [
         OptimizerInput(None, {**usual, "average": policy}, name)
         for name, policy in policies.items()
+        if rule.takes(policy)
     ]
     masters = {**usual, "average": policies["ema"], "master_weights": True}
     return [*given, OptimizerInput(None, masters, "master weights")]
