@@ -18,7 +18,7 @@ from rbwa_fused.engine.memory import lies_as
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.tables import Counts
 from rbwa_fused.numbers import integer, number
-from rbwa_fused.rules import MEMORY, Rule
+from rbwa_fused.rules import ADAM, MEMORY, Rule
 from rbwa_fused.streams import DTYPES, STEP, STREAMS
 
 Group = dict[str, Any]
@@ -78,7 +78,7 @@ def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Grou
             held = saved["state"].get(key, {})
             if p in waiting:
                 held = {k: v for k, v in held.items() if k not in waiting[p]}
-            if engine.rule.counts and held and STEP not in held:
+            if engine.rule.name == ADAM.name and held and STEP not in held:
                 held = {**unstepped(engine.rule, live, p), **held}
             if key in saved["state"]:
                 saved["state"][key] = held

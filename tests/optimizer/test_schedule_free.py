@@ -523,6 +523,22 @@ def test_a_run_goes_on_bit_for_bit_in_the_mode_that_it_had(
     assert same(values(ps), values(others)) and counts(opt) == counts(again)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_frozen_layer_that_is_averaged_has_no_z_in_a_checkpoint(cls: Any) -> None:
+    opt, ps = trained(cls, 0, average=rf.ema(0.5))
+    for k in range(2):
+        for i, p in enumerate(ps[1:], 1):
+            p.grad = gradient(p, i, k)
+        opt.step()
+    assert opt.state_dict()["state"][0].keys() == {"average"}
+    others = [nn.Parameter(p.detach().clone()) for p in ps]
+    again = cls(others, lr=LR[cls], weight_decay=0.1, average=rf.ema(0.5))
+    again.load_state_dict(opt.state_dict())
+    for one, own in ((opt, ps), (again, others)):
+        take(one, own, range(2, 4))
+    assert same(values(ps), values(others))
+
+
 def test_beta_may_not_change_once_there_is_a_z() -> None:
     for cls, key, other in (
         (rf.SGDScheduleFree, "momentum", 0.5),
