@@ -72,7 +72,7 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
         return averaged(self._averaging, self._model, self._blend)
 
 
-def free_gathered(opt: Averaging, model: nn.Module | None) -> None:
+def free_gathered(opt: Averaging, model: nn.Module | None, what: str = "averaged") -> None:
     """Frees the weights that FSDP has gathered, or the next forward would not see those of now.
 
     Raises:
@@ -82,8 +82,8 @@ def free_gathered(opt: Averaging, model: nn.Module | None) -> None:
     kind = kind_of_shard(params)
     if params and model is None:
         raise ValueError(
-            f"averaged() of {kind} parameters needs their model, as in averaged(model): what FSDP "
-            "has gathered of it must be freed"
+            f"{what}() of {kind} parameters needs their model, as in {what}(model): what FSDP has "
+            "gathered of it must be freed"
         )
     reshard(model)
     members = gathered_by(model)

@@ -89,10 +89,10 @@ class ScheduleFree(FusedOptimizer):
         weights that were written to since, y as x and z say it.
 
         Args:
-            model: as in ``averaged``. Not needed for plain parameters.
+            model: as in ``averaged``. Not needed for plain parameters, nor before the first step.
 
         Raises:
-            ValueError: for DTensor parameters without their model.
+            ValueError: for DTensor parameters that have stepped, without their model.
             RuntimeError: inside ``averaged()``, or between a backward pass and its ``step()``.
         """
         self._itself._switch("train", model)
@@ -115,12 +115,14 @@ class ScheduleFree(FusedOptimizer):
         if trains == self._trains:
             self._mirror()
             return
-        evaluate.free_gathered(self, model)
         if not engine.tables.describes(self.param_groups, self.state):
             self._rebuild()
+        started = list(self._started())
+        if started:
+            evaluate.free_gathered(self, model, mode)
         calls: list[Call] = []
         written: list[Tensor] = []
-        for plan, p, held in self._started():
+        for plan, p, held in started:
             before = local(p).detach()
             if trains:
                 weights = self._y(plan, p, held)
