@@ -167,9 +167,12 @@ class Engine(Upkeep):
         """Brings the rows up to date for the step to come; gradients are ``scale`` times theirs.
 
         Raises:
-            RuntimeError: for an average that the host counts, while a CUDA graph is captured.
+            RuntimeError: for what the host counts, an average or a rule's steps, while a CUDA graph
+                is captured.
         """
         plan = self.tables.plan
+        if self.rule.scheduled is not None:
+            checks.captured("step() of a schedule-free optimizer", "it outside of the capture")
         if self.tables.averages and self.rule.moves:
             checks.captured("step() of an average", "capturable=True")
         plan.sample()

@@ -759,6 +759,34 @@ def test_who_moves_y_from_outside_is_refused_while_the_optimizer_lives() -> None
     assert same(values(ps), values(others))
 
 
+def test_a_captured_step_would_repeat_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    opt, ps = trained(rf.AdamWScheduleFree, 2)
+    before = values(ps)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        RuntimeError, match="schedule-free optimizer while a CUDA graph is captured"
+    ):
+        take(opt, ps, range(2, 3))
+    assert same(values(ps), before) and counts(opt)[0] == 2
+
+
+def test_a_clipped_norm_is_that_of_the_gradients() -> None:
+    ends = []
+    for fused in (True, False):
+        opt, ps = trained(rf.AdamWScheduleFree, 2)
+        for k in range(2, 5):
+            for i, p in enumerate(ps):
+                p.grad = gradient(p, i, k)
+            if fused:
+                opt.clip_grad_norm_(0.5)
+            else:
+                torch.nn.utils.clip_grad_norm_(ps, 0.5)
+            opt.step()
+        ends.append(values(ps))
+    assert apart(*ends) <= 1e-12
+
+
 def test_sixteen_bits_without_masters_are_warned_of_once() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         groups = [{"params": [p]} for p in params(dtype)]
