@@ -40,10 +40,15 @@ RBWA_INLINE constexpr Kind served_by(Kind kind) {
   return kind == Kind::kMomentum ? Kind::kDecoupled : kind;
 }
 
+// The kinds of one family may share a launch.
+RBWA_INLINE constexpr int family(Kind kind) {
+  return kind == Kind::kScheduleFree ? 2 : is_adam(kind) ? 1 : 0;
+}
+
 // Whether one launch may have segments of a kind where the last of those that serve it is `most`:
 // kernels have branches for all of them, and hold the registers that the last one needs.
 RBWA_INLINE constexpr bool goes_with(Kind kind, Kind most) {
-  return kind == Kind::kSample || (kind <= most && is_adam(kind) == is_adam(most));
+  return kind == Kind::kSample || (kind <= most && family(kind) == family(most));
 }
 
 // What distinguishes one compiled CUDA kernel from another: the streams of memory.

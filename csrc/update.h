@@ -16,13 +16,14 @@
 // The kinds: the part of a rule that decides which streams are touched. Every dispatch goes by this
 // list; rbwa_fused/rules.py has the same one in the same order.
 #define RBWA_KINDS(kind)                                                               \
-  kind(kSample)      /* no gradient: the element's average samples it where it is */   \
-  kind(kPlain)       /* SGD without momentum */                                        \
-  kind(kMomentum)    /* SGD with momentum, Nesterov, SGDM, implicit RSGDM */           \
-  kind(kDecoupled)   /* the same with decoupled decay: SGDW */                         \
-  kind(kDifference)  /* explicit RSGDM */                                              \
-  kind(kAdam)        /* Adam, AdamW */                                                 \
-  kind(kAmsgrad)     /* the same, divided by the largest v so far */
+  kind(kSample)       /* no gradient: the element's average samples it where it is */  \
+  kind(kPlain)        /* SGD without momentum */                                       \
+  kind(kMomentum)     /* SGD with momentum, Nesterov, SGDM, implicit RSGDM */          \
+  kind(kDecoupled)    /* the same with decoupled decay: SGDW, schedule-free SGD */     \
+  kind(kDifference)   /* explicit RSGDM */                                             \
+  kind(kAdam)         /* Adam, AdamW */                                                \
+  kind(kAmsgrad)      /* the same, divided by the largest v so far */                  \
+  kind(kScheduleFree) /* schedule-free AdamW: the gradient is divided before line (1) */
 
 // The streams that line (2) keeps of each element between steps: its name, and the kinds that have
 // it. All loops, checks and tables go by this list; rbwa_fused/streams.py has the same one in the
@@ -50,7 +51,7 @@ RBWA_INLINE constexpr bool decouples(Kind kind) {
 
 // The kinds whose direction may have a share of the gradient beside m's.
 RBWA_INLINE constexpr bool mixes(Kind kind) {
-  return kind == Kind::kMomentum || kind == Kind::kDecoupled;
+  return kind == Kind::kMomentum || kind == Kind::kDecoupled || kind == Kind::kScheduleFree;
 }
 
 #define RBWA_KEEPS(name, when) \
@@ -84,7 +85,7 @@ struct Numbers {
 };
 
 // What a parameter's age makes of its row at its t-th step, t = age + 1. Adam's averages both start
-// at zero: m is too small by 1 - mu^t, v by 1 - nu^t.
+// at zero: m is too small by 1 - mu^t, v by 1 - nu^t. Of schedule-free AdamW only v does.
 template <typename T>
 struct Aging {
   T bias;  // of the root of v: 1 / sqrt(1 - nu^t)
@@ -103,7 +104,7 @@ RBWA_INLINE double power(double base, int64_t exponent) {
 RBWA_INLINE Aging<double> aging_of(Kind kind, const Aging<double>& row, double mu, double nu,
                                    int64_t age) {
   if (!is_adam(kind)) return row;
-  const double grown = 1 - power(mu, age + 1);
+  const double grown = kind == Kind::kScheduleFree ? 1 : 1 - power(mu, age + 1);
   return {1 / std::sqrt(1 - power(nu, age + 1)), row.eta / grown, row.rho * grown};
 }
 
@@ -143,6 +144,19 @@ struct Element {
 #undef RBWA_FIELD
 };
 
+// Line (2) for v, and what it divides by.
+template <Kind kind, typename T>
+RBWA_INLINE T divisor(const Coefficients<T>& k, Element<T>& e, T g) {
+  // Not (1 - nu) g^2, which overflows where torch.optim.Adam does not.
+  e.v = k.nu * e.v + (k.q * g) * g;
+  T v = e.v;
+  if constexpr (keeps_v_max(kind)) {
+    e.v_max = v <= e.v_max ? e.v_max : v;  // NaN stays
+    v = e.v_max;
+  }
+  return std::sqrt(v) * k.bias + k.epsilon;
+}
+
 // A zero coefficient drops its term instead of multiplying by it, so that an infinite gradient or
 // weight spreads exactly as far as in torch.optim.SGD (0 * inf is NaN). Coefficients are uniform:
 // each choice is a select outside the memory streams, not a branch per element.
@@ -152,6 +166,7 @@ RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
   [[maybe_unused]] const T a = k.current ? e.theta : e.a;
   if constexpr (kind != Kind::kSample) {
     T g = k.s * e.g;
+    if constexpr (kind == Kind::kScheduleFree) g = g / divisor<kind>(k, e, g);
     g = k.lambda != T(0) ? g + k.lambda * e.theta : g;  // (1)
     T direction = g;
     if constexpr (keeps_m(kind)) {
@@ -165,15 +180,8 @@ RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
       e.previous = g;
       direction = direction + k.delta * e.z;
     }
-    if constexpr (keeps_v(kind)) {
-      // Not (1 - nu) g^2, which overflows where torch.optim.Adam does not.
-      e.v = k.nu * e.v + (k.q * g) * g;  // (2)
-      T v = e.v;
-      if constexpr (keeps_v_max(kind)) {
-        e.v_max = v <= e.v_max ? e.v_max : v;  // NaN stays
-        v = e.v_max;
-      }
-      direction = direction / (std::sqrt(v) * k.bias + k.epsilon);
+    if constexpr (keeps_v(kind) && kind != Kind::kScheduleFree) {
+      direction = direction / divisor<kind>(k, e, g);
     }
     if constexpr (decouples(kind)) {
       direction = k.rho != T(0) ? direction + k.rho * e.theta : direction;

@@ -8,11 +8,13 @@ from rbwa_fused.estimate import averaged_model
 from rbwa_fused.optimizer import RSGDM, FusedSGD
 from rbwa_fused.policies import ema, lookahead, mean, rbwa, rbwa_e, rswa, swa, switch_ema
 from rbwa_fused.replicas import Elastic, pull_
+from rbwa_fused.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RSGDM",
+    "AdamWScheduleFree",
     "Algorithm2",
     "Average",
     "Averager",
@@ -22,6 +24,7 @@ __all__ = [
     "FusedAdamW",
     "FusedSGD",
     "Mean",
+    "SGDScheduleFree",
     "averaged_model",
     "clip_grad_norm_",
     "ema",

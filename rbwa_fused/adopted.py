@@ -64,7 +64,7 @@ def adopt(
     saved = [_saved(group, loaded) for group in groups]
     for group, said in zip(groups, saved, strict=True):
         if said is not None or _is_torchs(group):
-            own = group if form.exported(group) else dict.fromkeys(group.keys() & {"betas"})
+            own = group if form.exported(group) else {"rule": form.rule_of(group)}
             checkpoint.check_counters(engine.rule, own)
     told = [said for said in saved if said is not None]
     outdated = checkpoint.leave_out_outdated(engine.rule, told, notes)
@@ -133,7 +133,7 @@ def _counted(engine: Engine, group: Group, kept: Mapping[Any, Any]) -> Counts:
     streams = [kept.get(p, {}) for p in group["params"]]
     buffered = any(map(known.has_buffer, group["params"]))
     averaged = not buffered or any("average" in held for held in streams)
-    moved = any("momentum_buffer" in held for held in streams)
+    moved = any(stream in held for held in streams for stream in known.rule.streams[:1])
     return Counts(known.n_averaged if averaged else 0, dict(known.memory) if moved else None)
 
 

@@ -77,7 +77,7 @@ class Averages:
             ...     evaluate(model)
         """
         self._itself.engine.refuse_midway("averaged")
-        return evaluate.averaged(self._itself, model, _blend(blend))
+        return evaluate.averaged(self._itself, model, checked_blend(blend))
 
     def averaged_state_dict(self, model: nn.Module, *, blend: float = 1.0) -> dict[str, Any]:
         """A plain state dict of the model holding the averaged weights, in the weights' dtypes.
@@ -93,7 +93,7 @@ class Averages:
             ValueError: for a model none of whose parameters is the optimizer's, or another blend.
         """
         self._itself.engine.refuse_midway("averaged_state_dict")
-        return evaluate.averaged_state_dict(self._itself, model, _blend(blend))
+        return evaluate.averaged_state_dict(self._itself, model, checked_blend(blend))
 
     def copy_to(self, module: nn.Module, model: nn.Module, *, blend: float = 1.0) -> None:
         """Loads ``averaged_state_dict(model)`` into another module of its kind, such as one that is
@@ -148,7 +148,7 @@ def _starts_now(policy: Any) -> bool:
     return isinstance(policy, Average) and policy.initial == "now"
 
 
-def _blend(value: float) -> float:
+def checked_blend(value: float) -> float:
     if not 0.0 <= number("blend", value) <= 1.0:
         raise ValueError(f"Invalid blend: {value} (expected 0 <= blend <= 1)")
     return float(value)

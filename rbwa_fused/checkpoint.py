@@ -18,7 +18,7 @@ from rbwa_fused.engine.memory import lies_as
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.tables import Counts
 from rbwa_fused.numbers import integer, number
-from rbwa_fused.rules import MEMORY, Rule
+from rbwa_fused.rules import ADAM, MEMORY, Rule
 from rbwa_fused.streams import DTYPES, STEP, STREAMS
 
 Group = dict[str, Any]
@@ -78,7 +78,7 @@ def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Grou
             held = saved["state"].get(key, {})
             if p in waiting:
                 held = {k: v for k, v in held.items() if k not in waiting[p]}
-            if engine.rule.counts and held and STEP not in held:
+            if engine.rule.name == ADAM.name and held and STEP not in held:
                 held = {**unstepped(engine.rule, live, p), **held}
             if key in saved["state"]:
                 saved["state"][key] = held
@@ -144,7 +144,7 @@ def read(
             state[param_of[key]] = {
                 name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
                 for name, value in held.items()
-                if not (name in (STEP, *STREAMS) and _absent(value))
+                if not (name in (STEP, *STREAMS, *engine.rule.aside) and _absent(value))
                 and not (name == "average" and key in left_out)
             }
         else:
@@ -201,7 +201,7 @@ def _absent(value: Any) -> bool:
 
 def check_counters(rule: Rule, saved: dict[str, Any]) -> None:
     """Raise for a group's rule that is not the optimizer's, and for counters that are no counts."""
-    theirs = saved.get("rule") or ("adam" if "betas" in saved else "sgd")
+    theirs = saved.get("rule") or form.rule_of(saved)
     if theirs != rule.name:
         raise ValueError(f"the checkpoint's rule is {theirs!r}, the optimizer's {rule.name!r}")
     for key in ("step", "n_averaged"):
@@ -277,7 +277,7 @@ def check_state(
 ) -> None:
     """Raise for a parameter's state that does not go with its group's plan and count of samples."""
     rule = plan.rule
-    for stream in held.keys() & STREAMS:
+    for stream in held.keys() & {*STREAMS, *rule.aside}:
         value = held[stream]
         if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.is_meta:
             what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)

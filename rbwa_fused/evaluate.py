@@ -36,7 +36,7 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
             failure = before.restore()
             if failure is not None:
                 raise failure
-        _free_gathered(self._averaging, self._model)
+        free_gathered(self._averaging, self._model)
         self._swap = Swap(self._averaging, self, self._model, self._blend)
         try:
             engine.swapped = self._swap
@@ -72,7 +72,7 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
         return averaged(self._averaging, self._model, self._blend)
 
 
-def _free_gathered(opt: Averaging, model: nn.Module | None) -> None:
+def free_gathered(opt: Averaging, model: nn.Module | None, what: str = "averaged") -> None:
     """Frees the weights that FSDP has gathered, or the next forward would not see those of now.
 
     Raises:
@@ -82,8 +82,8 @@ def _free_gathered(opt: Averaging, model: nn.Module | None) -> None:
     kind = kind_of_shard(params)
     if params and model is None:
         raise ValueError(
-            f"averaged() of {kind} parameters needs their model, as in averaged(model): what FSDP "
-            "has gathered of it must be freed"
+            f"{what}() of {kind} parameters needs their model, as in {what}(model): what FSDP has "
+            "gathered of it must be freed"
         )
     reshard(model)
     members = gathered_by(model)
@@ -111,7 +111,7 @@ def _standing(opt: Averaging, found: dict[Tensor, Tensor]) -> dict[Tensor, Tenso
 
 def adopt(opt: Averaging, model: nn.Module | None) -> None:
     """See FusedOptimizer.adopt."""
-    _free_gathered(opt, model)
+    free_gathered(opt, model)
     swap.adopt(opt)
 
 

@@ -9,14 +9,29 @@ from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
-from rbwa_fused.rules import ADAM, IMPLICIT, RSGDM_IMPLICIT, RULES, Rule
+from rbwa_fused.rules import (
+    ADAM,
+    IMPLICIT,
+    RSGDM_IMPLICIT,
+    RULES,
+    SCHEDULE_FREE_ADAMW,
+    SCHEDULE_FREE_SGD,
+    Rule,
+)
 from rbwa_fused.streams import STREAMS
 
-# By the names of rules: the class of torch whose checkpoints they take, and what it has had in its
-# groups from its first versions on, and no other class of torch has all of.
+# By the names of rules: the class of torch, or of the package schedulefree, whose checkpoints they
+# take, and what it has had in its groups from its first versions on, and no other class has all of.
 SGDS = "torch.optim.SGD", ("lr", "momentum", "dampening", "weight_decay")
 ADAMS = "torch.optim.Adam", ("lr", "betas", "eps", "weight_decay", "amsgrad")
-OF_TORCH = {rule: ADAMS if rule == ADAM.name else SGDS for rule in RULES}
+FREE = ("lr", "weight_decay", "k", "weight_sum", "lr_max", "train_mode", "warmup_steps")
+FREE_SGDS = "schedulefree.SGDScheduleFree", (*FREE, "momentum")
+FREE_ADAMS = "schedulefree.AdamWScheduleFree", (*FREE, "betas", "eps")
+OF_TORCH = dict.fromkeys(RULES, SGDS) | {
+    ADAM.name: ADAMS,
+    SCHEDULE_FREE_SGD.name: FREE_SGDS,
+    SCHEDULE_FREE_ADAMW.name: FREE_ADAMS,
+}
 
 
 def exported(group: Mapping[str, Any]) -> bool:
@@ -25,6 +40,13 @@ def exported(group: Mapping[str, Any]) -> bool:
     rule = group.get("rule")
     known = isinstance(rule, str) and rule in RULES
     return known or all(group.get(key) is not None for key in ("rule", "step", "n_averaged"))
+
+
+def rule_of(group: Mapping[str, Any]) -> str:
+    """The rule of a group that names none, by its hyperparameters."""
+    if "weight_lr_power" in group:
+        return (SCHEDULE_FREE_ADAMW if "betas" in group else SCHEDULE_FREE_SGD).name
+    return "adam" if "betas" in group else "sgd"
 
 
 def torchs(rule: Rule) -> str:

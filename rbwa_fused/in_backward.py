@@ -166,6 +166,14 @@ class InBackward:
                 rest.append((launch, grads))
                 calls += own
         plan, tables = engine.tables.plan, engine.tables
+        if engine.rule.scheduled is not None:
+            calls += engine.moved(
+                {
+                    table.groups[0]
+                    for table, _ in tables.launches
+                    if table.params[0] in stepped or table.stepped[0].grad is not None
+                }
+            )
         calls += engine.end(), (setattr, plan, "state_is_due", tables.state.lost)
         self._run(rest, [*calls, (setattr, engine, "stepped", None)])
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.engine.segments import COLUMN_OF, LENGTH, ROW, SAMPLING, Table, ages_of, tell
-from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind, aging, is_adam
+from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind, aging, is_adam, mixes
 from rbwa_fused.streams import AVERAGE, MASTER
 
 Element = dict[str, Tensor]  # by the names of csrc/update.h: theta, and of g, m, z … what there is
@@ -30,26 +30,23 @@ def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
     theta = x = old["theta"]
     if kind != Kind.SAMPLE:
         g = k.s * old["g"]
+        if kind == Kind.SCHEDULE_FREE:
+            g = g / _divisor(k, e, old, g)
         g = g + k.lambda_ * theta if k.lambda_ != 0 else g  # (1)
         direction = g
         if "m" in e:
             m = k.mu * old["m"] + k.c * g  # (2)
             e["m"].copy_(m)
             direction = k.gamma * m
-            if k.alpha != 0 and kind in (Kind.MOMENTUM, Kind.DECOUPLED):
+            if k.alpha != 0 and mixes(kind):
                 direction = k.alpha * g + direction
         if "z" in e:
             z = k.mu * old["z"] + k.kappa * (g - old["previous"])  # (2) for the difference
             e["z"].copy_(z)
             e["previous"].copy_(g)
             direction = direction + k.delta * z
-        if "v" in e:
-            v = k.nu * old["v"] + (k.q * g) * g  # (2)
-            e["v"].copy_(v)
-            if "v_max" in e:
-                v = torch.where(v <= old["v_max"], old["v_max"], v)
-                e["v_max"].copy_(v)
-            direction = direction / (_root(v) * k.bias + k.epsilon)
+        if "v" in e and kind != Kind.SCHEDULE_FREE:
+            direction = direction / _divisor(k, e, old, g)
         if k.rho != 0 and (kind == Kind.DECOUPLED or is_adam(kind)):
             direction = direction + k.rho * theta
         x = theta - k.eta * direction  # (3)
@@ -60,6 +57,16 @@ def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
         e["a"].copy_(a)
         x = a if k.write_back else x  # (5)
     e["theta"].copy_(x)
+
+
+def _divisor(k: SimpleNamespace, e: Element, old: Element, g: Tensor) -> Tensor:
+    """Line (2) for v, and what it divides by."""
+    v = k.nu * old["v"] + (k.q * g) * g
+    e["v"].copy_(v)
+    if "v_max" in e:
+        v = torch.where(v <= old["v_max"], old["v_max"], v)
+        e["v_max"].copy_(v)
+    return _root(v) * k.bias + k.epsilon
 
 
 def step_(

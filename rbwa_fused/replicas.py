@@ -10,6 +10,7 @@ their own are distributed/elastic.py's, with the same schedule and checks.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from rbwa_fused.model_state import state_dict_with
 from rbwa_fused.numbers import integer, number
 
 Replica = nn.Module | Iterable[Tensor]
+# The living optimizers whose average follows from the weights (schedule_free.py), by their ids. Not
+# a WeakSet: one cannot be gone through while another thread makes an optimizer.
+derived_averages: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def pull_(replicas: Sequence[Replica], alpha: float) -> None:
@@ -234,6 +238,13 @@ def fit(replica: Replica) -> list[Tensor]:
             )
     checks.params(group, master_weights=False)
     params: list[Tensor] = group["params"]
+    for opt in filter(None, (living() for living in derived_averages.valuerefs())):
+        own = {p for own_group in opt.param_groups for p in own_group["params"]}
+        if not own.isdisjoint(params):
+            raise ValueError(
+                f"weights of {type(opt).__name__} among its tensors: whoever moves them moves the "
+                "average that they and z stand for"
+            )
     return params
 
 

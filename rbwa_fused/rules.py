@@ -8,9 +8,9 @@
 
 A row is a kind, which says what line (2) keeps, and these numbers, in the order of ``struct Row``
 in csrc/step.h, in float64. Without v nothing is divided. A parameter's age decides `bias`, and
-corrects eta and rho (`aging`); no row depends on it. Lines (4)-(5) have a table of their own, whose
-row says what becomes of this step's sample (``struct Sampling``). A kernel rounds all of them to
-its arithmetic.
+corrects eta and rho (`aging`); no row depends on it. Schedule-free AdamW divides the gradient
+itself, before line (1) adds the decay. Lines (4)-(5) have a table of their own, whose row says what
+becomes of this step's sample (``struct Sampling``). A kernel rounds all of them to its arithmetic.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rbwa_fused import progress
 from rbwa_fused.numbers import flag, number
 
 Group = dict[str, Any]
@@ -41,10 +42,11 @@ class Kind(IntEnum):
     SAMPLE = 0  # the average alone: the parameter has no gradient
     PLAIN = 1
     MOMENTUM = 2
-    DECOUPLED = 3  # momentum with decoupled decay
+    DECOUPLED = 3  # momentum with decoupled decay; schedule-free SGD
     DIFFERENCE = 4
     ADAM = 5
     AMSGRAD = 6
+    SCHEDULE_FREE = 7  # schedule-free AdamW
 
 
 # What a kind keeps between steps, by the names in the kernels.
@@ -56,6 +58,7 @@ KEPT_BY: dict[int, tuple[str, ...]] = {
     Kind.DIFFERENCE: ("m", "z", "previous"),
     Kind.ADAM: ("m", "v"),
     Kind.AMSGRAD: ("m", "v", "v_max"),
+    Kind.SCHEDULE_FREE: ("m", "v"),
 }
 
 
@@ -67,6 +70,16 @@ def served_by(kind: int) -> int:
 def is_adam(kind: int) -> bool:
     """Whether steps of a kind depend on a parameter's age."""
     return kind >= Kind.ADAM
+
+
+def mixes(kind: int) -> bool:
+    """Whether the direction may have a share of the gradient beside m's."""
+    return kind in (Kind.MOMENTUM, Kind.DECOUPLED, Kind.SCHEDULE_FREE)
+
+
+def family(kind: int) -> int:
+    """Kinds of one family may share a launch on a GPU, as in csrc/dispatch.h."""
+    return 2 if kind == Kind.SCHEDULE_FREE else int(is_adam(kind))
 
 
 class Coefficients(NamedTuple):
@@ -103,7 +116,8 @@ def aging(row: Sequence[float], age: int) -> Aging:
     numbers = dict(zip(COLUMNS, row, strict=True))
     if not is_adam(int(numbers["kind"])):
         return Aging(1.0, numbers["eta"], numbers["rho"])
-    grown = 1.0 - _power(numbers["mu"], age + 1)
+    free = numbers["kind"] == Kind.SCHEDULE_FREE
+    grown = 1.0 if free else 1.0 - _power(numbers["mu"], age + 1)
     bias = 1.0 / math.sqrt(1.0 - _power(numbers["nu"], age + 1))
     return Aging(bias, numbers["eta"] / grown, numbers["rho"] * grown)
 
@@ -199,6 +213,43 @@ def adam(group: Group, first: bool) -> Coefficients:
     )
 
 
+class Scheduled(NamedTuple):
+    """The numbers of a row that are others at each step, in a rule that counts steps."""
+
+    c: float
+    alpha: float
+    gamma: float
+    rho: float
+
+
+def _scheduled(group: Group, beta: float) -> tuple[Scheduled, dict[str, Any]]:
+    """Of the step to come, and what it leaves in the group. m is z: z <- z - eta g, and y <-
+    y - (eta (1 - c)(1 - beta) g - c z + c y)."""
+    eta, c, left = progress.progress(group)
+    return Scheduled(-eta, eta * (1.0 - c) * (1.0 - beta), -c, c), left
+
+
+def scheduled_sgd(group: Group) -> tuple[Scheduled, dict[str, Any]]:
+    return _scheduled(group, float(group["momentum"]))
+
+
+def scheduled_adamw(group: Group) -> tuple[Scheduled, dict[str, Any]]:
+    return _scheduled(group, float(group["betas"][0]))
+
+
+def schedule_free_sgd(group: Group, first: bool) -> Coefficients:
+    """Schedule-free SGD (Defazio et al., 2024; progress.py): the kernel of SGD with momentum."""
+    own = scheduled_sgd(group)[0]._asdict()
+    return Coefficients(Kind.DECOUPLED, _coupled(group), mu=1.0, **own)
+
+
+def schedule_free_adamw(group: Group, first: bool) -> Coefficients:
+    """Schedule-free AdamW: the same with a gradient that was divided by the root of v."""
+    own, nu = scheduled_adamw(group)[0]._asdict(), float(group["betas"][1])
+    adam = {"nu": nu, "q": 1.0 - nu, "epsilon": float(group["eps"])}
+    return Coefficients(Kind.SCHEDULE_FREE, _coupled(group), mu=1.0, **own, **adam)
+
+
 def _check_numbers(group: Group, words: dict[str, str]) -> None:
     """Raise for one that is negative or none, and for a learning rate of several elements."""
     lr = group["lr"]
@@ -227,10 +278,7 @@ def check_adam(group: Group) -> None:
     """`check` for Adam's hyperparameters."""
     words = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
     _check_numbers(group, words)
-    try:
-        beta1, beta2 = betas = tuple(group["betas"])
-    except (TypeError, ValueError):
-        raise TypeError(f"Invalid betas: {group['betas']!r} (expected two numbers)") from None
+    beta1, beta2 = betas = _betas(group)
     for i, beta in enumerate(betas):
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{i}] must be 1-element")
@@ -242,8 +290,38 @@ def check_adam(group: Group) -> None:
         flag(name, group[name])
 
 
+def _betas(group: Group) -> tuple[Any, Any]:
+    try:
+        beta1, beta2 = group["betas"]
+    except (TypeError, ValueError):
+        raise TypeError(f"Invalid betas: {group['betas']!r} (expected two numbers)") from None
+    return beta1, beta2
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int)
+
+
+def check_schedule_free_sgd(group: Group) -> None:
+    """`check` for schedule-free SGD."""
+    _check_numbers(group, {"lr": "learning rate", "weight_decay": "weight_decay value"})
+    words = "Momentum must be between 0 and 1 exclusive"  # the package's
+    progress.exclusive("momentum", group["momentum"], words)
+    flag("maximize", group["maximize"])
+    progress.check(group)
+
+
+def check_schedule_free_adamw(group: Group) -> None:
+    """`check` for schedule-free AdamW."""
+    words = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
+    _check_numbers(group, words)
+    beta1, beta2 = _betas(group)
+    words_of_first = "betas[0] must be between 0 and 1 exclusive"
+    progress.exclusive("betas[0]", beta1, words_of_first)
+    if not 0.0 <= number("betas[1]", beta2) < 1.0:
+        raise ValueError(f"Invalid beta parameter at index 1: {beta2}")
+    flag("maximize", group["maximize"])
+    progress.check(group)
 
 
 def lr_on_device(group: Group) -> Tensor | None:
@@ -313,6 +391,25 @@ def check_same_momentum(group: Group, memory: Memory) -> None:
         )
 
 
+BETA = "beta"  # of a schedule-free group, once it has z; a checkpoint's hyperparameters say it
+
+
+def remember_beta(group: Group) -> Memory:
+    """y and z say what x is with this beta alone."""
+    return {BETA: float(group["betas"][0] if "betas" in group else group["momentum"])}
+
+
+def check_same_beta(group: Group, memory: Memory) -> None:
+    """Raise ValueError for another beta than that of the group's first step."""
+    beta = remember_beta(group)[BETA]
+    if beta != memory.get(BETA, beta):
+        name = "betas[0]" if "betas" in group else "momentum"
+        raise ValueError(
+            f"Invalid {name}: {beta} (this group has stepped with {memory[BETA]}; with another one "
+            "its weights and z would stand for another average)"
+        )
+
+
 def _nothing(group: Group) -> Memory:
     return {}
 
@@ -343,6 +440,10 @@ class Rule:
         late: keys that a group may come to need at any step; what they name starts at zero then.
         wide: whether 16-bit parameters keep their state in float32, with masters or without.
         counts: whether a parameter's state has its ``step``.
+        scheduled: of a rule that counts its steps in the group, what a row has of the step to come,
+            and what that step leaves in the group. Its learning rate is in those numbers, and eta
+            is 1.
+        aside: further keys of a parameter's state, as large as it is, that no kernel knows.
         inputs: the hyperparameters of a group, as a tuple; of a rule without any a rate of 0.
     """
 
@@ -359,6 +460,8 @@ class Rule:
     late: tuple[str, ...] = ()
     wide: bool = False
     counts: bool = False
+    scheduled: Callable[[Group], tuple[Scheduled, dict[str, Any]]] | None = None
+    aside: tuple[str, ...] = ()
     inputs: Callable[[Group], tuple[Any, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -385,12 +488,14 @@ class Rule:
         """The numbers of COLUMNS, for a group that was checked."""
         kind, *numbers = self.coefficients(group, first)
         s = -1.0 if group.get("maximize") else 1.0
-        return kind, s, *numbers, float(group.get("lr", 0))
+        eta = float(group.get("lr", 0)) if self.scheduled is None else 1.0
+        return kind, s, *numbers, eta
 
 
 OF_TORCH = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 OF_PAPER = ("lr", "momentum", "weight_decay", "maximize")
 OF_ADAM = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", DECOUPLED)
+OF_FREE = ("lr", "weight_decay", "maximize", *progress.HYPERPARAMETERS)
 M = {"m": "momentum_buffer"}
 M_Z = {**M, "z": "difference_buffer", "previous": "previous_gradient"}
 M_V = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
@@ -410,6 +515,33 @@ RSGDM_EXPLICIT = Rule("rsgdm_explicit", OF_PAPER, M_Z, rsgdm_explicit, check_dec
 ADAM = Rule(
     "adam", OF_ADAM, M_V, adam, check_adam, late=("max_exp_avg_sq",), wide=True, counts=True
 )
+FREE: dict[str, Any] = {
+    "remember": remember_beta,
+    "check_memory": check_same_beta,
+    "wide": True,
+    "aside": ("y",),
+}
+SCHEDULE_FREE_SGD = Rule(
+    "sgd_schedule_free",
+    (*OF_FREE, "momentum"),
+    {"m": "z"},
+    schedule_free_sgd,
+    check_schedule_free_sgd,
+    scheduled=scheduled_sgd,
+    **FREE,
+)
+SCHEDULE_FREE_ADAMW = Rule(
+    "adamw_schedule_free",
+    (*OF_FREE, "betas", "eps"),
+    {"m": "z", "v": "exp_avg_sq"},
+    schedule_free_adamw,
+    check_schedule_free_adamw,
+    counts=True,
+    scheduled=scheduled_adamw,
+    **FREE,
+)
 NONE = Rule("none", (), {}, lambda group, first: plain(group), _no_check, moves=False)
-RULES = {rule.name: rule for rule in (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT, ADAM, NONE)}
+OF_TORCH_AND_PAPERS = (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT, ADAM)
+OF_PACKAGE = (SCHEDULE_FREE_SGD, SCHEDULE_FREE_ADAMW)
+RULES = {rule.name: rule for rule in (*OF_TORCH_AND_PAPERS, *OF_PACKAGE, NONE)}
 MEMORY = tuple(key for rule in RULES.values() for key in rule.memory)

@@ -14,6 +14,7 @@ from rbwa_fused.clipping import Clipping
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.tables import Options
+from rbwa_fused.engine.upkeep import Swapped
 from rbwa_fused.in_backward import InBackward
 
 BUFFERS_LEFT = (
@@ -102,6 +103,7 @@ class Saved(Averages, Clipping):
             hook_result = pre_hook(self, state_dict)
             if hook_result is not None:
                 state_dict = hook_result
+        state_dict = self._translated(state_dict)
         if not engine.tables.describes_groups(self.param_groups):
             self._rebuild()
         for group in self.param_groups:
@@ -122,10 +124,21 @@ class Saved(Averages, Clipping):
         self.state, self.pending_clip = loaded.state, None
         counted = loaded.steps, loaded.counts
         engine.build(self.param_groups, loaded.state, *counted, beside=of_buffers.n_averaged)
+        engine.swapped = self._standing()  # what averaged() could not bring back is given up
         self._laid_out()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-        engine.swapped = None  # what averaged() could not bring back is given up
+
+    def _standing(self) -> Swapped | None:
+        """What the param groups say that stands in the place of the weights."""
+        return None
+
+    def _translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict in the words of the class, where it is another program's."""
+        return state_dict
+
+    def exported(self, state_dict: dict[str, Any]) -> None:
+        """What a class has to add to its state dict."""
 
     def __getstate__(self) -> dict[str, Any]:
         engine = self.engine
@@ -164,6 +177,7 @@ class Saved(Averages, Clipping):
         steps = engine.steps
         if counts is None:
             loaded = state["state"] is not self.__dict__.get("state")
+            state |= self._translated({key: state[key] for key in ("param_groups", "state")})
             self.defaults = state["defaults"]
             held, steps, counts = adopted.adopt(
                 engine, self.defaults, state["param_groups"], state["state"], loaded=loaded
@@ -189,5 +203,6 @@ def export(opt: Any, state_dict: dict[str, Any]) -> None:
     opt = opt._itself
     opt.engine.refuse_midway("state_dict")
     checkpoint.export(opt.engine, opt.param_groups, opt.state, state_dict)
+    opt.exported(state_dict)
     if isinstance(opt.engine.beside, Buffers):
         state_dict[KEY] = opt.engine.beside.export(opt.engine.beside_count(opt.state))

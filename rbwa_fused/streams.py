@@ -17,7 +17,9 @@ KEYS = {
     "exp_avg": "m",
     "exp_avg_sq": "v",
     "max_exp_avg_sq": "v_max",
+    "z": "m",
 }
+FROM_THE_WEIGHTS = ("z",)  # starts as the parameter, or its master; the others start at zero
 AVERAGE = "average"
 MASTER = "master_param"  # float32, of a 16-bit parameter
 # How many steps a parameter has taken: 0-dim float32 on the CPU, as torch.optim.Adam has it.

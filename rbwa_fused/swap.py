@@ -8,8 +8,9 @@ training weights back may be tried again and again, as it is where something sto
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +34,31 @@ class Averaging(Protocol):
     engine: Engine
     param_groups: list[dict[str, Any]]
     state: Any
+
+
+@dataclass(frozen=True)
+class Derived:
+    """An optimizer whose averages are not kept but follow from what is: schedule-free's x.
+
+    Attributes:
+        opt: the optimizer.
+        of: the average of a parameter's shard, or None where it is the weights themselves.
+    """
+
+    opt: Averaging
+    of: Callable[[GroupPlan, Tensor], Tensor | None]
+
+    @property
+    def engine(self) -> Engine:
+        return self.opt.engine
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.opt.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.opt.state
 
 
 class Saved(NamedTuple):
@@ -132,6 +158,11 @@ class Swap:
         failure.__cause__ = next(iter(wrong.values()))
         return failure
 
+    def set_aside(self, param: Tensor) -> Tensor | None:
+        """The training weights of a parameter's shard, where something else is in their place."""
+        saved = self._saved.get(param)
+        return None if saved is None else saved.weights
+
     def __str__(self) -> str:
         return f"{self._missing} ({MEND})"
 
@@ -179,9 +210,9 @@ def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has an average beside it, with that average, laid out as it is."""
     for plan in _sampled(opt):
         for p in plan.group["params"]:
-            average = _held(opt, plan, p).get(AVERAGE)
-            if plan.has_buffer(p) and average is not None:
-                yield p, beside(shard_of(average, p), p)
+            average = _average_of(opt, plan, p)
+            if average is not None:
+                yield p, beside(average, p)
 
 
 def live(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
@@ -198,6 +229,8 @@ def live(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
 def _sampled(opt: Averaging) -> list[GroupPlan]:
     """The groups whose averages have at least one sample."""
     opt.engine.read_back()
+    if isinstance(opt, Derived):
+        return opt.engine.tables.of_groups
     if opt.engine.beside is not None and opt.engine.swapped is None:
         opt.engine.beside.follow()
     return [plan for plan in opt.engine.tables.plan.groups if plan.n_averaged > 0]
@@ -215,9 +248,17 @@ def _fitting(opt: Averaging) -> Iterator[tuple[str, Tensor, Tensor]]:
         except (TypeError, ValueError) as error:
             raise RuntimeError(f"averaged() left the weights as they are: {error}") from error
         for i, p in enumerate(group["params"]):
-            average = _held(opt, plan, p).get(AVERAGE)
-            if plan.has_buffer(p) and average is not None and p.numel() > 0:
-                yield f"{checks.name_of(group, i)} {where}", p, shard_of(average, p)
+            average = _average_of(opt, plan, p)
+            if average is not None and p.numel() > 0:
+                yield f"{checks.name_of(group, i)} {where}", p, average
+
+
+def _average_of(opt: Averaging, plan: GroupPlan, param: Tensor) -> Tensor | None:
+    """The average that is not the weights themselves, of a parameter's shard."""
+    if isinstance(opt, Derived):
+        return opt.of(plan, param)
+    average = _held(opt, plan, param).get(AVERAGE)
+    return shard_of(average, param) if plan.has_buffer(param) and average is not None else None
 
 
 def _held(opt: Averaging, plan: GroupPlan, param: Tensor) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def agree(
     for theirs, ours in zip(saved["param_groups"], twin.groups, strict=True):
         for name, value in ours.options.items():
             assert theirs[name] == value, name
+        if twin.rule.counts is not None:
+            assert {key: theirs[key] for key in ours.counts} == ours.counts
         assert theirs["step"] == twin.steps
         assert theirs["n_averaged"] == ours.averaged
         assert theirs["implicit_momentum"] == ours.beta

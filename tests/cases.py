@@ -42,11 +42,13 @@ def policy_for(name: str, rule: str, dtype: torch.dtype) -> rf.Average | None:
 def products(
     dtypes: Iterable[torch.dtype], rules: Iterable[str], averages: Iterable[str]
 ) -> list[tuple[torch.dtype, str, str]]:
-    """All combinations, but for masters of parameters that have none."""
+    """All combinations, but for masters of parameters that have none, and for averages that are
+    written back by a rule that cannot have them."""
     return [
         (dtype, rule, average)
         for dtype, rule, average in itertools.product(dtypes, rules, averages)
-        if not RULES[rule].master or RULES[rule].kept(dtype) != dtype
+        if (not RULES[rule].master or RULES[rule].kept(dtype) != dtype)
+        and RULES[rule].takes(policy_for(average, rule, dtype))
     ]
 
 

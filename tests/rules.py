@@ -6,6 +6,7 @@ it, with nothing of rbwa_fused, for float64 tensors and for the numbers of bound
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -141,6 +142,58 @@ def adam(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
     return theta - (o["lr"] / correction) * d
 
 
+def sgd_schedule_free(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
+    """Schedule-free SGD (Defazio et al., 2024), without its x: the weights are y.
+
+    x = y + (1 - 1/beta) (z - y), put into y <- (1 - beta) z + beta x. tests/optimizer has all
+    three.
+    """
+    return _schedule_free(state, theta, -g if o["maximize"] else g, o, o["momentum"])
+
+
+def adamw_schedule_free(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
+    """Schedule-free AdamW, as `sgd_schedule_free`: the decay is not divided."""
+    if o["maximize"]:
+        g = -g
+    beta1, beta2 = map(float, o["betas"])
+    before = state.get("step", 0)
+    t = int(before.v if isinstance(before, Value) else before) + 1
+    step = _count(t, g)
+    v = beta2 * state.get("exp_avg_sq", 0.0 * g) + ((1 - beta2) * g) * g
+    state.update(step=step, exp_avg_sq=v)
+    g = g / (v.sqrt() * (1 / math.sqrt(1 - _power(beta2, t))) + o["eps"])
+    return _schedule_free(state, theta, g, o, beta1)
+
+
+def _schedule_free(state: dict[str, N], y: N, g: N, o: Numbers, beta: float) -> N:
+    if o["weight_decay"] != 0:
+        g = g + o["weight_decay"] * y
+    eta, c = o["eta"], o["c"]
+    z = state.get("z", y) + -eta * g
+    state["z"] = z
+    d = -c * z
+    share = eta * (1 - c) * (1 - beta)
+    if share != 0:
+        d = share * g + d
+    return y - (d + c * y if c != 0 else d)
+
+
+def counted(o: Numbers) -> tuple[Numbers, Numbers]:
+    """What schedule-free learning takes from a group's counts: the learning rate of the step to
+    come and the weight of its z in x. And the counts behind it."""
+    k = o["k"]
+    eta = o["lr"] * ((k + 1) / o["warmup_steps"] if k < o["warmup_steps"] else 1.0)
+    largest = max(eta, o["lr_max"])
+    weight = (k + 1) ** o["r"] * largest ** o["weight_lr_power"]
+    total = o["weight_sum"] + weight
+    c = weight / total if total > 0 else 0.0
+    behind = {"k": k + 1, "weight_sum": total, "lr_max": largest, "scheduled_lr": eta}
+    return {"eta": eta, "c": c}, behind
+
+
+NOT_STARTED = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
+
+
 def _count(steps: int, like: N) -> N:
     """A number of no shape, exact in any arithmetic."""
     count = torch.full((), float(steps), dtype=torch.float64)
@@ -198,6 +251,38 @@ OF_ADAM = {
 }
 
 
+OF_FREE = {
+    **{key: OF_PAPER[key] for key in ("lr", "weight_decay", "maximize")},
+    "warmup_steps": Domain((0, 3), (1, 20)),
+    "r": Domain((0.0,), (0.5, 1.0)),
+    "weight_lr_power": Domain((2.0,), (0.0, 1.0)),
+}
+OF_FREE_SGD = {**OF_FREE, "momentum": Domain((0.9,), (0.5, 0.99))}
+OF_FREE_ADAMW = {
+    **OF_FREE,
+    "betas": Domain(((0.9, 0.999),), ((0.5, 0.5), (0.9, 0.0))),
+    "eps": OF_ADAM["eps"],
+}
+
+
+class SGDScheduleFree(rf.SGDScheduleFree):
+    """In train mode, as all other optimizers are."""
+
+    @functools.wraps(rf.SGDScheduleFree.__init__)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.train()
+
+
+class AdamWScheduleFree(rf.AdamWScheduleFree):
+    """In train mode, as all other optimizers are."""
+
+    @functools.wraps(rf.AdamWScheduleFree.__init__)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.train()
+
+
 def _as_given(options: Options) -> Options:
     return options
 
@@ -224,6 +309,9 @@ class Rule:
         torchs: the class of torch that takes the same steps and exchanges checkpoints with it.
         constant_momentum: whether a group must go on with the momentum of its first step.
         wide: whether 16-bit parameters keep float32 state, with masters or without.
+        counts: what a step takes from the counts of its group, and what it leaves there.
+        writes_back: whether averages may be written to the weights.
+        capturable: whether a device may count its steps.
     """
 
     cls: Callable[..., Any]
@@ -234,10 +322,24 @@ class Rule:
     torchs: Callable[..., Any] | None = None
     constant_momentum: bool = False
     wide: bool = False
+    counts: Callable[[Numbers], tuple[Numbers, Numbers]] | None = None
+    writes_back: bool = True
+    capturable: bool = True
 
     def made(self, params: ParamsT, **more: Any) -> Any:
         """The optimizer."""
         return self.cls(params, **{**self.options, **more})
+
+    def of_step(self, numbers: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
+        """What `literal` takes at a step, and the counts of the group behind it."""
+        if self.counts is None:
+            return numbers, counts
+        taken, behind = self.counts({**numbers, **counts})
+        return {**numbers, **taken}, behind
+
+    def takes(self, policy: rf.Average | None) -> bool:
+        """Whether it can have such an average."""
+        return self.writes_back or policy is None or policy.write_back_every == 0
 
     @property
     def master(self) -> bool:
@@ -262,7 +364,7 @@ class Rule:
         """What a parameter has in its state after a step, beside its average and its master."""
         state: dict[str, Tensor] = {}
         one = torch.ones((), dtype=torch.float64)
-        self.literal(state, one, one, self.hyperparameters)
+        self.literal(state, one, one, self.of_step(self.hyperparameters, NOT_STARTED)[0])
         return tuple(state)
 
     def kept(self, dtype: torch.dtype) -> torch.dtype:
@@ -311,6 +413,28 @@ def _adamw(**options: Any) -> Rule:
     )
 
 
+def _free(cls: Callable[..., Any], literal: Literal, domain: dict[str, Domain], **own: Any) -> Rule:
+    return Rule(
+        cls,
+        own,
+        literal,
+        domain,
+        constant_momentum=True,
+        wide=True,
+        counts=counted,
+        writes_back=False,
+        capturable=False,
+    )
+
+
+def _free_sgd(**options: Any) -> Rule:
+    return _free(SGDScheduleFree, sgd_schedule_free, OF_FREE_SGD, **options)
+
+
+def _free_adamw(**options: Any) -> Rule:
+    return _free(AdamWScheduleFree, adamw_schedule_free, OF_FREE_ADAMW, **options)
+
+
 RULES: dict[str, Rule] = {
     "sgd": _sgd(lr=0.3),
     "decay-maximize": _sgd(lr=0.2, weight_decay=0.1, maximize=True),
@@ -349,8 +473,13 @@ RULES: dict[str, Rule] = {
         lr=0.1, betas=(0.7, 0.9), eps=1e-2, weight_decay=0.05, amsgrad=True, maximize=True
     ),
     "adamw narrow": _adamw(lr=0.1, betas=(0.8, 0.9), eps=1e-1, state_dtype="param"),
+    "free sgd": _free_sgd(lr=0.3, momentum=0.8, weight_decay=0.1, warmup_steps=3),
+    "free adamw": _free_adamw(
+        lr=0.1, betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1, warmup_steps=2, r=0.5, maximize=True
+    ),
     "master": _with_masters(lr=0.1, momentum=0.7, nesterov=True, weight_decay=0.05),
     "master adamw": _adamw(lr=0.1, betas=(0.8, 0.9), eps=1e-2, master_weights=True),
+    "master free adamw": _free_adamw(lr=0.1, betas=(0.8, 0.9), eps=1e-2, master_weights=True),
     "master sgd": _with_masters(lr=0.3, weight_decay=0.1),
     "master rsgdm explicit": Rule(
         rf.RSGDM,
@@ -373,5 +502,6 @@ def _one_of_each(key: Callable[[Rule], Any], rules: dict[str, Rule]) -> dict[str
 PLAIN = {name: rule for name, rule in RULES.items() if not rule.master}
 OF_TORCH = {name: rule for name, rule in RULES.items() if rule.torchs is not None}
 WITH_STATE = {name: rule for name, rule in PLAIN.items() if rule.keeps}
+COUNTED_ON_DEVICES = {name: rule for name, rule in RULES.items() if rule.capturable}
 ALGORITHMS = _one_of_each(lambda rule: rule.literal, WITH_STATE)
 KERNELS = _one_of_each(lambda rule: (rule.keeps, rule.master), RULES)

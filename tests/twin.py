@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from bounds import F32, F64, Value
-from rules import Rule
+from rules import NOT_STARTED, Rule
 from torch import Tensor
 
 import rbwa_fused as rf
@@ -77,7 +77,8 @@ class Member:
         """Lines (1)-(3) for a gradient that is unscaled."""
         before = self.rules_state
         after = dict(before)
-        x = rule.literal(after, theta, gradient, group.numbers)
+        numbers, _ = rule.of_step(group.numbers, group.counts)
+        x = rule.literal(after, theta, gradient, numbers)
         for name, value in after.items():
             if value is not before.get(name):
                 self.keep(name, value, rule.state_dtype(name, self.dtype))
@@ -91,6 +92,7 @@ class Group:
     members: list[Member]
     samples: int = 0
     beta: float | None = None  # the momentum that must stay, from the first step on
+    counts: dict[str, Any] = field(default_factory=lambda: dict(NOT_STARTED))  # if its rule counts
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -231,7 +233,8 @@ class Twin:
                 present, started = next(given) is not None, bool(member.rules_state)
                 if member.mastered and MASTER not in member.state and (present or started):
                     member.state[MASTER] = Value.of(member.theta.v.to(F32)), F32
-                momentum = group.numbers["momentum"] if self.rule.constant_momentum else 0.0
+                implicit = self.rule.constant_momentum and self.rule.counts is None
+                momentum = group.numbers["momentum"] if implicit else 0.0
                 if momentum != 0.0 and present and not started:
                     group.beta = momentum
 
@@ -244,6 +247,7 @@ class Twin:
         given = iter(gradients)
         for group in self.groups:
             current, weight, back = group.sampling(self.steps)
+            moved = False
             for member in group.members:
                 g = next(given)
                 sampled = (current or weight is not None) and AVERAGE in member.state
@@ -251,6 +255,7 @@ class Twin:
                     continue
                 x = theta = member.weights()
                 if g is not None:
+                    moved = True
                     x = member.move(self.rule, group, theta, (1.0 / scale) * Value.of(g))
                 x = self._average(group, member, theta, x, current, weight, back)
                 if MASTER in member.state:
@@ -259,6 +264,8 @@ class Twin:
                 theta = x.stored(member.dtype)
                 member.theta.v.copy_(theta.v)
                 member.theta.off.copy_(theta.off)
+            if moved:
+                _, group.counts = self.rule.of_step(group.numbers, group.counts)
 
     def _average(
         self,

@@ -31,7 +31,7 @@ from rbwa_fused.engine.segments import (
     ages_of,
     tell,
 )
-from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind, aging, is_adam, served_by
+from rbwa_fused.rules import COLUMNS, KEPT_BY, Kind, aging, family, is_adam, served_by
 from rbwa_fused.rules import Sampling as SamplingRow
 from rbwa_fused.streams import AVERAGE, DTYPES, KEPT, MASTER
 
@@ -293,8 +293,8 @@ class Launch:
             entries += [columns[LENGTH], row, sampling, kind, lr, number]
             entries += [theta_at if master else 0]
 
-        if len({is_adam(kind) for kind in kinds if kind != Kind.SAMPLE}) > 1:
-            raise RuntimeError("backend 'triton': one launch of Adam's kinds and others")
+        if len({family(kind) for kind in kinds if kind != Kind.SAMPLE}) > 1:
+            raise RuntimeError("backend 'triton': one launch of kinds of several families")
         pieces = [torch.tensor(entries, device="cpu"), *self._coefficients(rows, samplings, agings)]
         staging, (table, *coefficients) = _copied(pieces, self.chunks.device)
         return Upload(staging, table, *coefficients, max(kinds, default=None), averaged)

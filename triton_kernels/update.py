@@ -23,6 +23,7 @@ DECOUPLED = tl.constexpr(int(Kind.DECOUPLED))
 DIFFERENCE = tl.constexpr(int(Kind.DIFFERENCE))
 ADAM = tl.constexpr(int(Kind.ADAM))
 AMSGRAD = tl.constexpr(int(Kind.AMSGRAD))
+SCHEDULE_FREE = tl.constexpr(int(Kind.SCHEDULE_FREE))
 
 ENTRY_COLUMNS = tl.constexpr(10 + len(KEPT))  # of the launch table, see step.py
 BEHIND_KEPT = tl.constexpr(3 + len(KEPT))  # theta, g and a stand before
@@ -66,18 +67,21 @@ def update(k, theta, g, m, z, previous, v, v_max, a, KIND: tl.constexpr, AVERAGE
     x = theta
     if KIND != SAMPLE:
         g = s * g
+        if KIND == SCHEDULE_FREE:
+            v = nu * v + (q * g) * g  # (2)
+            g = divided(g, root(v) * bias + epsilon)
         g = tl.where(lambda_ != 0, g + lambda_ * theta, g)  # (1)
         direction = g
         if KIND >= DECOUPLED:
             m = mu * m + c * g  # (2)
             direction = gamma * m
-        if KIND == DECOUPLED:
+        if KIND == DECOUPLED or KIND == SCHEDULE_FREE:
             direction = tl.where(alpha != 0, alpha * g + direction, direction)
         if KIND == DIFFERENCE:
             z = mu * z + kappa * (g - previous)  # (2) for the gradient's difference
             previous = g
             direction = direction + delta * z
-        if KIND >= ADAM:
+        if KIND == ADAM or KIND == AMSGRAD:
             v = nu * v + (q * g) * g  # (2)
             largest = v
             if KIND == AMSGRAD:
@@ -274,7 +278,7 @@ def step_by_kind(
                 BLOCK,
                 FULL,
             )
-    if KIND >= ADAM:
+    if KIND == ADAM or KIND == AMSGRAD:
         if kind == ADAM:
             step_block(
                 k, streams, unscale, begin, length, sampled, ADAM, AVERAGED, MASTER, BLOCK, FULL
@@ -283,6 +287,21 @@ def step_by_kind(
         if kind == AMSGRAD:
             step_block(
                 k, streams, unscale, begin, length, sampled, AMSGRAD, AVERAGED, MASTER, BLOCK, FULL
+            )
+    if KIND == SCHEDULE_FREE:
+        if kind == SCHEDULE_FREE:
+            step_block(
+                k,
+                streams,
+                unscale,
+                begin,
+                length,
+                sampled,
+                SCHEDULE_FREE,
+                AVERAGED,
+                MASTER,
+                BLOCK,
+                FULL,
             )
 
 

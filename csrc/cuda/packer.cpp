@@ -155,10 +155,10 @@ const char* pack(const KernelKey& key, const std::vector<Segment>& segments,
   return error != nullptr ? error : packer.flush();
 }
 
-// What the segments of one launch have in common; `adam` is that of their kinds (dispatch.h).
+// What the segments of one launch have in common; `kinds` is their family (dispatch.h).
 struct Streams {
   Dtype dtype, theta;
-  std::optional<bool> adam;
+  std::optional<int> kinds;
   std::optional<Dtype> kept, average;
 };
 struct Members {
@@ -168,13 +168,13 @@ struct Members {
 
 Streams streams_of(const Segment& s) {
   Streams streams{s.dtype, s.theta_dtype, {}, {}, {}};
-  if (s.kind != Kind::kSample) streams.adam = is_adam(s.kind);
+  if (s.kind != Kind::kSample) streams.kinds = family(s.kind);
   if (keeps_any(s.kind)) streams.kept = s.kept_dtype;
   if (s.a != nullptr) streams.average = s.a_dtype;
   return streams;
 }
 
-int lacking(const Streams& s) { return !s.adam + !s.kept + !s.average; }
+int lacking(const Streams& s) { return !s.kinds + !s.kept + !s.average; }
 
 template <typename T>
 bool joins(const std::optional<T>& own, const std::optional<T>& other) {
@@ -193,7 +193,7 @@ std::vector<Members> launches_of(const std::vector<Segment>& segments) {
       auto found = std::find_if(launches.begin(), launches.end(), [&](const Members& launch) {
         const Streams& other = launch.streams;
         return own.dtype == other.dtype && own.theta == other.theta &&
-               joins(own.adam, other.adam) && joins(own.kept, other.kept) &&
+               joins(own.kinds, other.kinds) && joins(own.kept, other.kept) &&
                joins(own.average, other.average);
       });
       if (found == launches.end()) found = launches.insert(found, {own, {}});

@@ -50,7 +50,7 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
 
     Raises:
         TypeError: for another optimizer class.
-        ValueError: for ``buffers``.
+        ValueError: for ``buffers``, and for schedule-free optimizers.
 
     Example:
         >>> opt = rbwa_fused.distributed.ZeroRedundancyOptimizer(
@@ -67,6 +67,11 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         ours = isinstance(optimizer_class, type) and issubclass(optimizer_class, FusedOptimizer)
         if not ours:
             raise TypeError(f"Invalid optimizer_class: {optimizer_class} (expected one of ours)")
+        if hasattr(optimizer_class, "eval"):
+            raise ValueError(
+                f"Invalid optimizer_class: {optimizer_class.__name__}, whose train() and eval() "
+                "would reach the weights of this rank alone"
+            )
         if options.get("buffers") is not None:
             raise ValueError(
                 "buffers= with ZeroRedundancyOptimizer, whose state dict has no place for them "

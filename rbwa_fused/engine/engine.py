@@ -9,7 +9,7 @@ owner's, who hands them over at each step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import is_, setitem
 
@@ -149,6 +149,14 @@ class Engine(Upkeep):
             for launch, grads in gathered:
                 calls += self.launch(launch, grads, clip=clip)
             calls.append(self.end())
+            if self.rule.scheduled is not None:
+                moved = {
+                    number
+                    for (table, _), grads in gathered
+                    for number, g in zip(table.groups, grads, strict=True)
+                    if g is not None
+                }
+                calls += self.moved(moved)
         for (table, _), grads in gathered:
             calls += self.finish(table, grads, absent, scale)
         if unseen:
@@ -159,9 +167,12 @@ class Engine(Upkeep):
         """Brings the rows up to date for the step to come; gradients are ``scale`` times theirs.
 
         Raises:
-            RuntimeError: for an average that the host counts, while a CUDA graph is captured.
+            RuntimeError: for what the host counts, an average or a rule's steps, while a CUDA graph
+                is captured.
         """
         plan = self.tables.plan
+        if self.rule.scheduled is not None:
+            checks.captured("step() of a schedule-free optimizer", "it outside of the capture")
         if self.tables.averages and self.rule.moves:
             checks.captured("step() of an average", "capturable=True")
         plan.sample()
@@ -188,6 +199,11 @@ class Engine(Upkeep):
         """What counts the step."""
         plan = self.tables.plan
         return setitem, plan.counts, ALL, plan.next_counts
+
+    def moved(self, groups: Iterable[int]) -> list[Call]:
+        """What leaves in groups whose parameters have moved what their rule counts there."""
+        plans = self.tables.plan.groups
+        return [(plans[i].group.update, plans[i].left) for i in groups]
 
     def run(self, gathered: Sequence[tuple[Served, Grads]], calls: list[Call]) -> bool:
         """Makes the calls, the launches first. False, with nothing changed, where a parameter was

@@ -33,6 +33,11 @@ class RowTable:
         """Writes a row."""
         self._row.pack_into(self._bytes, row * self._row.size, *values)
 
+    def pack_from(self, row: int, column: int, *values: float) -> None:
+        """Writes some numbers of a row, from a column on."""
+        at = row * self._row.size + column * NUMBER.size
+        struct.pack_into(f"{len(values)}d", self._bytes, at, *values)
+
     def pack_last(self, row: int, value: float) -> None:
         """Writes the last number of a row."""
         NUMBER.pack_into(self._bytes, (row + 1) * self._row.size - NUMBER.size, value)

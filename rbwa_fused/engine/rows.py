@@ -20,6 +20,7 @@ from rbwa_fused.engine.samplers import ROWS_PER_SAMPLER, Sampler
 
 Group = dict[str, Any]
 
+C, RHO = rules.COLUMNS.index("c"), rules.COLUMNS.index("rho")
 ROWS_PER_GROUP = 2  # the usual row, and that of a parameter of age 0, at its first step
 
 
@@ -65,6 +66,7 @@ class GroupPlan:
         self.kind = rules.Kind.PLAIN  # of its rows
         self.kept: tuple[str, ...] = ()  # the keys of what rows of that kind keep
         self.rule_inputs: tuple[Any, ...] | None = None  # what the rows hold
+        self.left: dict[str, Any] = {}  # what the step to come leaves in the group
         self.master_weights = dtypes.master_weights
         self._narrow_state = dtypes.narrow_state or not rule.wide
         self._counts = counts
@@ -141,9 +143,9 @@ class Plan:
         self.counts = [0]
         self.next_counts = [1]
         self.state_is_due = True
+        self.rule = rule
         self._rows = RowTable(rules.ROW)
         self._samplings = RowTable(rules.SAMPLING)
-        self._rule = rule
         self._dtypes = dtypes
 
     def add(
@@ -165,7 +167,7 @@ class Plan:
             self.samplers.append(sampler)
             self.counts.append(n_averaged)
         index, own = len(self.groups), dict(memory or {})
-        how = (self._dtypes, self._rule) if beside is None else (Dtypes(), rules.NONE)
+        how = (self._dtypes, self.rule) if beside is None else (Dtypes(), rules.NONE)
         plan = GroupPlan(group, index, sampler, self.counts, own, *how, beside)
         self._rows.grow(ROWS_PER_GROUP)
         self.groups.append(plan)
@@ -203,6 +205,8 @@ class Plan:
             except RuntimeError:  # a tensor of several elements; the check will say so
                 changed = True
             if not changed:
+                if plan.rule.scheduled is not None:
+                    self._pack_scheduled(plan)
                 continue
             lr, known = inputs[0], plan.rule_inputs
             if known is not None and type(lr) is float and lr >= 0.0 and inputs[1:] == known[1:]:
@@ -213,9 +217,20 @@ class Plan:
     def _pack_lr(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
         """Another learning rate alone, without a check of all the rest."""
         plan.rule_inputs = None  # until both rows hold it
-        for first in (False, True):
-            self._rows.pack_last(plan.row + first, inputs[0])
+        if plan.rule.scheduled is not None:
+            self._pack_scheduled(plan)
+        else:
+            for first in (False, True):
+                self._rows.pack_last(plan.row + first, inputs[0])
         plan.rule_inputs = inputs
+
+    def _pack_scheduled(self, plan: GroupPlan) -> None:
+        """What is another number at each step."""
+        assert plan.rule.scheduled is not None
+        (c, alpha, gamma, rho), plan.left = plan.rule.scheduled(plan.group)
+        for first in (False, True):
+            self._rows.pack_from(plan.row + first, C, c, 0.0, alpha, gamma)  # kappa is between
+            self._rows.pack_from(plan.row + first, RHO, rho)
 
     def _pack(self, plan: GroupPlan, inputs: tuple[Any, ...], lr_on_device: bool) -> None:
         """Lines (1)-(3)."""
@@ -232,6 +247,8 @@ class Plan:
                 self.state_is_due = True
                 plan.kind, plan.kept = rules.Kind(int(kind)), plan.rule.streams_of(int(kind))
             self._rows.pack(plan.row + first, kind, s / scale, *rest)
+        if plan.rule.scheduled is not None:
+            self._pack_scheduled(plan)
         # A tensor may change its value in place: such rows are packed at every step.
         values = chain.from_iterable(
             value if isinstance(value, tuple | list) else (value,) for value in hyperparameters

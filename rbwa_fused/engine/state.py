@@ -22,7 +22,7 @@ from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import beside, is_sharded_as, local, shard_of
 from rbwa_fused.rules import Rule
-from rbwa_fused.streams import AVERAGE, MASTER, STEP, STREAMS
+from rbwa_fused.streams import AVERAGE, FROM_THE_WEIGHTS, MASTER, STEP, STREAMS
 
 State = MutableMapping[Tensor, Any]
 Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
@@ -63,7 +63,7 @@ class ParameterState:
         own."""
         return self.held.stands(state) and all(held.stands(own) for own, held in self.beside)
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """From now on the state is what it is then."""
         self.held = Held(self._state)
         own = [plan.state for plan in self._plan.groups if plan.state is not None]
@@ -84,7 +84,7 @@ class ParameterState:
                 held[stream] = tensor
         plans = self._plan.groups
         self.lost = any(self._is_lost(plan, p) for plan in plans for p in plan.params)
-        self._look()
+        self.look()
 
     def take_over(self, table: Segments, new: set[Tensor], taken: memory.Spans) -> list[Change]:
         """Gives a table the state that there is of new parameters.
@@ -157,6 +157,7 @@ class ParameterState:
         given: Given = {stream: {} for stream in (STEP, *STREAMS)}
         lacking: list[int] = []
         behind: list[Call] = []
+        self._refresh(table)
         for i, p in enumerate(table.params):
             group = self._plan.groups[table.groups[i]]
             state = self._where(group)
@@ -195,12 +196,34 @@ class ParameterState:
         if moves:
             for stream in group.kept:
                 if lacks_kept or (stream in self._rule.late and stream not in held):
-                    give(stream, None)
+                    start = None
+                    if stream in FROM_THE_WEIGHTS:
+                        start = self._weights(p, held, given[MASTER].get(i))
+                    give(stream, start)
             if self._rule.counts and (lacks_kept or STEP not in held):
                 given[STEP][i] = _count(0.0)
         if group.has_buffer(p) and AVERAGE not in held and not self._is_lost(group, p):
             give(AVERAGE, local(p).detach())
         return not moves and (lacks_kept or lacks_late or lacks_master)
+
+    def _weights(self, param: Tensor, held: dict[str, Any], made: Tensor | None = None) -> Tensor:
+        """What a step finds: the parameter, or its master where nobody has written to it since."""
+        weights = local(param).detach()
+        master = made if MASTER not in held else local(held[MASTER])
+        if master is None:
+            return weights
+        return torch.where(master.to(weights.dtype) == weights, master, weights.to(master.dtype))
+
+    def _refresh(self, table: Segments) -> None:
+        """What starts as the weights, and was given for a step that was not taken, becomes the
+        weights as they are by now."""
+        for stream in self._rule.streams[:1]:
+            if stream in FROM_THE_WEIGHTS:
+                for i, age in enumerate(table.ages):
+                    p = table.params[i]
+                    held = self.of(self._plan.groups[table.groups[i]], p)
+                    if age == 0 and id(local(held.get(stream, p))) in self._made:
+                        local(held[stream]).copy_(self._weights(p, held))
 
     def _started_again(self, table: Segments, i: int, group: GroupPlan, given: Given) -> list[Call]:
         """A lost average is a copy of the weights as the step leaves them."""
@@ -233,7 +256,7 @@ class ParameterState:
         for stream, tensors in given.items():
             table.attach(stream, tensors)
         if any(given.values()) or not self.stands(self._state):
-            self._look()
+            self.look()
 
     def _is_lost(self, group: GroupPlan, param: Tensor) -> bool:
         """Whether an average is missing that its group has taken samples of: it starts again, as a

@@ -151,7 +151,8 @@ class Tables:
             self.backend = launches[-1][1].name
         custom = any(p.policy is not None and p.policy.custom for p in plan.groups)
         self.averages = any(p.policy is not None for p in plan.groups)
-        self.device_may_count = not custom and all(
+        counted_here = custom or plan.rule.scheduled is not None
+        self.device_may_count = not counted_here and all(
             backend.advance is not None for _, backend in self.launches
         )
         self.kernels_check = all(backend.checks for _, backend in self.launches)

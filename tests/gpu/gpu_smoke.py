@@ -248,11 +248,17 @@ class Smoke:
                 yield f"{dtype}, {count} replicas", partial(self.replicas, dtype, count)
             for rule in KERNELS:
                 for average in AVERAGES:
+                    if not KERNELS[rule].takes(policy(average, KERNELS[rule].kept(dtype))):
+                        continue
                     what = f"{dtype}, {rule}, {average}"
                     yield what, partial(self.steps, dtype, rule, average)
             for rule, average in SCALED:
                 what = f"{dtype}, {rule}, {average}"
+                if not KERNELS[rule].takes(policy(average, KERNELS[rule].kept(dtype))):
+                    continue
                 yield f"{what}, AMP", partial(self.scaled, dtype, rule, average)
+                if not KERNELS[rule].capturable:
+                    continue
                 yield f"{what}, capturable", partial(self.capturable, dtype, rule, average)
 
     def all(self) -> list[str]:

@@ -57,6 +57,7 @@ def _averages(rule: Rule) -> list[OptimizerInput]:
     given = [
         OptimizerInput(None, {**usual, "average": policy}, name)
         for name, policy in policies.items()
+        if rule.takes(policy)
     ]
     masters = {**usual, "average": policies["ema"], "master_weights": True}
     return [*given, OptimizerInput(None, masters, "master weights")]
@@ -66,13 +67,17 @@ def _info(cls: Any) -> OptimizerInfo:
     """For each algorithm of a class, those of its counterpart's inputs that the class takes; of
     torch.optim.SGD's, where torch has no counterpart."""
     algorithms = {name: rule for name, rule in ALGORITHMS.items() if rule.cls is cls}
-    torchs = next(iter(algorithms.values())).torchs
+    any_rule = next(iter(algorithms.values()))
+    torchs = any_rule.torchs
+    small = {} if any_rule.counts is None else {"lr": 1e-2}  # their own is too large for a Problem
     model = _described(torchs or torch.optim.SGD)
 
     def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
         taken = inspect.signature(cls).parameters.keys()
         return [
-            OptimizerInput(None, {**given.kwargs, **rule.constructor}, f"{given.desc}, {name}")
+            OptimizerInput(
+                None, {**small, **given.kwargs, **rule.constructor}, f"{given.desc}, {name}"
+            )
             for name, rule in algorithms.items()
             for given in [*model.optim_inputs_func(device, dtype), *_averages(rule)]
             if given.kwargs.keys() <= taken
@@ -84,6 +89,9 @@ def _info(cls: Any) -> OptimizerInfo:
         for error in found:
             if error.error_type is UserWarning:
                 error.error_type = ValueError
+        if any_rule.counts is not None:  # whose words for other hyperparameters are its package's
+            known = {"lr", "weight_decay"}
+            found = [e for e in found if e.optimizer_error_input.kwargs.keys() <= known]
         return found
 
     # What a state dict of torch's class, or an older one of ours, may lack.

@@ -88,7 +88,7 @@ class TestCatalogue(TestCase):
         for makers in optim_info.scheduler_inputs:
             problem = Problem(device, dtype)
             groups = [{"params": [problem.weight]}, {"params": [problem.bias], "lr": 0.01}]
-            opt = optim_info.optim_cls(groups)
+            opt = optim_info.optim_cls(groups, lr=1e-3)
             schedulers = [make(opt) for make in makers]
             first = problem.loss()
             for _ in range(5):

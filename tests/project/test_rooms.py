@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS: dict[str, Sequence[str]] = {
     "rbwa_fused": (
         *(f"rbwa_fused.{name}" for name in ("streams", "numbers", "fingerprint", "command")),
-        *(f"rbwa_fused.{name}" for name in ("compiled", "papers", "average", "policies", "rules")),
+        *(
+            f"rbwa_fused.{name}"
+            for name in ("compiled", "papers", "average", "policies", "progress", "rules")
+        ),
         *(f"rbwa_fused.engine.{name}" for name in ("sharded", "memory", "segments", "norm")),
         "rbwa_fused.reference",  # a backend, as are these:
         "rbwa_fused.triton_kernels",

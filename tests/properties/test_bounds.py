@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import F32, F64, Value
-from rules import RULES
+from rules import NOT_STARTED, RULES
 from torch import Tensor
 
 COUNT = 20_000
@@ -77,10 +77,12 @@ def test_an_algorithm_is_the_same_for_tensors_and_for_the_twins_numbers(name: st
     bounded: dict[str, Value] = {}
     theta = drawn(0, F64)
     number = Value.of(theta)
+    counts = NOT_STARTED
     for step in range(4):
         g = drawn(1 + step, F64)
-        theta = rule.literal(plain, theta, g, rule.hyperparameters)
-        number = rule.literal(bounded, number, Value.of(g), rule.hyperparameters)
+        options, counts = rule.of_step(rule.hyperparameters, counts)
+        theta = rule.literal(plain, theta, g, options)
+        number = rule.literal(bounded, number, Value.of(g), options)
         assert torch.equal(number.v, theta)
         assert {k: v.v.tolist() for k, v in bounded.items()} == {
             k: v.tolist() for k, v in plain.items()

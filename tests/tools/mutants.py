@@ -199,8 +199,8 @@ SWAP: Mutants = [
     ("local(p).detach().clone()", "local(p).detach()"),
     ("torch.clear_autocast_cache()", "pass"),
     ("if plan.n_averaged > 0]", "]"),
-    ("if plan.has_buffer(p) and average is not None:", "if average is not None:"),
-    ("if plan.has_buffer(p) and average is not None and", "if average is not None and"),
+    ("if plan.has_buffer(param) and average is not None else", "if average is not None else"),
+    ("if average is not None and p.numel() > 0:", "if average is not None:"),
     ("            checks.params(group, plan.master_weights)\n", ""),
     ("            checks.state(group, opt.state if plan.state is None else plan.state)\n", ""),
     ("        self.left = True\n", ""),
@@ -394,7 +394,9 @@ IN_BACKWARD: Mutants = [
         "        self._replicated = True\n        replicated = torch.nn",
     ),
 ]
-LOADED_WHERE_WEIGHTS_ARE_MISSING: Mutants = [("        engine.swapped = None  #", "        #")]
+LOADED_WHERE_WEIGHTS_ARE_MISSING: Mutants = [
+    ("        engine.swapped = self._standing()  #", "        #")
+]
 AVERAGER: Mutants = [
     ("            self._hook(followed)\n", "            pass\n"),
     ("for stepper in followed:", "for stepper in followed[-1:]:"),

@@ -46,6 +46,7 @@ CPU = torch.device("cpu")
 FAMILIES = [
     (Kind.PLAIN, Kind.MOMENTUM, Kind.DECOUPLED, Kind.DIFFERENCE),
     (Kind.ADAM, Kind.AMSGRAD),
+    (Kind.SCHEDULE_FREE,),
 ]
 NAMED = [name for name in AVERAGES if name not in ("custom", "same-dtype")]
 
@@ -142,8 +143,9 @@ def run_twice(
 
 MOST = ["none", "mean-write-back", "same-dtype", "swa-current"]
 UNMASTERED = [name for name, rule in KERNELS.items() if rule.keeps and not rule.master]
+COUNTED = [name for name in UNMASTERED if KERNELS[name].capturable]  # by a device, too
 WIDE_AND_NARROW = (torch.float64, torch.float16)
-CASES = list(itertools.product([torch.float32], UNMASTERED, AVERAGES))
+CASES = products([torch.float32], UNMASTERED, AVERAGES)
 CASES += products([torch.float32], RULES, MOST)
 # The interpreter truncates to bfloat16, so it takes a parameter for another than its master's.
 CASES += [
@@ -443,7 +445,7 @@ class TestInterpreted:
         ("rule", "average", "dtype"),
         [
             *(("dampening", average, torch.float32) for average in NAMED),
-            *itertools.product(UNMASTERED, ["mean-write-back"], WIDE_AND_NARROW),
+            *itertools.product(COUNTED, ["mean-write-back"], WIDE_AND_NARROW),
             *itertools.product(["rsgdm implicit"], ["rbwa"], WIDE_AND_NARROW),
             ("sgd", "algorithm2", torch.float32),
             ("rsgdm explicit", "lookahead", torch.float32),
@@ -596,6 +598,8 @@ KERNELS = [
     ("bfloat16", "bfloat16", "float32", "float32", "ADAM", True, False),
     ("bfloat16", "float32", "float32", "float32", "ADAM", True, True),
     ("float16", "float16", "float16", "float16", "AMSGRAD", True, False),
+    ("float32", "float32", "float32", "float32", "SCHEDULE_FREE", True, False),
+    ("bfloat16", "bfloat16", "float32", "float32", "SCHEDULE_FREE", True, False),
 ]
 
 
@@ -694,6 +698,7 @@ assert "pip install triton" in step.available(torch.device("cuda"))
             "DIFFERENCE": [0, 1, 3],
             "ADAM": [2],
             "AMSGRAD": [2, 3],
+            "SCHEDULE_FREE": [2],
         }[rule]
         own = vectors(theta) + of_param + of_average
         both = [n * vectors(kept_dtype) + own for n in kept]
@@ -704,7 +709,7 @@ assert "pip install triton" in step.available(torch.device("cuda"))
             loads, stores = loads + alone, stores + alone
         assert found["LDG.E.128"] == loads and found["STG.E.128"] == stores, found
         forbidden = r"(DADD|DMUL|DFMA|DSETP)\b"
-        if not deferred and "A" not in rule[:1]:  # the reciprocal of the loss scale divides
+        if not deferred and rule[0] not in "AS":  # the reciprocal of the loss scale divides
             forbidden += r"|FFMA|.*\.FTZ"
         # Triton 3.6 and 3.8 keep two words of some kernels of four blocks in local memory.
         assert found["STL"] + found["LDL"] <= (0 if parts == 1 else 4), found

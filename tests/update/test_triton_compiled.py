@@ -21,7 +21,7 @@ import torch
 from cases import policy_for, products
 from rbwa_fused.triton_kernels import norm as triton_norm
 from rbwa_fused.triton_kernels import step as triton_step
-from rules import RULES
+from rules import COUNTED_ON_DEVICES, RULES
 from torch import Tensor, nn
 
 from rbwa_fused.engine import norm
@@ -298,7 +298,8 @@ def train(options: dict[str, Any]) -> None:
     one = torch.ones(1)
     amp = [{}, {"grad_scale": one, "found_inf": one}, {"grad_scale": None, "found_inf": one}]
     averages = ("none", "ema", "same-dtype", "rbwa", "mean-write-back")
-    for dtype, rule, average in products(DTYPES, RULES, averages):
+    rules = COUNTED_ON_DEVICES if options else RULES
+    for dtype, rule, average in products(DTYPES, rules, averages):
         ps = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in (5, 40)]
         policy = policy_for(average, rule, dtype)
         opt = RULES[rule].made(ps, average=policy, backend="triton", **options)
