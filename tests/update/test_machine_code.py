@@ -168,6 +168,8 @@ def test_no_multiply_add_is_contracted(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_registers_leave_room_for_enough_loads_in_flight(architecture: str) -> None:
     for kernel in kernels(architecture):
+        if kernel.kind == Kind.SCHEDULE_FREE and SIZES[kernel.kept] == 2:
+            continue  # no optimizer keeps its z in 16 bits
         of_a_block = THREADS * -(-kernel.registers // 8) * 8
         blocks = min(REGISTERS // of_a_block, MOST_THREADS // THREADS)
         assert blocks * THREADS * kernel.bytes_in_flight >= IN_FLIGHT, (kernel[:7], blocks)
@@ -203,7 +205,10 @@ def test_replicas_are_pulled_by_128_bits_in_registers_and_their_own_arithmetic(
 def test_every_kernel_that_may_be_launched_is_compiled(architecture: str) -> None:
     sass = cuobjdump("-sass", "-arch", architecture)
     names = re.findall(r"Function : \S*?([a-z]+)_kernel", sass)
-    assert Counter(names) == {"step": STEPS, "age": 2, "pull": 4, "advance": 1}
+    assert Counter(names) == {
+        **{"step": STEPS, "age": 2, "pull": 4, "advance": 1},
+        **{"squares": 4, "sums": 1},  # of the gradients' norm
+    }
 
 
 def test_python_and_cpp_agree_on_a_policy() -> None:
