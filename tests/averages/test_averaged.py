@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rules import RULES
 from runs import (
     AVERAGED,
     EPOCH,
@@ -371,7 +372,8 @@ def test_a_converted_model_keeps_its_average_its_count_and_its_momentum(
     for name, p in model.named_parameters():
         state = opt.state.get(p, {})
         for key, value in held.get(name, {}).items():
-            dtype = wide if key == "average" else after
+            kept = RULES[method].state_dtype(key, after) if method in RULES else after
+            dtype = wide if key == "average" else kept
             assert state[key].dtype == dtype, (name, key)
             if name != "matrix" and not (key == "average" and sampled):
                 assert torch.equal(state[key], value.to(dtype)), (name, key)
