@@ -168,7 +168,8 @@ class Saved(Averages, Clipping):
         if live:
             self.engine.refuse_inside_averaged("__setstate__")
             self.engine.refuse_midway("__setstate__")
-        state = {**self.__dict__, **state, "pending_clip": None}
+        state = {**self.__dict__, **state}
+        state.pop("pending_clip", None)
         counts, beside = state.pop("counts", None), state.pop("beside", 0)
         engine = state.pop("engine", None)
         if not isinstance(engine, Engine):
@@ -187,6 +188,7 @@ class Saved(Averages, Clipping):
                 beside = engine.beside_count(held)
             elif self._beside is not None:
                 warnings.warn(BUFFERS_LEFT, stacklevel=backends.user_level())
+        self.__dict__.pop("pending_clip", None)  # of other gradients
         super().__setstate__(state)
         for group in self.param_groups:
             group.update(self._always)

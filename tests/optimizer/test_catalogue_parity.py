@@ -142,8 +142,13 @@ class TestParity(TestCase):
         for p in net.parameters():
             nn.init.ones_(p)
             p.grad = torch.ones_like(p)
-        options = {"momentum": 0} if "momentum" in optim_info.optim_cls([real]).defaults else {}
-        optim_info.optim_cls(net.parameters(), lr=0.5, **options).step()
+        modes = hasattr(optim_info.optim_cls, "eval")  # and no momentum that may be 0
+        has_momentum = "momentum" in optim_info.optim_cls([real]).defaults and not modes
+        options = {"momentum": 0} if has_momentum else {}
+        opt = optim_info.optim_cls(net.parameters(), lr=0.5, **options)
+        if modes:
+            opt.train()
+        opt.step()
         for p in net.parameters():
             assert ulps(p.detach(), torch.full_like(p, 0.5)) <= 2
 

@@ -90,8 +90,9 @@ def test_what_a_rule_keeps_beside_a_master_is_float32_and_exact_to_it(
     assert kept.keys() == set(rule.keeps) == opt.state[p].keys() - {"master_param"}
     for stream, value in kept.items():
         # Three roundings a step, each of at most half a unit of a number that is as large as the
-        # gradients' sum, forgotten by at most 0.8 a step.
-        assert float(value.off.max()) <= 10 * EPS * max(1.0, float(value.v.abs().max())), stream
+        # gradients' sum, forgotten by at most 0.9 a step; z forgets nothing.
+        most = (100 if stream == "z" else 10) * EPS
+        assert float(value.off.max()) <= most * max(1.0, float(value.v.abs().max())), stream
         compare(stream, opt.state[p][stream], value, torch.float32)
 
 
