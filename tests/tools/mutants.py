@@ -131,7 +131,7 @@ CHECKPOINT: Mutants = [
     ("live.setdefault(OWN + key, None)", "pass"),
     ("keys | {own[k]: v for", "keys | {k: v for"),
     ("value.detach().clone() if", "value.detach() if"),
-    ("if not (name in (STEP, *STREAMS) and _absent(value))", ""),
+    ("if not (name in (STEP, *STREAMS, *engine.rule.aside) and _absent(value))", ""),
     ("taken: int = max(", "taken: int = min("),
     ("if counted and step not in (None, taken):", "if False:"),
     ("return taken if step is None else step", "return taken"),
@@ -521,12 +521,12 @@ BUFFERS: Mutants = [
 ]
 BESIDE_PARAMETERS: Mutants = [  # what an engine has beside the param groups
     (
-        "(self._dtypes, self._rule) if beside is None else (Dtypes(), rules.NONE)",
-        "(self._dtypes, self._rule)",
+        "(self._dtypes, self.rule) if beside is None else (Dtypes(), rules.NONE)",
+        "(self._dtypes, self.rule)",
     ),
     (
-        "(self._dtypes, self._rule) if beside is None else (Dtypes(), rules.NONE)",
-        "(self._dtypes, self._rule if beside is None else rules.NONE)",
+        "(self._dtypes, self.rule) if beside is None else (Dtypes(), rules.NONE)",
+        "(self._dtypes, self.rule if beside is None else rules.NONE)",
     ),
 ]
 BESIDE_IN_TABLES: Mutants = [
