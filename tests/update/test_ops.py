@@ -159,7 +159,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
         "lacks the stream",
     ),
     "too few gradients": (lambda a: a[1].pop(), "gradients"),
-    "a row of no kind": (lambda a: a[6].__setitem__((0, 0), 7.0), "of no kind"),
+    "a row of no kind": (
+        lambda a: a[6].__setitem__((0, 0), float(len(rules.Kind))),
+        "of no kind",
+    ),
     "a row whose kind is no number": (lambda a: a[6].__setitem__((0, 0), math.nan), "of no kind"),
     "too few ages": (lambda a: a.__setitem__(5, a[5][:2]), "ages"),
     "ages of another dtype": (lambda a: a.__setitem__(5, a[5].int()), "documented dtype"),
