@@ -19,7 +19,8 @@ def steppers(
 
     Raises:
         TypeError: for one without hooks.
-        ValueError: for trainable parameters that none of the optimizers has.
+        ValueError: for trainable parameters that none of the optimizers has, and for an average that
+            writes back to a schedule-free one's.
     """
     if optimizer is None:
         return []
@@ -41,7 +42,23 @@ def steppers(
             + (f" and {len(missing) - 1} more" if missing[1:] else "")
             + " (expected all that require gradients, or exclude=)"
         )
+    _refuse_moving_schedule_free(found, groups)
     return found
+
+
+def _refuse_moving_schedule_free(followed: list[Optimizer], groups: Sequence[Group]) -> None:
+    """Ours and the package's, whose groups count the weights of their own average."""
+    for group in groups:
+        policy = group.get("average")
+        if not policy or policy.write_back_every == 0:
+            continue
+        for one in followed:
+            free = [other for other in one.param_groups if "weight_sum" in other]
+            if not {p for other in free for p in other["params"]}.isdisjoint(group["params"]):
+                raise ValueError(
+                    f"Invalid average: {policy} writes back to weights of {type(one).__name__}, "
+                    "which with z say where its own average is"
+                )
 
 
 def _inner(optimizer: Any) -> Optimizer:

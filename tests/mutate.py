@@ -25,6 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent / "tools"))
 import mutants
 import mutants_clipping
 import mutants_distributed
+import mutants_schedule_free
 from workspace import ROOT, Workspace
 
 from rbwa_fused.command import Parser
@@ -287,6 +288,7 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     *mutants.CASES,
     *mutants_distributed.CASES,
     *mutants_clipping.CASES,
+    *mutants_schedule_free.CASES,
 ]
 PATIENCE = 600  # seconds; a test that hangs has noticed
 

@@ -422,6 +422,14 @@ def held(opt: Any) -> str:
     return str([{i: s for i, s in saved["state"].items() if s}, saved["param_groups"]])
 
 
+def test_weights_go_by_the_largest_learning_rate_so_far() -> None:
+    opt, ps = trained(rf.SGDScheduleFree, 0, lr=0.5, weight_lr_power=1)
+    for k, lr in enumerate((0.5, 0.25, 0.75, torch.tensor(0.25))):
+        opt.param_groups[0]["lr"] = lr
+        take(opt, ps, range(k, k + 1))
+    assert counts(opt) == [4, 0.5 + 0.5 + 0.75 + 0.75, 0.75, 0.25]
+
+
 def test_skipped_and_failed_steps_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     (opt, ps), (still, others) = (trained(rf.AdamWScheduleFree, 0) for _ in range(2))
 
@@ -757,6 +765,22 @@ def test_who_moves_y_from_outside_is_refused_while_the_optimizer_lives() -> None
     del opt
     rf.pull_([ps, others], 1.0)
     assert same(values(ps), values(others))
+
+
+def test_an_averager_behind_it_may_not_move_y() -> None:
+    net = Net()
+    opt = rf.SGDScheduleFree(net.parameters())
+    with pytest.raises(
+        ValueError, match=r"lookahead\(2\) writes back to weights of SGDScheduleFree"
+    ):
+        rf.Averager(net, rf.lookahead(2), optimizer=opt)
+    averager = rf.Averager(net, rf.mean(), optimizer=opt)
+    opt.train()
+    for x in batches():
+        opt.zero_grad()
+        net(x).square().mean().backward()
+        opt.step()
+    assert averager.n_averaged == 6
 
 
 def test_a_captured_step_would_repeat_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
