@@ -19,8 +19,8 @@ def steppers(
 
     Raises:
         TypeError: for one without hooks.
-        ValueError: for trainable parameters that none of the optimizers has, and for an average that
-            writes back to a schedule-free one's.
+        ValueError: for trainable parameters that none of the optimizers has, and for an average
+            that writes back to those of a schedule-free one.
     """
     if optimizer is None:
         return []
