@@ -25,7 +25,7 @@ from rbwa_fused.model_state import state_dict_with
 from rbwa_fused.numbers import integer, number
 
 Replica = nn.Module | Iterable[Tensor]
-# The living optimizers whose average follows from the weights (schedule_free.py), by their ids. Not
+# The living optimizers whose average follows from the weights (modes.py), by their ids. Not
 # a WeakSet: one cannot be gone through while another thread makes an optimizer.
 derived_averages: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 

@@ -99,5 +99,5 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/in_backward.py", IN_BACKWARD, TESTS, False),
     ("rbwa_fused/checkpoint.py", CHECKPOINT, TESTS, False),
     ("rbwa_fused/form.py", FORM, TESTS, False),
-    ("rbwa_fused/schedule_free.py", MODES, TESTS, False),
+    ("rbwa_fused/modes.py", MODES, TESTS, False),
 ]
