@@ -36,8 +36,8 @@ class FusedAdam(FusedOptimizer):
     Args:
         params: as FusedSGD's.
         lr (float or 1-element Tensor, >= 0): learning rate (default: 1e-3).
-        betas (two floats or 1-element Tensors, 0 <= beta < 1): decay of both averages. Tensors are
-            read at every step, which waits for a GPU; on one they are refused with ``capturable``
+        betas (two floats or 1-element Tensors, 0 <= beta < 1): decay of both averages. The host
+            reads Tensors at every step: on a GPU it waits for them, and they cannot be captured
             (default: (0.9, 0.999)).
         eps (float, >= 0): added to the root of v (default: 1e-8).
         weight_decay (float, >= 0): L2 penalty, coupled (default: 0).
