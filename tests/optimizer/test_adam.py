@@ -58,7 +58,7 @@ def test_decay_that_float32_loses_beside_a_weight_is_not_lost_beside_a_step() ->
         for step in range(2000):
             p.grad = torch.full_like(p, 1.0 if step % 2 else -1.0)
             opt.step()
-        return float(p[0])
+        return float(p.detach()[0])
 
     assert end(torch.optim.AdamW, 1e-3) == end(torch.optim.AdamW, 0.0)
     assert end(rf.FusedAdamW, 1e-3) < end(rf.FusedAdamW, 0.0)
