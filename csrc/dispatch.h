@@ -71,11 +71,13 @@ auto with_kernel(const KernelKey& key, const Work& work) {
       // Adam's need few registers more for an average, and much time to compile.
       constexpr bool averaged = has_average || is_adam(of_launch);
       if constexpr (keeps_wide(of_launch) && kNarrow<W>) {
-        if (key.kept_dtype == Dtype::kFloat32) {
+        if (of_launch == Kind::kScheduleFree || key.kept_dtype == Dtype::kFloat32) {
           return work.template operator()<S, W, float, A, of_launch, averaged>();
         }
       }
-      return work.template operator()<S, W, W, A, of_launch, averaged>();
+      if constexpr (of_launch != Kind::kScheduleFree || !kNarrow<W>) {
+        return work.template operator()<S, W, W, A, of_launch, averaged>();
+      }
     });
   };
   return with_storage(key.dtype, [&]<typename S>() {

@@ -111,8 +111,11 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
     RBWA_KEPT(RBWA_RESOLVE)
 #undef RBWA_RESOLVE
     segment.kept_dtype = kept_type.bits != 0 ? dtype_of(kept_type) : segment.theta_dtype;
-    STD_TORCH_CHECK(segment.kept_dtype == segment.theta_dtype ||
-                        (segment.kept_dtype == Dtype::kFloat32 && is_narrow(segment.dtype)),
+    // A z of 16 bits would not move, and no kernel of a GPU is compiled for it.
+    const bool wide = segment.kept_dtype == Dtype::kFloat32 && is_narrow(segment.dtype);
+    STD_TORCH_CHECK(wide || (segment.kept_dtype == segment.theta_dtype &&
+                             (kind != Kind::kScheduleFree || !is_narrow(segment.kept_dtype) ||
+                              kept_type.bits == 0)),
                     "step_: the state of segment ", i,
                     " must have the dtype of its weights, or float32 for a 16-bit parameter");
     const bool sampled = every_average || samplings[segment.sampling].sample != 0;

@@ -49,6 +49,10 @@ class Member:
         """The dtype of momentum and of what a step works on."""
         return F32 if self.mastered else self.dtype
 
+    def dtype_of(self, rule: Rule, name: str) -> torch.dtype:
+        """Of what a rule keeps by that name."""
+        return F32 if self.mastered else rule.state_dtype(name, self.dtype)
+
     @property
     def rules_state(self) -> dict[str, Value]:
         """What the rule keeps: empty until the first step that keeps something."""
@@ -81,7 +85,7 @@ class Member:
         x = rule.literal(after, theta, gradient, numbers)
         for name, value in after.items():
             if value is not before.get(name):
-                self.keep(name, value, rule.state_dtype(name, self.dtype))
+                self.keep(name, value, self.dtype_of(rule, name))
         return x
 
 
@@ -181,7 +185,7 @@ class Twin:
         for group in self.groups:
             for member in group.members:
                 for name, (value, dtype) in list(member.state.items()):
-                    wanted: torch.dtype | None = self.rule.state_dtype(name, member.dtype)
+                    wanted: torch.dtype | None = member.dtype_of(self.rule, name)
                     if name == AVERAGE:
                         wanted = group.average_dtype(member)
                     elif name == MASTER:

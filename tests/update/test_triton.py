@@ -544,7 +544,12 @@ class OnDevice:
             elided = policy is not None and policy.elided_for(p.dtype) and group == 0
             self.table.add(p, group, i, row=2 * group, sampling=2 * group + elided)
         self.state = {
-            name: {i: torch.zeros_like(p).detach() for i, p in enumerate(ps)}
+            name: {
+                i: torch.zeros_like(
+                    p, dtype=opt.engine.tables.plan.groups[0].dtype_of(name, p)
+                ).detach()
+                for i, p in enumerate(ps)
+            }
             for name in opt.engine.rule.streams
             if opt.engine.rule.name != "adam" or opt.defaults["amsgrad"] or "max" not in name
         }
@@ -668,6 +673,7 @@ assert "pip install triton" in step.available(torch.device("cuda"))
             "AVERAGED": averaged,
             "BLOCK": triton_step.CHUNK,
             "PARTS": parts,
+            "clip": None,
         }
         if deferred:
             pointers.update(counting)
