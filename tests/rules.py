@@ -110,11 +110,12 @@ def rsgdm_implicit(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
 
 
 def _power(base: float, exponent: int) -> float:
-    """By squaring: a power that is rounded otherwise is another hyperparameter."""
-    if exponent == 1:
-        return base
-    half = _power(base * base, exponent // 2)
-    return half * base if exponent % 2 else half
+    """By squaring, the lowest bit first: a power that is rounded otherwise is another
+    hyperparameter, as 1 - beta^t magnifies it."""
+    power = 1.0
+    while exponent > 0:
+        power, base, exponent = power * (base if exponent % 2 else 1.0), base * base, exponent // 2
+    return power
 
 
 def adam(state: dict[str, N], theta: N, g: N, o: Numbers) -> N:
