@@ -14,8 +14,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from program import DTYPES, EVENTS, LAYOUTS, Case
-from rules import ALGORITHMS
-from strategies import cases
+from strategies import DRAWN, cases
 from training import Training
 
 TIMES = 5 if os.environ.get("RBWA_PROFILE") == "long" else 1
@@ -50,7 +49,7 @@ KINDS = [
     *(f"{layout} memory" for layout in (*LAYOUTS, "shared")),
     *(f"gradients {layout}" for layout in (*LAYOUTS, "like", "expanded")),
     *map(str, DTYPES),
-    *(f"rule {rule}" for rule in ALGORITHMS),
+    *(f"rule {rule}" for rule in DRAWN),
     "no gradient",
     "overflow",
     "unscaled",
