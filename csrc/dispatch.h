@@ -59,7 +59,7 @@ struct KernelKey {
 };
 
 // Whether kinds may keep what they keep in float32 beside 16-bit weights.
-constexpr bool keeps_wide(Kind most) { return decouples(most); }
+constexpr bool keeps_wide(Kind kind) { return decouples(served_by(kind)); }
 
 // Calls work<S, W, M, A, most, averaged>(): the storage of parameter and gradient, that of what the
 // step works on (S, or float for a master), of what it keeps, and of the average.

@@ -4,7 +4,6 @@
 #include <array>
 #include <bit>
 #include <cstdint>
-#include <vector>
 
 #include "convert.h"
 #include "update.h"
@@ -61,18 +60,6 @@ inline __attribute__((always_inline)) To rounded(const From& from) {
   std::array<T, count> narrow;
   for (size_t i = 0; i < count; ++i) narrow[i] = static_cast<T>(wide[i]);
   return std::bit_cast<To>(narrow);
-}
-
-// What its age makes of each segment's row.
-inline std::vector<Aging<double>> agings_of(const Segment* segments, int64_t count,
-                                            const Row* rows) {
-  std::vector<Aging<double>> agings(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const Segment &s = segments[i], &before = segments[i > 0 ? i - 1 : 0];
-    const bool known = i > 0 && s.row == before.row && s.age == before.age && s.kind == before.kind;
-    agings[i] = known ? agings[i - 1] : aging_of(s.kind, rows[s.row].numbers, s.age);
-  }
-  return agings;
 }
 
 // Takes the step for every segment; the tables must have been checked.

@@ -1,5 +1,7 @@
 #include "tables.h"
 
+#include "dispatch.h"
+
 template <typename T>
 const T* table_of(const View& view, DLDataType type, const char* name) {
   STD_TORCH_CHECK(
@@ -111,11 +113,12 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
     RBWA_KEPT(RBWA_RESOLVE)
 #undef RBWA_RESOLVE
     segment.kept_dtype = kept_type.bits != 0 ? dtype_of(kept_type) : segment.theta_dtype;
-    // A z of 16 bits would not move, and no kernel of a GPU is compiled for it.
-    const bool wide = segment.kept_dtype == Dtype::kFloat32 && is_narrow(segment.dtype);
-    STD_TORCH_CHECK(wide || (segment.kept_dtype == segment.theta_dtype &&
-                             (kind != Kind::kScheduleFree || !is_narrow(segment.kept_dtype) ||
-                              kept_type.bits == 0)),
+    // Of kinds that may keep float32 beside 16-bit weights, schedule-free AdamW must: its z would
+    // not move.
+    const bool narrow = is_narrow(segment.theta_dtype) && kept_type.bits != 0;
+    const bool wide = narrow && segment.kept_dtype == Dtype::kFloat32 && keeps_wide(kind);
+    const bool as_theta = segment.kept_dtype == segment.theta_dtype;
+    STD_TORCH_CHECK(wide || (as_theta && !(narrow && kind == Kind::kScheduleFree)),
                     "step_: the state of segment ", i,
                     " must have the dtype of its weights, or float32 for a 16-bit parameter");
     const bool sampled = every_average || samplings[segment.sampling].sample != 0;

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from rbwa_fused import rules
+from rbwa_fused import hyperparameters, rules
 from rbwa_fused.average import Average
 from rbwa_fused.engine.tables import Options
 from rbwa_fused.fused import FusedOptimizer
@@ -81,8 +81,8 @@ class FusedAdam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        rules.implementation(foreach, differentiable, fused)
-        rules.tensors_with_foreach(lr, betas, foreach, capturable)
+        hyperparameters.implementation(foreach, differentiable, fused)
+        hyperparameters.tensors_with_foreach(lr, betas, foreach, capturable)
         if state_dtype not in get_args(StateDtype):
             raise ValueError(
                 f"Invalid state_dtype: {state_dtype!r} (expected one of {get_args(StateDtype)})"

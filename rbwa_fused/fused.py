@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rbwa_fused import checkpoint, rules
+from rbwa_fused import checkpoint, hyperparameters, rules
 from rbwa_fused.buffers import Buffers
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
@@ -172,7 +172,7 @@ class FusedOptimizer(Saved):
         """Raises for a new group that cannot be stepped."""
         options = self.engine.options
         self.engine.rule.check(group)
-        rules.implementation(*map(group.get, ("foreach", "differentiable", "fused")))
+        hyperparameters.implementation(*map(group.get, ("foreach", "differentiable", "fused")))
         checks.average(group, options.capturable)
         checks.params(group, options.master_weights)
         kind = kind_of_shard(group["params"])

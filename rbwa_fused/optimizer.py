@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from rbwa_fused import rules
+from rbwa_fused import hyperparameters, rules
 from rbwa_fused.average import Average
 from rbwa_fused.engine.tables import Options
 from rbwa_fused.fused import FusedOptimizer
@@ -99,7 +99,7 @@ class FusedSGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        rules.implementation(foreach, differentiable, fused)
+        hyperparameters.implementation(foreach, differentiable, fused)
         defaults = {
             "lr": lr,
             "momentum": momentum,

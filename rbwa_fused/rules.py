@@ -27,13 +27,20 @@ import torch
 from torch import Tensor
 
 from rbwa_fused import progress
-from rbwa_fused.numbers import flag, number
+from rbwa_fused.hyperparameters import (
+    DECOUPLED,
+    check,
+    check_adam,
+    check_decay,
+    check_schedule_free_adamw,
+    check_schedule_free_sgd,
+)
+from rbwa_fused.streams import KEYS
 
 Group = dict[str, Any]
 Memory = dict[str, float]
 
 IMPLICIT = "implicit_momentum"
-DECOUPLED = "decoupled_weight_decay"  # torch's key
 
 
 class Kind(IntEnum):
@@ -145,13 +152,13 @@ class Sampling(NamedTuple):
 SAMPLING = struct.Struct(f"{len(Sampling._fields)}d")
 
 
-def _coupled(group: Group) -> float:
+def _decay(group: Group) -> float:
     return float(group.get("weight_decay", 0.0))
 
 
 def plain(group: Group) -> Coefficients:
     """SGD without momentum, where coupled and decoupled decay are the same."""
-    return Coefficients(Kind.PLAIN, _coupled(group), alpha=1.0)
+    return Coefficients(Kind.PLAIN, _decay(group), alpha=1.0)
 
 
 def sgd(group: Group, first: bool) -> Coefficients:
@@ -161,10 +168,10 @@ def sgd(group: Group, first: bool) -> Coefficients:
     if mu == 0.0:
         return plain(group)
     if group["nesterov"]:
-        own = Coefficients(Kind.MOMENTUM, _coupled(group), mu, c=1.0, alpha=1.0, gamma=mu)
+        own = Coefficients(Kind.MOMENTUM, _decay(group), mu, c=1.0, alpha=1.0, gamma=mu)
     else:
         c = 1.0 if first else 1.0 - float(group["dampening"])
-        own = Coefficients(Kind.MOMENTUM, _coupled(group), mu, c, gamma=1.0)
+        own = Coefficients(Kind.MOMENTUM, _decay(group), mu, c, gamma=1.0)
     if group.get(DECOUPLED) and own.lambda_ != 0.0:
         return own._replace(kind=Kind.DECOUPLED, lambda_=0.0, rho=own.lambda_)
     return own
@@ -175,7 +182,7 @@ def sgdm(group: Group, first: bool) -> Coefficients:
     beta = float(group["momentum"])
     if beta == 0.0:
         return plain(group)
-    return Coefficients(Kind.MOMENTUM, _coupled(group), beta, 1.0 - beta, gamma=1.0)
+    return Coefficients(Kind.MOMENTUM, _decay(group), beta, 1.0 - beta, gamma=1.0)
 
 
 def rsgdm_implicit(group: Group, first: bool) -> Coefficients:
@@ -184,7 +191,7 @@ def rsgdm_implicit(group: Group, first: bool) -> Coefficients:
     if beta == 0.0:
         return plain(group)
     c = 0.0 if first else 1.0 - beta
-    return Coefficients(Kind.MOMENTUM, _coupled(group), beta, c, alpha=1.0 - beta, gamma=beta)
+    return Coefficients(Kind.MOMENTUM, _decay(group), beta, c, alpha=1.0 - beta, gamma=beta)
 
 
 def rsgdm_explicit(group: Group, first: bool) -> Coefficients:
@@ -192,14 +199,14 @@ def rsgdm_explicit(group: Group, first: bool) -> Coefficients:
     beta = float(group["momentum"])
     if beta == 0.0:
         return plain(group)
-    own = Coefficients(Kind.DIFFERENCE, _coupled(group), beta, 1.0 - beta, gamma=1.0, delta=beta)
+    own = Coefficients(Kind.DIFFERENCE, _decay(group), beta, 1.0 - beta, gamma=1.0, delta=beta)
     return own._replace(kappa=0.0 if first else 1.0 - beta)
 
 
 def adam(group: Group, first: bool) -> Coefficients:
     """torch.optim.Adam, and AdamW: both averages start at zero, and `aging` corrects them."""
     mu, nu = map(float, group["betas"])
-    decay, decoupled = _coupled(group), group[DECOUPLED]
+    decay, decoupled = _decay(group), group[DECOUPLED]
     return Coefficients(
         Kind.AMSGRAD if group["amsgrad"] else Kind.ADAM,
         0.0 if decoupled else decay,
@@ -240,88 +247,14 @@ def scheduled_adamw(group: Group) -> tuple[Scheduled, dict[str, Any]]:
 def schedule_free_sgd(group: Group, first: bool) -> Coefficients:
     """Schedule-free SGD (Defazio et al., 2024; progress.py): the kernel of SGD with momentum."""
     own = scheduled_sgd(group)[0]._asdict()
-    return Coefficients(Kind.DECOUPLED, _coupled(group), mu=1.0, **own)
+    return Coefficients(Kind.DECOUPLED, _decay(group), mu=1.0, **own)
 
 
 def schedule_free_adamw(group: Group, first: bool) -> Coefficients:
     """Schedule-free AdamW: the same with a gradient that was divided by the root of v."""
     own, nu = scheduled_adamw(group)[0]._asdict(), float(group["betas"][1])
     adam = {"nu": nu, "q": 1.0 - nu, "epsilon": float(group["eps"])}
-    return Coefficients(Kind.SCHEDULE_FREE, _coupled(group), mu=1.0, **own, **adam)
-
-
-def _check_numbers(group: Group, words: dict[str, str]) -> None:
-    """Raise for one that is negative or none, and for a learning rate of several elements."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    for name, said in words.items():
-        if not number(name, group[name]) >= 0.0:
-            raise ValueError(f"Invalid {said}: {group[name]}")
-
-
-def check(group: Group) -> None:
-    """Raise ValueError or TypeError for a hyperparameter out of range, in torch's words."""
-    words = {"lr": "learning rate", "momentum": "momentum value"}
-    _check_numbers(group, {**words, "weight_decay": "weight_decay value"})
-    dampening = number("dampening", group.get("dampening", 0.0))
-    if dampening != dampening:
-        raise ValueError(f"Invalid dampening value: {group['dampening']}")
-    flag("nesterov", group.get("nesterov", False))
-    flag("maximize", group["maximize"])
-    flag(DECOUPLED, group.get(DECOUPLED, False))
-    if group.get("nesterov", False) and (group["momentum"] <= 0 or dampening != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-
-
-def check_adam(group: Group) -> None:
-    """`check` for Adam's hyperparameters."""
-    words = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
-    _check_numbers(group, words)
-    beta1, beta2 = betas = _betas(group)
-    for i, beta in enumerate(betas):
-        if isinstance(beta, Tensor) and beta.numel() != 1:
-            raise ValueError(f"Tensor betas[{i}] must be 1-element")
-        if not 0.0 <= number(f"betas[{i}]", beta) < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if isinstance(beta1, Tensor) != isinstance(beta2, Tensor) or any(map(_is_int, betas)):
-        raise ValueError("betas must be either both floats or both Tensors")
-    for name in ("amsgrad", "maximize", DECOUPLED):
-        flag(name, group[name])
-
-
-def _betas(group: Group) -> tuple[Any, Any]:
-    try:
-        beta1, beta2 = group["betas"]
-    except (TypeError, ValueError):
-        raise TypeError(f"Invalid betas: {group['betas']!r} (expected two numbers)") from None
-    return beta1, beta2
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int)
-
-
-def check_schedule_free_sgd(group: Group) -> None:
-    """`check` for schedule-free SGD."""
-    _check_numbers(group, {"lr": "learning rate", "weight_decay": "weight_decay value"})
-    words = "Momentum must be between 0 and 1 exclusive"  # the package's
-    progress.exclusive("momentum", group["momentum"], words)
-    flag("maximize", group["maximize"])
-    progress.check(group)
-
-
-def check_schedule_free_adamw(group: Group) -> None:
-    """`check` for schedule-free AdamW."""
-    words = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
-    _check_numbers(group, words)
-    beta1, beta2 = _betas(group)
-    words_of_first = "betas[0] must be between 0 and 1 exclusive"
-    progress.exclusive("betas[0]", beta1, words_of_first)
-    if not 0.0 <= number("betas[1]", beta2) < 1.0:
-        raise ValueError(f"Invalid beta parameter at index 1: {beta2}")
-    flag("maximize", group["maximize"])
-    progress.check(group)
+    return Coefficients(Kind.SCHEDULE_FREE, _decay(group), mu=1.0, **own, **adam)
 
 
 def lr_on_device(group: Group) -> Tensor | None:
@@ -336,44 +269,6 @@ def lr_on_device(group: Group) -> Tensor | None:
     if lr.dtype != torch.float32:
         raise TypeError(f"Invalid lr: a tensor of {lr.dtype} (expected torch.float32 on a device)")
     return lr
-
-
-def check_decay(group: Group) -> None:
-    """`check`, and the RSGDM paper's momentum is the decay of an average and must be below 1."""
-    check(group)
-    if not float(group["momentum"]) < 1.0:
-        raise ValueError(f"Invalid momentum value: {group['momentum']} (expected below 1)")
-
-
-def implementation(foreach: Any, differentiable: Any, fused: Any) -> None:
-    """Raise for a choice of implementations that torch.optim.SGD refuses, in its words, and for one
-    that autograd is to differentiate. What is left means nothing: there is one implementation."""
-    flag("foreach", foreach)
-    flag("differentiable", differentiable)
-    flag("fused", fused)
-    if fused and differentiable:
-        raise RuntimeError("`fused` does not support `differentiable`")
-    if fused and foreach:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if differentiable:
-        raise ValueError(
-            f"Invalid differentiable: {differentiable!r} (expected False: autograd sees no "
-            "step of ours, but that of torch.optim.SGD(differentiable=True))"
-        )
-
-
-def tensors_with_foreach(lr: Any, betas: Any, foreach: Any, capturable: bool) -> None:
-    """Raise where torch.optim.Adam's ``foreach`` would read tensors on the host, in its words."""
-    if not foreach or capturable:
-        return
-    named = {"lr": lr}
-    if isinstance(betas, tuple | list):
-        named |= {f"betas[{i}]": beta for i, beta in enumerate(betas)}
-    for name, value in named.items():
-        if isinstance(value, Tensor):
-            raise ValueError(
-                f"{name} as a Tensor is not supported for capturable=False and foreach=True"
-            )
 
 
 def remember_momentum(group: Group) -> Memory:
@@ -428,7 +323,8 @@ class Rule:
         name: by which checkpoints know it.
         hyperparameters: of a param group, all that its rows depend on; ``"lr"`` is the first, and
             the last number of a row.
-        keys: in a parameter's state, of what its kinds keep, by the names in the kernels (streams).
+        streams: the keys of what a parameter may come to keep, in its state. Where the first is
+            absent, its next step is its first.
         coefficients: of a group's row; ``first`` is a parameter's first step with what it keeps.
         check: raises for a group with a hyperparameter out of range.
         memory: what a group's first step with momentum leaves to its later ones, by the keys that
@@ -449,7 +345,7 @@ class Rule:
 
     name: str
     hyperparameters: tuple[str, ...]
-    keys: dict[str, str]
+    streams: tuple[str, ...]
     coefficients: Callable[[Group, bool], Coefficients]
     check: Callable[[Group], None] = check
     memory: tuple[str, ...] = ()
@@ -475,14 +371,9 @@ class Rule:
 
         object.__setattr__(self, "inputs", of_group)
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The keys of what a parameter may come to keep, in its state."""
-        return tuple(self.keys.values())
-
     def streams_of(self, kind: int) -> tuple[str, ...]:
-        """The keys of what it keeps with rows of a kind."""
-        return tuple(self.keys[name] for name in KEPT_BY[kind])
+        """Those of what it keeps with rows of a kind."""
+        return tuple(stream for stream in self.streams if KEYS[stream] in KEPT_BY[kind])
 
     def row(self, group: Group, first: bool) -> tuple[float, ...]:
         """The numbers of COLUMNS, for a group that was checked."""
@@ -496,9 +387,9 @@ OF_TORCH = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize
 OF_PAPER = ("lr", "momentum", "weight_decay", "maximize")
 OF_ADAM = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", DECOUPLED)
 OF_FREE = ("lr", "weight_decay", "maximize", *progress.HYPERPARAMETERS)
-M = {"m": "momentum_buffer"}
-M_Z = {**M, "z": "difference_buffer", "previous": "previous_gradient"}
-M_V = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
+M = ("momentum_buffer",)
+M_Z = (*M, "difference_buffer", "previous_gradient")
+M_V = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 SGD = Rule("sgd", OF_TORCH, M, sgd, optional=(DECOUPLED,))
 SGDM = Rule("sgdm", OF_PAPER, M, sgdm, check_decay)
 RSGDM_IMPLICIT = Rule(
@@ -524,7 +415,7 @@ FREE: dict[str, Any] = {
 SCHEDULE_FREE_SGD = Rule(
     "sgd_schedule_free",
     (*OF_FREE, "momentum"),
-    {"m": "z"},
+    ("z",),
     schedule_free_sgd,
     check_schedule_free_sgd,
     scheduled=scheduled_sgd,
@@ -533,15 +424,23 @@ SCHEDULE_FREE_SGD = Rule(
 SCHEDULE_FREE_ADAMW = Rule(
     "adamw_schedule_free",
     (*OF_FREE, "betas", "eps"),
-    {"m": "z", "v": "exp_avg_sq"},
+    ("z", "exp_avg_sq"),
     schedule_free_adamw,
     check_schedule_free_adamw,
     counts=True,
     scheduled=scheduled_adamw,
     **FREE,
 )
-NONE = Rule("none", (), {}, lambda group, first: plain(group), _no_check, moves=False)
-OF_TORCH_AND_PAPERS = (SGD, SGDM, RSGDM_IMPLICIT, RSGDM_EXPLICIT, ADAM)
-OF_PACKAGE = (SCHEDULE_FREE_SGD, SCHEDULE_FREE_ADAMW)
-RULES = {rule.name: rule for rule in (*OF_TORCH_AND_PAPERS, *OF_PACKAGE, NONE)}
+NONE = Rule("none", (), (), lambda group, first: plain(group), _no_check, moves=False)
+ALL = (
+    SGD,
+    SGDM,
+    RSGDM_IMPLICIT,
+    RSGDM_EXPLICIT,
+    ADAM,
+    SCHEDULE_FREE_SGD,
+    SCHEDULE_FREE_ADAMW,
+    NONE,
+)
+RULES = {rule.name: rule for rule in ALL}
 MEMORY = tuple(key for rule in RULES.values() for key in rule.memory)

@@ -30,9 +30,8 @@ class Saved(Averages, Clipping):
     _early: InBackward | None = None  # the hooks that step inside the backward pass
     _beside: Buffers | None = None  # of a model, averaged beside the parameters
     _rule = rules.SGD  # of a state that names none, such as torch.optim.Optimizer's
-    _always: ClassVar[
-        Mapping[str, Any]
-    ] = {}  # hyperparameters of the class, whatever a checkpoint says
+    # Hyperparameters of the class, whatever a checkpoint says.
+    _always: ClassVar[Mapping[str, Any]] = {}
 
     def _begin(self, engine: Engine) -> None:
         self._weak_self = weakref.ref(self)

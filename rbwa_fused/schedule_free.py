@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from rbwa_fused import rules
+from rbwa_fused import hyperparameters, rules
 from rbwa_fused.average import Average
 from rbwa_fused.engine.tables import Options
 from rbwa_fused.modes import ScheduleFree
@@ -82,7 +82,7 @@ class SGDScheduleFree(ScheduleFree):
         in_backward: bool = False,
         buffers: nn.Module | None = None,
     ) -> None:
-        rules.implementation(foreach, False, None)
+        hyperparameters.implementation(foreach, False, None)
         own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         options = Options(backend, flatten, capturable, master_weights, in_backward)
         scheduled = {"warmup_steps": warmup_steps, "r": r, "weight_lr_power": weight_lr_power}
@@ -143,7 +143,7 @@ class AdamWScheduleFree(ScheduleFree):
         in_backward: bool = False,
         buffers: nn.Module | None = None,
     ) -> None:
-        rules.implementation(foreach, False, None)
+        hyperparameters.implementation(foreach, False, None)
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         options = Options(backend, flatten, capturable, master_weights, in_backward)
         scheduled = {"warmup_steps": warmup_steps, "r": r, "weight_lr_power": weight_lr_power}

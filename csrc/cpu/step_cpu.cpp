@@ -114,6 +114,17 @@ void step_chunks(int64_t begin, int64_t end, void* context) {
   }
 }
 
+// What its age makes of each segment's row.
+std::vector<Aging<double>> agings_of(const Segment* segments, int64_t count, const Row* rows) {
+  std::vector<Aging<double>> agings(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const Segment &s = segments[i], &before = segments[i > 0 ? i - 1 : 0];
+    const bool known = i > 0 && s.row == before.row && s.age == before.age && s.kind == before.kind;
+    agings[i] = known ? agings[i - 1] : aging_of(s.kind, rows[s.row].numbers, s.age);
+  }
+  return agings;
+}
+
 }  // namespace
 
 void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sampling* samplings) {

@@ -57,6 +57,8 @@ def ages_of(
         if own[COLUMN_OF[STEP]] != -1:
             step = float(state[own[COLUMN_OF[STEP]]])
             if step != _rounded(found[i]):
+                if not 0.0 <= step < 9e18:
+                    raise RuntimeError(f"step_: the age of segment {i} is no count: {step}")
                 found[i] = int(step)
     return found
 

@@ -19,7 +19,15 @@ FLOORS: dict[str, Sequence[str]] = {
         *(f"rbwa_fused.{name}" for name in ("streams", "numbers", "fingerprint", "command")),
         *(
             f"rbwa_fused.{name}"
-            for name in ("compiled", "papers", "average", "policies", "progress", "rules")
+            for name in (
+                "compiled",
+                "papers",
+                "average",
+                "policies",
+                "progress",
+                "hyperparameters",
+                "rules",
+            )
         ),
         *(f"rbwa_fused.engine.{name}" for name in ("sharded", "memory", "segments", "norm")),
         "rbwa_fused.reference",  # a backend, as are these:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused import _C, rules
+from rbwa_fused import _C, rules, streams
 from rbwa_fused.engine import backends, doors, memory, segments
 
 MOMENTUM = segments.COLUMN_OF["m"]
@@ -318,3 +318,26 @@ def test_a_backend_that_is_missing_says_how_to_get_it(monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning, match=r"C.. compiler") as caught:
         opt = rf.FusedSGD([nn.Parameter(torch.ones(2))])
     assert len(caught) == 1 and opt.backend == "reference"
+
+
+@pytest.mark.parametrize("kind", [k for k in rules.Kind if rules.KEPT_BY[k]], ids=str)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_kept_beside_16_bit_weights_has_a_dtype_that_its_kind_has_kernels_for(
+    kind: rules.Kind, state_dtype: torch.dtype
+) -> None:
+    """A GPU's kernel would read float32 as twice as many 16-bit numbers."""
+    table = segments.Segments()
+    p = torch.ones(40, dtype=torch.bfloat16)
+    table.add(p, 0, 0, row=0, sampling=0)
+    keys = {slot: key for key, slot in streams.KEYS.items()}
+    for slot in rules.KEPT_BY[kind]:
+        table.attach(keys[slot], {0: torch.zeros(40, dtype=state_dtype)})
+    t = table.table(rows(kind), torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64))
+    args = [[p], [torch.ones_like(p)], t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings]
+    wide = state_dtype == torch.float32
+    refused = kind == (rules.Kind.DIFFERENCE if wide else rules.Kind.SCHEDULE_FREE)
+    if not refused:
+        return direct(*args)
+    with pytest.raises(RuntimeError, match="must have the dtype of its weights"):
+        direct(*args)
+    assert bool((p == 1).all())
