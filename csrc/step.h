@@ -48,9 +48,13 @@ constexpr int64_t kRowColumns = sizeof(Row) / sizeof(double);
 constexpr int64_t kSamplingColumns = sizeof(Sampling) / sizeof(double);
 
 inline Kind kind_of(const Row& row) { return static_cast<Kind>(static_cast<int32_t>(row.kind)); }
-#define RBWA_OR(name) || row.kind == static_cast<double>(Kind::name)
-inline bool has_kind(const Row& row) { return false RBWA_KINDS(RBWA_OR); }
-#undef RBWA_OR
+#define RBWA_COUNT(name) +1
+constexpr int32_t kKinds = 0 RBWA_KINDS(RBWA_COUNT);
+#undef RBWA_COUNT
+inline bool has_kind(const Row& row) {
+  return row.kind >= 0 && row.kind < kKinds &&
+         row.kind == static_cast<double>(static_cast<int32_t>(row.kind));
+}
 
 // A struct of doubles, rounded to the kernel's arithmetic one by one.
 template <typename To, typename T, typename From>

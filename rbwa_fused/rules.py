@@ -321,8 +321,8 @@ class Rule:
 
     Attributes:
         name: by which checkpoints know it.
-        hyperparameters: of a param group, all that its rows depend on; ``"lr"`` is the first, and
-            the last number of a row.
+        hyperparameters: of a param group, all that its rows depend on, but for DECOUPLED, which
+            torch's groups of SGD lack; ``"lr"`` is the first, and the last number of a row.
         streams: the keys of what a parameter may come to keep, in its state. Where the first is
             absent, its next step is its first.
         coefficients: of a group's row; ``first`` is a parameter's first step with what it keeps.
@@ -332,7 +332,6 @@ class Rule:
         remember: makes that, of a group that was checked.
         check_memory: raises for a group that contradicts what it has left.
         moves: whether it moves the weights. Where others do, an average is never the parameter.
-        optional: hyperparameters that a group may lack; they are None then.
         late: keys that a group may come to need at any step; what they name starts at zero then.
         wide: whether 16-bit parameters keep their state in float32, with masters or without.
         counts: whether a parameter's state has its ``step``.
@@ -352,7 +351,6 @@ class Rule:
     remember: Callable[[Group], Memory] = _nothing
     check_memory: Callable[[Group, Memory], None] = _no_memory
     moves: bool = True
-    optional: tuple[str, ...] = ()
     late: tuple[str, ...] = ()
     wide: bool = False
     counts: bool = False
@@ -361,15 +359,8 @@ class Rule:
     inputs: Callable[[Group], tuple[Any, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names, optional = self.hyperparameters, self.optional
-        inputs = itemgetter(*names) if names else lambda group: (0.0,)
-        of_group = inputs
-        if optional:
-
-            def of_group(group: Group) -> tuple[Any, ...]:
-                return (*inputs(group), *map(group.get, optional))
-
-        object.__setattr__(self, "inputs", of_group)
+        names = self.hyperparameters
+        object.__setattr__(self, "inputs", itemgetter(*names) if names else lambda group: (0.0,))
 
     def streams_of(self, kind: int) -> tuple[str, ...]:
         """Those of what it keeps with rows of a kind."""
@@ -390,7 +381,7 @@ OF_FREE = ("lr", "weight_decay", "maximize", *progress.HYPERPARAMETERS)
 M = ("momentum_buffer",)
 M_Z = (*M, "difference_buffer", "previous_gradient")
 M_V = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-SGD = Rule("sgd", OF_TORCH, M, sgd, optional=(DECOUPLED,))
+SGD = Rule("sgd", OF_TORCH, M, sgd)
 SGDM = Rule("sgdm", OF_PAPER, M, sgdm, check_decay)
 RSGDM_IMPLICIT = Rule(
     "rsgdm_implicit",

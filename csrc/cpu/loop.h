@@ -65,11 +65,12 @@ void range_full(const Segment& s, const Coefficients<T>& k, int64_t begin, int64
 
 #include "cpu/narrow_loop.h"
 
-template <typename T>
-Coefficients<T> arithmetic(const Row& row, const Aging<double>& aging, const Sampling& sampling) {
+template <Kind kind, typename T>
+RBWA_HOST Coefficients<T> arithmetic(const Row& row, const Aging<double>& aging,
+                                     const Sampling& sampling) {
   Coefficients<T> k{rounded<Numbers<T>, T>(row.numbers), T(1), T(sampling.w), sampling.current != 0,
                     sampling.write_back != 0};
-  age(k, rounded<Aging<T>, T>(aging));
+  if constexpr (is_adam(kind)) age(k, rounded<Aging<T>, T>(aging));
   k.eta *= T(sampling.scale);
   return k;
 }
@@ -79,7 +80,7 @@ void range_of_kind(const Segment& s, const Row& row, const Aging<double>& aging,
                    const Sampling& sampling, int64_t begin, int64_t n) {
   with_storage(s.dtype, [&]<typename S>() {
     using T = typename Arithmetic<S>::type;
-    const Coefficients<T> k = arithmetic<T>(row, aging, sampling);
+    const Coefficients<T> k = arithmetic<kind, T>(row, aging, sampling);
     if constexpr (kNarrow<S>) {
       range_narrow<kind, averaged, S>(s, k, begin, n);
     } else {

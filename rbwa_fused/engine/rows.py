@@ -199,7 +199,7 @@ class Plan:
                     f"Invalid average: {plan.group['average']!r} was assigned to a group that was "
                     f"added with {plan.policy!r}"
                 )
-            inputs = (*plan.rule.inputs(plan.group), scale)
+            inputs = (*plan.rule.inputs(plan.group), plan.group.get(rules.DECOUPLED), scale)
             try:
                 changed = inputs != plan.rule_inputs
             except RuntimeError:  # a tensor of several elements; the check will say so
