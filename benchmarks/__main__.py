@@ -1,14 +1,15 @@
 """All benchmarks, in under ten minutes: ``python -m benchmarks``, or ``make bench``.
 
 One optimizer step of ResNet-18 by provider, step time by parameter count, the machine's copy
-bandwidth, and whole training steps with what averaging adds to them; of several models where torch
-sees a GPU, and then there. Prints tables; writes benchmarks/results/<machine>-<date>.json after
-every part, and four pictures beside it. A part that fails is named and leaves the others.
+bandwidth, and whole training steps with what averaging adds to them, with SGD and with AdamW, where
+a small transformer is trained as well; of several models where torch sees a GPU, and then there.
+Prints tables; writes benchmarks/results/<machine>-<date>.json after every part, and pictures beside
+it. A part that fails is named and leaves the others.
 
 A GPU's seconds, as planned and not yet measured. Steps: some 35 rows of at most 1 for each model,
 fewer for the smaller ones, and some 60 for proofs, captures and counting launches: 120 to 200.
-Sizes: six of 2, a process and proofs: 30. Training: 8 runs, 24 with --full, of some 10 to start and
-to prove 16 rows, and 4 or LEAST_ROUNDS rounds: 112 or 336. Together at most 570. Since no plan
+Sizes: six of 2, a process and proofs: 30. Training: 12 runs, 28 with --full, of some 10 to start
+and to prove 16 rows, and 4 or LEAST_ROUNDS rounds: 168 or 392. Together at most 570. Since no plan
 knows every GPU, a run is begun there only if the longest one so far would end in its seconds
 (BUDGET if none are given); what is left out is said.
 """
@@ -33,6 +34,7 @@ from benchmarks.measure.progress import bar
 from benchmarks.measure.proof import WrongError, reason
 from benchmarks.report import training_tables
 from benchmarks.report.written import write_json
+from benchmarks.rows.decoder import NAME as TRANSFORMER
 from rbwa_fused.command import Parser, run
 
 NEEDED = ("torchvision", "matplotlib", "scipy", "rbwa_fused._C")
@@ -40,6 +42,7 @@ BATCH_SIZES, FULL_BATCH_SIZES = (1, 8), (1, 8, 32)
 GPU_BATCH_SIZES, FULL_GPU_BATCH_SIZES = (32, 256), (32, 128, 512, 1024)
 PRECISIONS = ((), ("--amp", "--channels-last"))
 FULL_PRECISIONS = (*PRECISIONS, ("--amp",))
+ADAMW_MODELS = ((), ("--model", TRANSFORMER))
 SECONDS, ROUNDS = 4.0, 40  # of a training run on a GPU, at most
 BUDGET = 570.0  # seconds for everything on a GPU
 FAILURES = (RuntimeError, WrongError)  # of a part; the others go on
@@ -92,29 +95,38 @@ def trained(line: Sequence[str], results: Results) -> None:
 def cpu_runs(full: bool, threads: int) -> list[list[str]]:
     """Command lines of benchmarks.training; memory is measured once."""
     sizes = FULL_BATCH_SIZES if full else BATCH_SIZES
-    return [
+    common = [*("--threads", str(threads)), *("--processes", "6" if full else "3")]
+    sgd = [
         [
-            *("--batch-size", str(size), "--threads", str(threads)),
-            *("--processes", "6" if full else "3"),
+            *("--batch-size", str(size), *common),
             *("--repeats", str(40 if full else 25 if size == 1 else 12)),
             *(() if size == BATCH_SIZES[-1] else ("--no-memory",)),
         ]
         for size in sizes
     ]
+    repeats = ("--repeats", "40" if full else "12")
+    adamw = [
+        ["--optimizer", "adamw", *model, *common, *repeats, "--no-memory"] for model in ADAMW_MODELS
+    ]
+    return sgd + adamw
 
 
 def gpu_runs(full: bool) -> list[list[str]]:
     """Command lines of benchmarks.training, those first that may not be left out."""
-    return [
-        [
-            *("--device", "cuda", "--batch-size", str(size), *precision, *graph),
-            *("--processes", "1", "--repeats", str(ROUNDS), "--seconds", str(SECONDS)),
-            "--no-memory",
-        ]
+    often = ("--processes", "1", "--repeats", str(ROUNDS), "--seconds", str(SECONDS))
+    common = (*often, "--no-memory")
+    sgd = [
+        ["--device", "cuda", "--batch-size", str(size), *precision, *graph, *common]
         for precision in (FULL_PRECISIONS if full else PRECISIONS)
         for size in (FULL_GPU_BATCH_SIZES if full else GPU_BATCH_SIZES)
         for graph in ((), ("--graph",))
     ]
+    adamw = [
+        ["--device", "cuda", "--batch-size", "32", "--optimizer", "adamw", *model, *graph, *common]
+        for model in ADAMW_MODELS
+        for graph in ((), ("--graph",))
+    ]
+    return sgd + adamw
 
 
 def in_parts(

@@ -24,7 +24,11 @@ STEPS = 2
 ROWS = (
     *("torch SGD fused", "torch SGD foreach", "SGD, no momentum", "SGD + momentum", "RBWA"),
     *("RBWA-E", "RSGDM", "EMA", "SWA", "fused + AveragedModel (EMA)"),
-    *("fused + AveragedModel (mean)", "RSGDM, foreach"),
+    *("fused + AveragedModel (mean)", "RSGDM, foreach", "SGD + momentum, clipped"),
+    *("fused + clip_grad_norm_", "torch AdamW fused", "torch AdamW foreach", "AdamW"),
+    *("AdamW + EMA", "AdamW + EMA, clipped", "AdamW fused + AveragedModel (EMA)"),
+    *("AdamW fused + clip + AveragedModel", "Schedule-Free SGD", "Schedule-Free AdamW"),
+    *("schedule_free SGD", "schedule_free AdamW"),
 )
 ROOT = Path(__file__).resolve().parent.parent
 

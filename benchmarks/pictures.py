@@ -1,4 +1,4 @@
-"""The suite's four pictures, from its results: ``python -m benchmarks.pictures FILE.json``."""
+"""The suite's pictures, from its results: ``python -m benchmarks.pictures FILE.json``."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """What averaging adds to a whole training step: ``python -m benchmarks.training``.
 
-Forward, backward and step of a torchvision network on random images, each row in turn, in another
-order every round, after it has proved on fixed gradients that it computes what it says. Two figures
-tell its overhead against ``torch.optim.SGD(fused=True)``: the difference of the two steps, timed by
+Forward, backward and step of a torchvision network on random images, or of a small transformer on
+random bytes, each row in turn, in another order every round, after it has proved on fixed gradients
+that it computes what it says. Two figures tell its overhead against the baseline, torch's fused SGD
+or, with ``--optimizer adamw``, its fused AdamW: the difference of the two steps, timed by
 themselves, over the whole training step, which is the steadier one; and the ratio of whole training
-steps of the same round, with the 95 % bootstrap interval of its median. With ``in_backward=True``
-the step is a part of the backward pass, so there is the second figure alone.
+steps of the same round, with the 95 % bootstrap interval of its median. Clipping is a part of the
+step. With ``in_backward=True`` the step is a part of the backward pass, so there is the second
+figure alone.
 
 On a GPU the marks between passes and step stand in its queue, and nothing waits between them.
 ``--graph`` replays each row as one CUDA graph, see graph_training.py.
@@ -39,9 +41,19 @@ from benchmarks.report.training_tables import (
     timed_rows,
     wrong_rows,
 )
+from benchmarks.rows.decoder import BYTES, TOKENS, decoder
+from benchmarks.rows.decoder import NAME as TRANSFORMER
 from benchmarks.rows.problem import Problem, torchvision_model, with_gradients
 from benchmarks.rows.provider import Provider, Row
-from benchmarks.rows.providers import CAPTURED, ON_GPU, TRAINED, named, selected
+from benchmarks.rows.providers import (
+    CAPTURED,
+    CAPTURED_ADAMW,
+    ON_GPU,
+    TRAINED,
+    TRAINED_ADAMW,
+    named,
+    selected,
+)
 from rbwa_fused.command import Parser, run
 
 CLASSES = 1000  # of torchvision's networks
@@ -60,13 +72,18 @@ def clock_of(args: argparse.Namespace) -> Clock:
 
 
 def table_of(args: argparse.Namespace) -> tuple[Row, ...]:
-    """All rows that there are."""
+    """All rows that there are, the baseline first."""
+    if args.optimizer == "adamw":
+        return CAPTURED_ADAMW if args.graph else TRAINED_ADAMW
     return CAPTURED if args.graph else ON_GPU if args.device == "cuda" else TRAINED
 
 
-def images(args: argparse.Namespace, device: torch.device) -> Batch:
-    """A batch of noise and its labels."""
+def batch_of(args: argparse.Namespace, device: torch.device) -> Batch:
+    """Noise, and its labels."""
     generator = torch.Generator().manual_seed(0)
+    if args.model == TRANSFORMER:
+        text = torch.randint(BYTES, (args.batch_size, TOKENS + 1), generator=generator).to(device)
+        return text[:, :-1], text[:, 1:].flatten()
     drawn = torch.randn((args.batch_size, 3, args.side, args.side), generator=generator)
     if args.channels_last:
         drawn = drawn.to(memory_format=torch.channels_last)
@@ -80,7 +97,7 @@ def passes(provider: Provider, batch: Batch, args: argparse.Namespace) -> None:
     for p in provider.model.parameters():
         p.grad = None
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=args.amp):
-        loss = cross_entropy(provider.model(batch[0]), batch[1])
+        loss = cross_entropy(provider.model(batch[0]).flatten(0, -2), batch[1])
     loss.backward()
 
 
@@ -105,7 +122,10 @@ def replayed(graphs: graph_training.Graphs, device: Cuda) -> Sample:
 
 def network(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """torchvision's network; a ResNet gets the usual stem for small images, a 3x3 convolution of
-    stride 1 without max-pool, or BatchNorm would see one number a channel of a single image."""
+    stride 1 without max-pool, or BatchNorm would see one number a channel of a single image. Or the
+    transformer."""
+    if args.model == TRANSFORMER:
+        return decoder(torch.float32).to(device)
     from torchvision.models import ResNet
 
     model = torchvision_model(args.model, torch.float32)
@@ -121,7 +141,7 @@ def eager(
     rows: Sequence[Row], args: argparse.Namespace, clock: Clock, skipped: Skipped, proving: bool
 ) -> dict[str, Visit]:
     """A training step of each row, warmed up and, with `proving`, after it was right."""
-    model, batch = network(args, clock.device), images(args, clock.device)
+    model, batch = network(args, clock.device), batch_of(args, clock.device)
     problem = with_gradients(model) if proving else Problem(model, ([], []))
 
     def visit(row: Row) -> tuple[str, Visit]:
@@ -130,14 +150,14 @@ def eager(
             train(provider, batch, args, clock)
         return row.name, lambda: train(provider, batch, args, clock)
 
-    return dict(each(rows, visit, skipped))
+    return dict(each(rows, visit, skipped, table_of(args)[0].name))
 
 
 def graphed(
     rows: Sequence[Row], args: argparse.Namespace, device: Cuda, skipped: Skipped
 ) -> dict[str, Visit]:
     """A training step of each row under CUDA graphs, after it was right."""
-    model, batch = network(args, device.device), images(args, device.device)
+    model, batch = network(args, device.device), batch_of(args, device.device)
     problem, pool = Problem(model, ([], []), tensor_lr=True), device.pool()
 
     def run(provider: Provider) -> None:
@@ -147,7 +167,7 @@ def graphed(
         graphs = graph_training.proven(row, problem, run, device, pool)
         return row.name, lambda: replayed(graphs, device)
 
-    return dict(each(rows, visit, skipped))
+    return dict(each(rows, visit, skipped, table_of(args)[0].name))
 
 
 def visits(
@@ -211,8 +231,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m benchmarks.training", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--model", default="resnet18", help="a classifier of torchvision")
-    parser.add_argument("--batch-size", type=int, default=8, help="images (default: %(default)s)")
+    models = f"a classifier of torchvision, or {TRANSFORMER} (default: resnet18)"
+    parser.add_argument("--model", default="resnet18", help=models)
+    baselines = "whose rows to measure, against torch's fused one (default: %(default)s)"
+    parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"), help=baselines)
+    samples = f"images, or sequences of {TOKENS} bytes (default: %(default)s)"
+    parser.add_argument("--batch-size", type=int, default=8, help=samples)
     parser.add_argument("--side", type=int, default=32, help="pixels (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--amp", action="store_true", help="forward under bfloat16 autocast")
@@ -235,8 +259,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "side", "threads", "processes", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.model not in list_models():
-        parser.error(f"unknown model: {args.model} (see torchvision.models.list_models())")
+    if args.model not in (TRANSFORMER, *list_models()):
+        parser.error(
+            f"unknown model: {args.model} ({TRANSFORMER}, or see torchvision.models.list_models())"
+        )
+    if args.channels_last and args.model == TRANSFORMER:
+        parser.error("--channels-last is for images")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
     if args.graph and args.device != "cuda":

@@ -39,14 +39,19 @@ def check(provider: Provider, problem: Problem) -> str | None:
         return f"{provider.name}: writes to the gradients"
     if not provider.params[0].is_floating_point():
         return None
-    both = [list(map(sample, gradients)) for gradients in problem.gradients]
-    if provider.maths.clipped:
-        for gradients, own in zip(problem.gradients, both, strict=True):
-            norm = sum(g.double().square().sum().item() for g in gradients) ** 0.5
-            if provider.kind == "today":  # torch's, which is 3e-5 off for ResNet-18 in float32
-                norm = nn.utils.get_total_norm(gradients).item()
-            own[:] = [g.double() * min(1.0, CLIP / (norm + 1e-6)) for g in own]
+    both = [entering(provider, gradients) for gradients in problem.gradients]
     return difference(provider, problem, start, [both[step % 2] for step in range(steps)])
+
+
+def entering(provider: Provider, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """`sample` of each gradient, clipped where the provider clips."""
+    own = list(map(sample, gradients))
+    if not provider.maths.clipped:
+        return own
+    norm = sum(g.double().square().sum().item() for g in gradients) ** 0.5
+    if provider.kind == "today":  # torch's, which is 3e-5 off for ResNet-18 in float32
+        norm = nn.utils.get_total_norm(gradients).item()
+    return [g.double() * min(1.0, CLIP / (norm + 1e-6)) for g in own]
 
 
 def difference(
@@ -59,7 +64,7 @@ def difference(
 
     Args:
         start: `sample` of each parameter before the first step.
-        gradients: for each step, `sample` of each parameter's gradient.
+        gradients: for each step, `entering` of the parameters' gradients.
     """
     averages, steps = provider.averages(), len(gradients)
     for i, theta in enumerate(start):
@@ -80,8 +85,9 @@ def expected(
 ) -> tuple[Tensor, Tensor]:
     """Weights and average after a step for each gradient, in float64, as the papers print it."""
     theta = a = theta.double()
-    if maths.rule == "schedule_free":
-        return schedule_free(theta, gradients, lr), a
+    if maths.rule in ("schedule_free", "schedule_free_adamw"):
+        adam = maths.rule == "schedule_free_adamw"
+        return schedule_free(theta, gradients, lr, BETA_2 if adam else None), a
     m = z = previous = None
     n = 0
     for t, gradient in enumerate(gradients, start=1):
@@ -112,11 +118,19 @@ def expected(
     return theta, a
 
 
-def schedule_free(theta: Tensor, gradients: Sequence[Tensor], lr: float) -> Tensor:
-    """The point y at which gradients are taken, between z, which SGD moves, and its mean x."""
+def schedule_free(
+    theta: Tensor, gradients: Sequence[Tensor], lr: float, beta_2: float | None = None
+) -> Tensor:
+    """The point y at which gradients are taken, between z, which SGD moves (with ``beta_2``, a
+    gradient over the root of v), and its mean x."""
     x = z = theta
+    v = torch.zeros_like(theta)
     for t, gradient in enumerate(gradients, start=1):
-        z = z - lr * gradient.double()
+        g = gradient.double()
+        if beta_2 is not None:
+            v = beta_2 * v + (1 - beta_2) * g * g
+            g = g / ((v / (1 - beta_2**t)).sqrt() + EPS)
+        z = z - lr * g
         x = x + (z - x) / t
     return (1 - MOMENTUM) * z + MOMENTUM * x
 

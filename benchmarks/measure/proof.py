@@ -9,7 +9,6 @@ from typing import TypeVar
 from benchmarks.measure.check import check
 from benchmarks.rows.problem import Problem
 from benchmarks.rows.provider import Provider, Row
-from benchmarks.rows.providers import BASELINE
 
 Proven = TypeVar("Proven")
 
@@ -57,8 +56,16 @@ def all_proven(rows: Sequence[Row], problem: Problem) -> list[Provider]:
     return [right(p, problem) for p in [row.build(problem, row.name) for row in rows]]
 
 
-def each(rows: Sequence[Row], prove: Callable[[Row], Proven], skipped: Skipped) -> list[Proven]:
+def each(
+    rows: Sequence[Row],
+    prove: Callable[[Row], Proven],
+    skipped: Skipped,
+    baseline: str | None = None,
+) -> list[Proven]:
     """What `prove` makes of those rows that can be timed.
+
+    Args:
+        baseline: a row that nothing can be compared without.
 
     Raises:
         Exception: what the baseline raises.
@@ -68,7 +75,7 @@ def each(rows: Sequence[Row], prove: Callable[[Row], Proven], skipped: Skipped) 
         try:
             kept.append(prove(row))
         except Exception as error:  # each library has its own; a broken device is seen later
-            if row.name == BASELINE:
+            if row.name == baseline:
                 raise
             skipped.reasons[row.name] = reason(error)
             if isinstance(error, WrongError) and row.kind == "ours":

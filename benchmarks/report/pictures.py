@@ -1,4 +1,4 @@
-"""The suite's four pictures, from its results."""
+"""The suite's pictures, from its results."""
 
 from __future__ import annotations
 
@@ -81,15 +81,18 @@ def steps_on_gpu(problem: Results) -> Steps:
 
 
 def draw(results: Results, stem: Path) -> list[Path]:
-    """Writes ``stem``-step.png, -bandwidth.png, -sizes.png and -training.png, those of which there
-    are figures."""
+    """Writes ``stem``-step.png, -bandwidth.png, -sizes.png, -training.png and -adamw.png, those of
+    which there are figures."""
     steps = steps_of(results)
     trained = [run for run in results["training"] if overheads(run)]
+    with_sgd = [run for run in trained if baseline_of(run) == BASELINE]
+    with_adamw = [run for run in trained if baseline_of(run) != BASELINE]
     pictures = {
         "step": step_times(results, steps) if steps else None,
         "bandwidth": bandwidth(results, steps) if steps else None,
         "sizes": sizes(results) if results["sizes"] else None,
-        "training": training(results, trained) if trained else None,
+        "training": training(results, with_sgd) if with_sgd else None,
+        "adamw": training(results, with_adamw) if with_adamw else None,
     }
     files = []
     for name, figure in pictures.items():
@@ -205,21 +208,26 @@ def sizes(results: Results) -> Figure:
     return figure
 
 
+def baseline_of(run: Results) -> str:
+    """What a training run compares with: torch's fused SGD, where it does not say."""
+    return str(run.get("baseline", BASELINE))
+
+
 def overheads(run: Results) -> dict[str, Results]:
     """The rows of a training run whose step is timed by itself, but the baseline."""
     return {
         name: row
         for name, row in run["rows"].items()
-        if name != BASELINE and row["overheads"] is not None
+        if name != baseline_of(run) and row["overheads"] is not None
     }
 
 
 def training(results: Results, runs: list[Results]) -> Figure:
-    """(d) What each row adds to a whole training step, against torch's fused SGD; a panel for each
-    precision, eager and under a CUDA graph."""
+    """(d), (e) What each row adds to a whole training step, against its baseline; a panel for each
+    model and precision, eager and under a CUDA graph."""
     panels: dict[str, list[Results]] = {}
     for run in runs:
-        panels.setdefault(run.get("how", "float32"), []).append(run)
+        panels.setdefault(f"{run['model']}, {run.get('how', 'float32')}", []).append(run)
     names = [*dict.fromkeys(name for run in runs for name in overheads(run))]
     columns = min(2, len(panels))
     lines = ceil(len(panels) / columns)
@@ -260,6 +268,7 @@ def panel(axes: Axes, names: list[str], runs: list[Results]) -> None:
     axes.set_xticks([-5, 0, 5, 10, 20, 50, 100], ["-5", "0", "5", "10", "20", "50", "100"])
     axes.set_yticks(range(len(names), 0, -1), names, fontsize="small")
     axes.set_xlabel(
-        f"% of the training step with {BASELINE}, {runs[0]['model']}; lines: the table's range"
+        f"% of the training step with {baseline_of(runs[0])}, {runs[0]['model']}; "
+        "lines: the table's range"
     )
     axes.legend(frameon=False)

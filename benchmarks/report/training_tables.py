@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.report.markdown import NONE, table
 from benchmarks.report.tables import facts_line, left_out
-from benchmarks.rows.providers import BASELINE, IN_BACKWARD
+from benchmarks.rows import decoder
+from benchmarks.rows.providers import IN_BACKWARD
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ def middle(values: Sequence[float]) -> tuple[float, float]:
 
 def figures(results: Sequence[Samples], name: str) -> dict[str, Any]:
     """What the table says of a row: medians over processes of medians of each. The overheads'
-    range is that of the processes, or the quartiles over the rounds of a single one."""
+    range is that of the processes, or the quartiles over the rounds of a single one. The baseline
+    is the first row."""
     steps, wholes, overheads, ratios = [], [], [], []
     for result in results:
-        own, base = result[name], result[BASELINE]
+        own, base = result[name], result[next(iter(result))]
         steps.append(milliseconds(own, "step"))
         wholes.append(milliseconds(own, "whole"))
         difference = steps[-1] - milliseconds(base, "step")
@@ -115,9 +117,16 @@ def title(args: argparse.Namespace, results: Sequence[Measured]) -> str:
     spread = "quartiles of the rounds" if len(results) == 1 else "that of the processes"
     return (
         f"{args.model} on {args.device}, {results[0].parameters / 1e6:.1f}M parameters, "
-        f"{how(args)}, batches of {args.batch_size} {args.side}x{args.side} images; {processes} of "
-        f"{rounds:g} rounds; range: {spread}"
+        f"{how(args)}, batches of {samples_of(args)}; {processes} of {rounds:g} rounds; "
+        f"range: {spread}; against {next(iter(results[0].samples))}"
     )
+
+
+def samples_of(args: argparse.Namespace) -> str:
+    """What a batch holds."""
+    if args.model == decoder.NAME:
+        return f"{args.batch_size} sequences of {decoder.TOKENS} bytes"
+    return f"{args.batch_size} {args.side}x{args.side} images"
 
 
 def how(args: argparse.Namespace) -> str:
@@ -137,6 +146,7 @@ def results(args: argparse.Namespace, measured: Sequence[Measured]) -> dict[str,
     return {
         "model": args.model,
         "batch size": args.batch_size,
+        "baseline": next(iter(samples[0])),
         "how": how(args),
         "rows": {name: figures(samples, name) for name in timed_rows(measured)},
         "skipped": not_timed(measured),

@@ -8,6 +8,8 @@ from typing import Literal
 
 CLIP = 1.0  # largest norm of all gradients together, where it is clipped; theirs is above 2
 
+Rule = Literal["plain", "momentum", "rsgdm", "adamw", "schedule_free", "schedule_free_adamw"]
+
 
 @dataclass(frozen=True)
 class Average:
@@ -21,9 +23,9 @@ class Average:
 @dataclass(frozen=True)
 class Maths:
     """What a provider computes: torch's SGD with or without momentum, RSGDM, AdamW with torch's
-    defaults except for the rate, or schedule-free SGD (Defazio et al., 2024), here without weight
-    decay; an average; with the norm of all gradients clipped to CLIP or not."""
+    defaults except for the rate, or schedule-free SGD or AdamW (Defazio et al., 2024), here without
+    weight decay; an average; with the norm of all gradients clipped to CLIP or not."""
 
-    rule: Literal["plain", "momentum", "rsgdm", "adamw", "schedule_free"] = "momentum"
+    rule: Rule = "momentum"
     average: Average | None = None
     clipped: bool = False

@@ -1,4 +1,4 @@
-"""Ours: FusedSGD, RSGDM and FusedAdamW as providers, and what each method computes."""
+"""Ours: the fused optimizers as providers, and what each method computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rbwa_fused as rf
-from benchmarks.rows import today
+from benchmarks.rows import adamw, today
 from benchmarks.rows.maths import CLIP, Average, Maths
 from benchmarks.rows.problem import MOMENTUM, WEIGHT_DECAY, Problem
 from benchmarks.rows.provider import Build, Provider, use_gradients_of
@@ -31,7 +31,7 @@ def ours(
     in_backward: bool = False,
     clipped: bool = False,
 ) -> Build:
-    """A builder for FusedSGD, or for RSGDM or FusedAdamW where the maths are theirs."""
+    """A builder for the optimizer whose maths they are."""
 
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
@@ -46,11 +46,17 @@ def ours(
             "capturable": capturable,
             "in_backward": in_backward,
         }
-        opt: rf.FusedSGD | rf.RSGDM | rf.FusedAdamW
+        opt: rf.FusedSGD | rf.RSGDM | rf.FusedAdamW | rf.SGDScheduleFree | rf.AdamWScheduleFree
         if maths.rule == "rsgdm":
             opt = rf.RSGDM(problem.groups(model), difference=difference, **of_sgd, **options)
         elif maths.rule == "adamw":
             opt = rf.FusedAdamW(problem.groups(model), **options)
+        elif maths.rule == "schedule_free":
+            opt = rf.SGDScheduleFree(problem.groups(model), momentum=MOMENTUM, **options)
+            opt.train()
+        elif maths.rule == "schedule_free_adamw":
+            opt = rf.AdamWScheduleFree(problem.groups(model), **options)
+            opt.train()
         else:
             opt = rf.FusedSGD(problem.groups(model), **of_sgd, **options)
         params: list[Tensor] = list(model.parameters())
@@ -99,8 +105,8 @@ def beside(into: bool = False, rule: Literal["momentum", "adamw"] = "momentum") 
         wide = torch.promote_types(problem.dtype, torch.float32)
         teacher = problem.copy().to(wide) if into else None
         sgd = rule == "momentum"
-        opt = today.sgd(problem, model) if sgd else today.adamw(problem, model)
-        accesses = today.FUSED if sgd else today.ADAMW
+        opt = today.sgd(problem, model) if sgd else adamw.adamw(problem, model)
+        accesses = today.FUSED if sgd else adamw.FUSED
         policy = rf.ema(today.EMA_DECAY)
         averager = rf.Averager(model, policy, optimizer=opt, into=teacher)
         weight = today.ema(today.EMA_DECAY)
@@ -157,4 +163,6 @@ METHODS: dict[str, tuple[Maths, rf.Average | None]] = {
         Maths("adamw", Average(today.ema(today.EMA_DECAY))),
         rf.ema(today.EMA_DECAY),
     ),
+    "Schedule-Free SGD": (Maths("schedule_free"), None),
+    "Schedule-Free AdamW": (Maths("schedule_free_adamw"), None),
 }

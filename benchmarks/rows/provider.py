@@ -101,3 +101,14 @@ def use_gradients_of(problem: Problem, model: nn.Module) -> Callable[[int], None
             p.grad = g
 
     return use
+
+
+def use_copies_of(problem: Problem, model: nn.Module) -> Callable[[int], None]:
+    """The same with copies, for an optimizer that writes to gradients."""
+    params = list(model.parameters())
+
+    def use(which: int) -> None:
+        for p, g in zip(params, problem.gradients[which], strict=True):
+            p.grad = g.clone()
+
+    return use

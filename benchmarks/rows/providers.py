@@ -1,4 +1,4 @@
-"""The rows of the tables: torch's own SGD, ours, what users write today, and the ceiling.
+"""The rows of the tables: torch's own optimizers, ours, what users write today, and the ceiling.
 
 Rows are built in the process that times them.
 """
@@ -10,17 +10,24 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
-from benchmarks.rows import ceiling, today, variants
+from benchmarks.rows import adamw, ceiling, schedule_free, today, variants
 from benchmarks.rows.graph import Capturing, captured
 from benchmarks.rows.ours import METHODS, beside, ours
 from benchmarks.rows.provider import Row
 
 BASELINE = "torch SGD fused"
+ADAMW_BASELINE = "torch AdamW fused"
+TODAY_ADAMW, TODAY_CLIPPED = (
+    "AdamW fused + AveragedModel (EMA)",
+    "AdamW fused + clip + AveragedModel",
+)
 
 
 def _row(name: str, **options: Any) -> Row:
     """A row of ours under its method's name, with what is different about it behind a comma."""
-    method = next(m for m in (name, name.rpartition(", ")[0]) if m in METHODS)
+    parts = name.split(", ")
+    heads = (", ".join(parts[:k]) for k in range(len(parts), 0, -1))
+    method = next(head for head in heads if head in METHODS)
     return Row(name, "ours", ours(*METHODS[method], **options))
 
 
@@ -29,7 +36,8 @@ def _rows() -> list[Row]:
         Row(BASELINE, "baseline", today.torch_sgd("fused")),
         Row("torch SGD for-loop", "baseline", today.torch_sgd("for-loop")),
         Row("torch SGD foreach", "baseline", today.torch_sgd("foreach")),
-        Row("torch AdamW fused", "baseline", today.torch_adamw, not_in="float16"),
+        Row(ADAMW_BASELINE, "baseline", adamw.torch_adamw("fused"), not_in="float16"),
+        Row("torch AdamW foreach", "baseline", adamw.torch_adamw("foreach"), not_in="float16"),
         _row("SGD, no momentum"),
         _row("SGD + momentum"),
         _row("SGD + momentum, flatten=False", flatten=False),
@@ -46,18 +54,15 @@ def _rows() -> list[Row]:
         _row("AdamW"),
         _row("AdamW + EMA"),
         _row("AdamW + EMA, clipped", clipped=True),
+        _row("Schedule-Free SGD"),
+        _row("Schedule-Free AdamW"),
         Row("fused + Averager (EMA)", "ours", beside()),
         Row("AdamW fused + Averager (EMA)", "ours", beside(rule="adamw"), not_in="float16"),
         Row("fused + Averager into a teacher", "ours", beside(into=True)),
         Row("fused + teacher by foreach", "today", today.foreach_teacher),
-        Row("fused + clip_grad_norm_", "today", today.clipped),
-        Row("AdamW fused + AveragedModel (EMA)", "today", today.adamw_ema(), not_in="float16"),
-        Row(
-            "AdamW fused + clip + AveragedModel",
-            "today",
-            today.adamw_ema(clipped=True),
-            not_in="float16",
-        ),
+        Row("fused + clip_grad_norm_", "today", adamw.clipped),
+        Row(TODAY_ADAMW, "today", adamw.averaged(), not_in="float16"),
+        Row(TODAY_CLIPPED, "today", adamw.averaged(clipped=True), not_in="float16"),
         Row("fused + AveragedModel (mean)", "today", today.averaged_model("mean")),
         Row("fused + AveragedModel (EMA)", "today", today.averaged_model("ema")),
         Row("fused + timm ModelEmaV3", "today", today.timm_ema, needs="timm"),
@@ -65,7 +70,14 @@ def _rows() -> list[Row]:
         Row("RBWA: fused + mean + copy back", "today", today.averaged_model("rbwa")),
         Row("RBWA-E: fused + EMA + copy back", "today", today.averaged_model("rbwa_e")),
         Row("RSGDM, foreach", "today", today.rsgdm_foreach),
-        Row("schedule_free SGD", "today", today.schedule_free, needs="schedulefree"),
+        Row("schedule_free SGD", "today", schedule_free.package("sgd"), needs="schedulefree"),
+        Row(
+            "schedule_free AdamW",
+            "today",
+            schedule_free.package("adamw"),
+            needs="schedulefree",
+            not_in="float16",
+        ),
         Row("SGD + momentum, compiled", "today", today.compiled(average=False), slow=True),
         Row("EMA, compiled", "today", today.compiled(average=True), slow=True),
         *(
@@ -89,16 +101,20 @@ HOST_ROWS: tuple[str, ...] = (
     "fused + AveragedModel (EMA)",
     "fused + timm ModelEmaV3",
     "fused + ema_pytorch EMA",
-    "torch AdamW fused",
+    ADAMW_BASELINE,
     "AdamW",
     "AdamW + EMA",
+    "AdamW + EMA, clipped",
+    "Schedule-Free AdamW",
+    TODAY_CLIPPED,
+    "schedule_free AdamW",
 )
 HOST_GROUP_ROWS: tuple[str, ...] = (BASELINE, "SGD + momentum", "RBWA", "EMA")
 
 
 def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
     """The rows that match one of the patterns (all that are not slow if there are none), and always
-    the baseline.
+    the first, which is the baseline.
 
     Raises:
         ValueError: for a pattern that matches nothing.
@@ -110,7 +126,7 @@ def selected(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> list[Row]:
         row
         for row in rows
         if (not patterns and not row.slow)
-        or row.name == BASELINE
+        or row is rows[0]
         or any(fnmatch(row.name, pattern) for pattern in patterns)
     ]
 
@@ -152,9 +168,22 @@ def _trained(capturable: bool = False) -> tuple[Row, ...]:
     )
 
 
+def _trained_adamw(capturable: bool = False) -> tuple[Row, ...]:
+    """The same with AdamW, whose baseline is torch's."""
+    options = {"backend": "auto", "capturable": capturable}
+    return (
+        *named((ADAMW_BASELINE, "torch AdamW foreach")),
+        *(_row(name, **options) for name in ("AdamW", "AdamW + EMA")),
+        _row("AdamW + EMA, clipped", **options, clipped=True),
+        _row("AdamW + EMA" + IN_BACKWARD, **options, in_backward=True),
+        *named(("AdamW fused + Averager (EMA)", TODAY_ADAMW, TODAY_CLIPPED)),
+    )
+
+
 TRAINED = _trained()
 ON_GPU = (*TRAINED, *BY_HAND)
 CAPTURED = (*_trained(capturable=True), *BY_HAND)  # what cannot be captured says so
+TRAINED_ADAMW, CAPTURED_ADAMW = _trained_adamw(), _trained_adamw(capturable=True)
 
 
 # ---- optimizer steps on a GPU: by torch, by hand, ours; some under a graph
@@ -165,9 +194,14 @@ GPU_TODAY: tuple[Row, ...] = (
     Row("fused + AveragedModel (EMA)", "today", today.averaged_model("ema")),
     Row("RBWA: fused + AveragedModel + copy back", "today", today.averaged_model("rbwa")),
     *BY_HAND,
+    *named((ADAMW_BASELINE, TODAY_ADAMW, TODAY_CLIPPED)),
 )
 APEX = Row("apex FusedSGD", "baseline", today.apex_sgd, needs="amp_C")  # apex's own extension
-GPU_OURS = ("SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA", "SWA", "EMA every 10")
+GPU_OURS = (
+    *("SGD + momentum", "RBWA", "RBWA-E", "RSGDM", "EMA", "SWA", "EMA every 10"),
+    *("AdamW", "AdamW + EMA", "Schedule-Free AdamW"),
+)
+GPU_CLIPPED = ("SGD + momentum", "AdamW + EMA")
 GPU_CAPTURED = ("SGD + momentum", "RBWA", "EMA")
 CAPTURED_BACKEND = "cuda"
 
@@ -184,6 +218,8 @@ def gpu_rows(backends: Sequence[str], device: Capturing) -> list[Row]:
     for backend in backends:
         for name in GPU_OURS:
             table.append(_row(f"{name}, {backend}", backend=backend))
+        for name in GPU_CLIPPED:
+            table.append(_row(f"{name}, clipped, {backend}", backend=backend, clipped=True))
     table += variants.rows(backends)
     for name in GPU_CAPTURED if CAPTURED_BACKEND in backends else ():
         row = _row(f"{name}, {CAPTURED_BACKEND}", backend=CAPTURED_BACKEND, capturable=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.rows.maths import CLIP, Average, Maths
+from benchmarks.rows.maths import Average, Maths, Rule
 from benchmarks.rows.problem import LR, MOMENTUM, WEIGHT_DECAY, Problem
 from benchmarks.rows.provider import Kind, Provider, use_gradients_of
 
@@ -31,9 +31,6 @@ LERP = 3
 MEAN = 10  # without foreach: (theta - a): 3, / (n + 1): 2, a + …: 3, copied into a: 2
 SCALED_SUM = 5  # a *= decay: 2, a += (1 - decay) theta: 3
 COPY = 2
-SCHEDULE_FREE = 9  # y to z: 3, y += g: 3, z -= g: 3
-ADAMW = 7  # theta, g, m, v; theta, m, v
-CLIPPING = 3  # g for its norm; g, g to scale it
 RSGDM = 20  # the seven passes of rsgdm_foreach: 3 + 3 + 3 + 3 + 2 + 3 + 3
 
 
@@ -68,11 +65,6 @@ def sgd(problem: Problem, model: nn.Module, how: str = "fused") -> torch.optim.S
     )
 
 
-def adamw(problem: Problem, model: nn.Module) -> torch.optim.AdamW:
-    """torch's fused AdamW at its defaults but for the rate, for a copy of the problem's model."""
-    return torch.optim.AdamW(problem.groups(model), fused=True)
-
-
 def provider(
     problem: Problem,
     name: str,
@@ -83,9 +75,10 @@ def provider(
     step: Callable[[], object] | None = None,
     average: Average | None = None,
     averaged: nn.Module | None = None,
-    rule: Literal["momentum", "adamw"] = "momentum",
+    rule: Rule = "momentum",
 ) -> Provider:
-    """A provider of torch's SGD or AdamW, with averages in another module where there are some."""
+    """A provider of another library's optimizer, with averages in another module where there are
+    some."""
 
     def averages() -> list[Tensor] | None:
         return None if averaged is None else list(averaged.parameters())
@@ -123,71 +116,6 @@ def torch_sgd(how: Literal["fused", "foreach", "for-loop"]) -> Callable[[Problem
         model = problem.copy()
         accesses = FUSED if how == "fused" else SEPARATE
         return provider(problem, name, model, sgd(problem, model, how), accesses, "baseline")
-
-    return build
-
-
-def torch_adamw(problem: Problem, name: str) -> Provider:
-    """torch.optim.AdamW(fused=True)."""
-    model = problem.copy()
-    return provider(problem, name, model, adamw(problem, model), ADAMW, "baseline", rule="adamw")
-
-
-def clipped(problem: Problem, name: str) -> Provider:
-    """Fused SGD behind torch's clip_grad_norm_, which writes to the gradients: it gets copies."""
-    model = problem.copy()
-    opt, params = sgd(problem, model), list(model.parameters())
-
-    def step() -> None:
-        nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
-        opt.step()
-
-    def use_gradients(which: int) -> None:
-        for p, g in zip(params, problem.gradients[which], strict=True):
-            p.grad = g.clone()
-
-    made = provider(problem, name, model, opt, FUSED + CLIPPING, step=step)
-    made.maths, made.use_gradients = Maths("momentum", clipped=True), use_gradients
-    return made
-
-
-def adamw_ema(clipped: bool = False) -> Callable[[Problem, str], Provider]:
-    """Fused AdamW and torch's AveragedModel, behind clip_grad_norm_ or not: how most people train
-    with an EMA. Clipping writes to the gradients, so it gets copies."""
-
-    def build(problem: Problem, name: str) -> Provider:
-        model = problem.copy()
-        opt, params = adamw(problem, model), list(model.parameters())
-        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-
-        def step() -> None:
-            if clipped:
-                nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
-            opt.step()
-            averaged.update_parameters(model)
-
-        accesses = ADAMW + LERP + (CLIPPING if clipped else 0)
-        average = Average(ema(EMA_DECAY))
-        made = provider(
-            problem,
-            name,
-            model,
-            opt,
-            accesses,
-            step=step,
-            average=average,
-            averaged=averaged.module,
-            rule="adamw",
-        )
-        if clipped:
-
-            def use_gradients(which: int) -> None:
-                for p, g in zip(params, problem.gradients[which], strict=True):
-                    p.grad = g.clone()
-
-            made.maths = Maths("adamw", average, clipped=True)
-            made.use_gradients = use_gradients
-        return made
 
     return build
 
@@ -376,29 +304,6 @@ def ema_pytorch_ema(problem: Problem, name: str) -> Provider:
         step=step,
         average=Average(_warming_up),
         averaged=averaged.ema_model,
-    )
-
-
-def schedule_free(problem: Problem, name: str) -> Provider:
-    """schedulefree's SGD, by foreach. It would add weight decay to the gradients themselves, which
-    are shared here, so it has none."""
-    from schedulefree import SGDScheduleFree
-
-    model = problem.copy()
-    opt = SGDScheduleFree(problem.groups(model), momentum=MOMENTUM, foreach=True)
-    opt.train()
-    moved = float(SCHEDULE_FREE * problem.dtype.itemsize)
-    return Provider(
-        name=name,
-        kind="today",
-        maths=Maths("schedule_free"),
-        params=list(model.parameters()),
-        step=opt.step,
-        use_gradients=use_gradients_of(problem, model),
-        averages=lambda: None,
-        state=lambda: [held["z"] for held in opt.state.values()],
-        moved=lambda: (moved, moved),
-        model=model,
     )
 
 

@@ -180,8 +180,8 @@ def recorded_backend() -> doors.Backend:
         found = [getattr(deferred, f.name) for f in fields(deferred)] if deferred else []
         return [t for t in tree_leaves(found) if isinstance(t, Tensor)]
 
-    def call(params: Any, grads: Any, table: Table, counters: Any = None) -> Any:
-        take, *arguments = kernels.call(params, grads, table, counters)
+    def call(params: Any, grads: Any, table: Table, counters: Any = None, clip: Any = None) -> Any:
+        take, *arguments = kernels.call(params, grads, table, counters, clip)
 
         def step() -> None:
             recorder = Recorder.recording
@@ -191,7 +191,7 @@ def recorded_backend() -> doors.Backend:
                     rows, samplings = table.rows.clone(), table.samplings.clone()
                     ages = table.ages.clone()
                 launched = replace(table, rows=rows, samplings=samplings, ages=ages, views=None)
-                again, *args = kernels.call(params, list(grads), launched, counters)
+                again, *args = kernels.call(params, list(grads), launched, counters, clip)
                 recorder.add(again, tuple(args), {}, None)
             take(*arguments)
 
@@ -204,4 +204,11 @@ def recorded_backend() -> doors.Backend:
             recorder.add(count, (deferred,), {}, None)
         count(deferred)
 
-    return kernels._replace(call=call, advance=advance)
+    def sum_squares(grads: list[Tensor], sums: Tensor) -> None:
+        recorder = Recorder.recording
+        if recorder is not None:
+            recorder.save([sums])
+            recorder.add(kernels.sum_squares, (list(grads), sums), {}, None)
+        kernels.sum_squares(grads, sums)
+
+    return kernels._replace(call=call, advance=advance, sum_squares=sum_squares)

@@ -43,6 +43,7 @@ from benchmarks.rows.providers import (
     IN_BACKWARD,
     ROWS,
     TRAINED,
+    TRAINED_ADAMW,
     gpu_rows,
     named,
     selected,
@@ -845,27 +846,38 @@ def network_of(name: str, dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(4, training.CLASSES)).to(dtype)
 
 
-@pytest.mark.parametrize("how", [[], ["--amp", "--channels-last"]], ids=["plain", "amp"])
+@pytest.mark.parametrize(
+    ("how", "rows"),
+    [
+        ([], TRAINED),
+        (["--amp", "--channels-last"], TRAINED),
+        (["--optimizer", "adamw"], TRAINED_ADAMW),
+        (["--optimizer", "adamw", "--model", "transformer"], TRAINED_ADAMW),
+    ],
+    ids=["plain", "amp", "adamw", "transformer"],
+)
 def test_every_row_of_a_training_step_proves_itself_and_trains(
-    how: list[str], monkeypatch: Any
+    how: list[str], rows: tuple[Row, ...], monkeypatch: Any
 ) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr(training, "torchvision_model", network_of)
     args = training.arguments(["--processes", "1", "--repeats", "2", "--batch-size", "2", *how])
+    last = rows[-1].name
     try:
         found = training.measure(args, args.rows, 0)
-        peaks = {"EMA, in_backward": training.peak(args, "EMA, in_backward")}
+        peaks = {last: training.peak(args, last)}
     finally:
         torch.set_num_threads(threads)
         gc.enable()
     samples = found.samples
     assert not found.skipped and not found.wrong
-    assert list(samples) == [row.name for row in TRAINED if row.available()]
+    assert list(samples) == [row.name for row in rows if row.available()]
     assert all(len(own) == 2 and all(s.step > 0.0 for s in own) for own in samples.values())
     text = training_tables.report(args, [found], peaks)
     assert len([line for line in text.splitlines() if line.startswith("|")]) == len(samples) + 2
-    assert f"{peaks['EMA, in_backward']:.0f}" in text
-    assert ("bfloat16 autocast, channels_last" in text) == bool(how)
+    assert f"{peaks[last]:.0f}" in text and f"against {rows[0].name}" in text
+    assert ("bfloat16 autocast, channels_last" in text) == ("--amp" in how)
+    assert ("2 sequences of 64 bytes" in text) == ("transformer" in how)
 
 
 def test_a_row_in_backward_has_no_gradients_left_when_its_step_begins() -> None:
@@ -876,7 +888,7 @@ def test_a_row_in_backward_has_no_gradients_left_when_its_step_begins() -> None:
     step = provider.step
     provider.step = lambda: seen.append([p.grad for p in provider.params]) or step()
     args = training.arguments(["--batch-size", "2", "--side", "2"])
-    training.train(provider, training.images(args, clock.Cpu.device), args, clock.Cpu())
+    training.train(provider, training.batch_of(args, clock.Cpu.device), args, clock.Cpu())
     assert seen == [[None, None]]
 
 
@@ -1023,7 +1035,13 @@ def test_a_process_that_dies_does_not_hang_the_suite_and_one_that_lives_tells_of
 
 
 @pytest.mark.parametrize(
-    "bad", [["--repeats", "0"], ["--only", "nothing of that name"], ["--model", "resnet19"]]
+    "bad",
+    [
+        ["--repeats", "0"],
+        ["--only", "nothing of that name"],
+        ["--model", "resnet19"],
+        ["--optimizer", "adam"],
+    ],
 )
 def test_training_refuses_what_it_cannot_measure(bad: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit):

@@ -24,10 +24,19 @@ from benchmarks import gpu, sizes, step, training
 from benchmarks.measure import graph_training, proof, runner
 from benchmarks.report import pictures, training_tables
 from benchmarks.rows import shapes, variants
+from benchmarks.rows.decoder import BYTES
 from benchmarks.rows.maths import Maths
 from benchmarks.rows.problem import Problem
 from benchmarks.rows.provider import Provider
-from benchmarks.rows.providers import BASELINE, CAPTURED, ON_GPU, gpu_rows, named
+from benchmarks.rows.providers import (
+    ADAMW_BASELINE,
+    BASELINE,
+    CAPTURED,
+    ON_GPU,
+    TRAINED_ADAMW,
+    gpu_rows,
+    named,
+)
 from rbwa_fused.engine import backends, doors
 
 WAITS = "called a synchronizing operation"
@@ -38,6 +47,13 @@ NO_GRAPH = {  # and why
     "RBWA: fused + mean + copy back": WAITS,
     "SGD + momentum, in_backward": "capturable=True does not go with in_backward=True",
     "EMA, in_backward": "capturable=True does not go with in_backward=True",
+}
+NO_GRAPH_ADAMW = {
+    "torch AdamW foreach": "If capturable=True, params and state_steps must be on supported "
+    "devices: ['cuda', 'xpu', 'hpu', 'privateuseone'].",  # the CPU is none
+    "AdamW fused + AveragedModel (EMA)": WAITS,
+    "AdamW fused + clip + AveragedModel": WAITS,
+    "AdamW + EMA, in_backward": "capturable=True does not go with in_backward=True",
 }
 TINY = shapes.Layout([(8, 3, 3, 3), (8,), (33, 129)], [(8,), ()])
 
@@ -62,6 +78,9 @@ def recording(monkeypatch: pytest.MonkeyPatch, emulated_cuda: Any) -> Iterator[R
     monkeypatch.setattr(training, "Cuda", lambda: device)
     monkeypatch.setattr(variants, "launch_form", emulated_cuda.launch_form)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # torch's Adam asks the device, in each step, whether a graph captures it.
+    for check in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        monkeypatch.setattr(torch.optim.Optimizer, check, lambda self: None, raising=False)
     monkeypatch.setattr(runner, "of_device", lambda device: 100.0)
     yield device
     torch.set_num_threads(threads)
@@ -95,7 +114,7 @@ def test_whole_training_steps_are_captured_proved_and_timed(
 
 def test_a_replay_trains_as_the_eager_step_does(recording: Recording) -> None:
     args = arguments("--graph")
-    batch = training.images(args, recording.device)
+    batch = training.batch_of(args, recording.device)
     problem = Problem(training.network(args, recording.device), ([], []), tensor_lr=True)
 
     def run(provider: Provider) -> None:
@@ -117,7 +136,7 @@ def test_a_replay_trains_as_the_eager_step_does(recording: Recording) -> None:
 
 def test_a_schedule_reaches_a_replay(recording: Recording) -> None:
     args = arguments("--graph")
-    batch = training.images(args, recording.device)
+    batch = training.batch_of(args, recording.device)
     problem = Problem(training.network(args, recording.device), ([], []), tensor_lr=True)
     lrs: list[Any] = []
     groups = Problem.groups
@@ -165,7 +184,7 @@ def test_a_graph_that_does_not_train_is_wrong(
     kind: type[Recording], why: str, recording: Recording
 ) -> None:
     args = arguments("--graph")
-    batch = training.images(args, recording.device)
+    batch = training.batch_of(args, recording.device)
     problem = Problem(training.network(args, recording.device), ([], []), tensor_lr=True)
     (row,) = named(["SGD + momentum"], CAPTURED)
     with pytest.raises(proof.WrongError, match=why):
@@ -214,7 +233,7 @@ def test_the_step_is_timed_behind_passes_and_the_whole_by_itself() -> None:
     forward = provider.model.forward
     provider.model.forward = lambda x: (device.spend(4.0), forward(x))[1]
     args = training.arguments(["--batch-size", "4"])
-    batch = training.images(args, device.device)
+    batch = training.batch_of(args, device.device)
     timed = training.train(provider, batch, args, device)
     assert (timed.whole, timed.step) == (7.0, 3.0)
 
@@ -252,6 +271,11 @@ def test_a_single_process_has_the_quartiles_of_its_rounds() -> None:
 # ---- the suite ---------------------------------------------------------------------------------
 
 
+def small_decoder(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(BYTES, 8), nn.Linear(8, BYTES)).to(dtype)
+
+
 @pytest.fixture
 def small_suite(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> Recording:
     """The suite on small models, in this process."""
@@ -259,6 +283,7 @@ def small_suite(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> Record
     for module in (suite, training):
         monkeypatch.setattr(module, "fresh", lambda function, *given: function(*given))
     monkeypatch.setattr(suite, "GPU_BATCH_SIZES", (4, 6))
+    monkeypatch.setattr(training, "decoder", small_decoder)
     monkeypatch.setattr(suite, "ROUNDS", 10)
     monkeypatch.setattr(sizes, "ROUNDS", 10)
     monkeypatch.setattr(suite, "SECONDS", 0.0)
@@ -273,36 +298,47 @@ def plan_of(device: Host) -> gpu.Plan:
     return gpu.Plan(device, {"tiny": TINY}, torch.float32, chosen, 10)
 
 
-def test_the_suite_on_a_gpu_writes_every_part_and_draws_four_pictures(
+def test_the_suite_on_a_gpu_writes_every_part_and_draws_its_pictures(
     small_suite: Recording, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "gpu.json"
-    assert suite.main(["--out", str(out)]) == 0
+    assert suite.main(["--out", str(out)]) == 0, json.loads(out.read_text())["not measured"]
     written = json.loads(out.read_text())
     assert {"machine", "settings", "problems", "copy GB/s", "sizes", "training"} <= written.keys()
     assert list(written["sizes"]) == ["620", "6200"]
     for rows in written["sizes"].values():
         assert list(rows) == list(sizes.ROWS)
         assert all(row["ms"] > 0 and row["host ms"] > 0 for row in rows.values())
-    assert [(run["how"], run["batch size"]) for run in written["training"]] == [
+    with_sgd = [run for run in written["training"] if run["baseline"] == BASELINE]
+    with_adamw = written["training"][len(with_sgd) :]
+    assert [(run["how"], run["batch size"]) for run in with_sgd] == [
         (f"{precision}{graph}", size)
         for precision in ("float32", "float32, bfloat16 autocast, channels_last")
         for size in (4, 6)
         for graph in ("", ", CUDA graph")
     ]
-    for run in written["training"]:
+    for run in with_sgd:
         skipped = NO_GRAPH if run["how"].endswith("graph") else {}
         assert run["skipped"] == skipped
         assert list(run["rows"]) == [row.name for row in ON_GPU if row.name not in skipped]
+    assert [(run["model"], run["how"]) for run in with_adamw] == [
+        (model, f"float32{graph}")
+        for model in ("resnet18", "transformer")
+        for graph in ("", ", CUDA graph")
+    ]
+    for run in with_adamw:
+        skipped = NO_GRAPH_ADAMW if run["how"].endswith("graph") else {}
+        assert run["skipped"] == skipped and run["baseline"] == ADAMW_BASELINE
+        assert list(run["rows"]) == [row.name for row in TRAINED_ADAMW if row.name not in skipped]
     printed = capsys.readouterr().out
     assert printed.count(f"| {BASELINE} ") == 1 + 8
-    for what in ("step", "bandwidth", "sizes", "training"):
+    for what in ("step", "bandwidth", "sizes", "training", "adamw"):
         assert (tmp_path / f"gpu-{what}.png").read_bytes().startswith(b"\x89PNG")
     steps = pictures.steps_of(written)
     assert steps is not None and list(steps.times) == list(written["problems"][0]["rows"])
     assert pictures.kind_of("torch SGD fused, graph") == "baseline"
-    panels = [axes.get_title() for axes in pictures.training(written, written["training"]).axes]
-    assert panels == list(dict.fromkeys(run["how"] for run in written["training"]))
+    panels = [axes.get_title() for axes in pictures.training(written, with_sgd).axes]
+    assert panels == list(dict.fromkeys(f"resnet18, {run['how']}" for run in with_sgd))
 
 
 def test_a_part_that_fails_is_named_and_leaves_the_others(
@@ -324,7 +360,7 @@ def test_a_part_that_fails_is_named_and_leaves_the_others(
         monkeypatch.setattr(module, "fresh", failing)
     assert suite.main(["--out", str(out)]) == 1
     written = json.loads(out.read_text())
-    assert len(written["training"]) == 4 and len(written["not measured"]) == 5
+    assert len(written["training"]) == 6 and len(written["not measured"]) == 7
     assert set(written["not measured"].values()) == {"CUDA error: an illegal memory access"}
     assert "not measured: sizes (CUDA error" in capsys.readouterr().out
     assert not (tmp_path / "gpu-sizes.png").exists()
@@ -338,7 +374,7 @@ def test_no_run_is_begun_that_would_not_end_in_time(
     out = tmp_path / "gpu.json"
     assert suite.main(["--out", str(out)]) == 1
     written = json.loads(out.read_text())
-    assert not written["training"] and len(written["not measured"]) == 8
+    assert not written["training"] and len(written["not measured"]) == 12
     assert set(written["not measured"].values()) == {"0 s would not have been enough"}
     assert not (tmp_path / "gpu-training.png").exists() and (tmp_path / "gpu-sizes.png").exists()
 
@@ -346,10 +382,10 @@ def test_no_run_is_begun_that_would_not_end_in_time(
 def test_all_batch_sizes_and_precisions_are_measured_with_full() -> None:
     lines = suite.gpu_runs(full=True)
     sizes_found = {line[line.index("--batch-size") + 1] for line in lines}
-    assert sizes_found == {"32", "128", "512", "1024"} and len(lines) == 24
+    assert sizes_found == {"32", "128", "512", "1024"} and len(lines) == 28
     flags = ("--amp", "--channels-last", "--graph")
     assert len({tuple(flag in line for flag in flags) for line in lines}) == 6
-    assert len(suite.gpu_runs(full=False)) == 8
+    assert len(suite.gpu_runs(full=False)) == 12
 
 
 def test_the_suite_goes_to_the_gpu_where_there_is_one(
@@ -371,6 +407,6 @@ def test_the_suite_goes_to_the_gpu_where_there_is_one(
     monkeypatch.setattr(suite, "in_parts", lambda given, *_: parts.extend(p.name for p in given))
     assert suite.main(["--full", "--no-pictures"]) == 1  # as a row of ours was wrong
     ((where, out),) = steps
-    assert where is device and len(parts) == 1 + 24
+    assert where is device and len(parts) == 1 + 28
     assert json.loads(out.read_text())["seconds"] >= 0.0  # whatever has failed, the rest is written
     assert out.parent == tmp_path and out.name.startswith("none-") and out.suffix == ".json"
