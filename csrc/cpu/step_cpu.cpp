@@ -93,7 +93,7 @@ constexpr int64_t kWorthThreads = 1 << 15;  // elements
 struct Work {
   const Segment* segments;
   const Row* rows;
-  const Aging<double>* agings;  // of each segment
+  const Aging<double>* agings;  // of each segment; none where no kind reads them
   const Sampling* samplings;
   const int64_t* first_chunk;  // of each segment, and after the last one their total
   int64_t count;
@@ -108,14 +108,17 @@ void step_chunks(int64_t begin, int64_t end, void* context) {
     const int64_t stop = std::min(end, work.first_chunk[i + 1]);
     const int64_t from = (begin - work.first_chunk[i]) * kChunk;
     const int64_t to = std::min(segment.length, (stop - work.first_chunk[i]) * kChunk);
-    work.capability->range(segment, work.rows[segment.row], work.agings[i],
-                           work.samplings[segment.sampling], from, to - from);
+    const Row& row = work.rows[segment.row];
+    const Aging<double> aging = work.agings != nullptr ? work.agings[i] : Aging<double>{};
+    work.capability->range(segment, row, aging, work.samplings[segment.sampling], from, to - from);
     begin = stop;
   }
 }
 
-// What its age makes of each segment's row.
+// What its age makes of each segment's row; nothing where no kind reads it.
 std::vector<Aging<double>> agings_of(const Segment* segments, int64_t count, const Row* rows) {
+  const auto reads = [](const Segment& s) { return is_adam(s.kind); };
+  if (std::none_of(segments, segments + count, reads)) return {};
   std::vector<Aging<double>> agings(count);
   for (int64_t i = 0; i < count; ++i) {
     const Segment &s = segments[i], &before = segments[i > 0 ? i - 1 : 0];
@@ -137,7 +140,8 @@ void step_cpu(const Segment* segments, int64_t count, const Row* rows, const Sam
   const std::vector<Aging<double>> agings = agings_of(segments, count, rows);
   const int64_t chunks = first_chunk[count];
   const int64_t chunks_a_thread = elements < kWorthThreads ? chunks : 1;
-  Work work{segments, rows, agings.data(), samplings, first_chunk.data(), count, chosen};
+  const Aging<double>* of_each = agings.empty() ? nullptr : agings.data();
+  Work work{segments, rows, of_each, samplings, first_chunk.data(), count, chosen};
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, chunks, chunks_a_thread, step_chunks, &work));
 }
 

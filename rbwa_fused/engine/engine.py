@@ -149,7 +149,7 @@ class Engine(Upkeep):
             for launch, grads in gathered:
                 calls += self.launch(launch, grads, clip=clip)
             calls.append(self.end())
-            if self.rule.scheduled is not None:
+            if plan.rule.scheduled is not None:
                 moved = {
                     number
                     for (table, _), grads in gathered
@@ -171,9 +171,9 @@ class Engine(Upkeep):
                 is captured.
         """
         plan = self.tables.plan
-        if self.rule.scheduled is not None:
+        if plan.rule.scheduled is not None:
             checks.captured("step() of a schedule-free optimizer", "it outside of the capture")
-        if self.tables.averages and self.rule.moves:
+        if self.tables.averages and plan.rule.moves:
             checks.captured("step() of an average", "capturable=True")
         plan.sample()
         plan.update(scale)
@@ -188,8 +188,9 @@ class Engine(Upkeep):
         """What steps one table."""
         table, backend = launch
         tables = table.table(*self.tables.plan.tensors)
-        clipped = () if clip is None else (clip.to(table.params[0].device),)
-        call = backend.call(table.memory, grads, tables, counters, *clipped)
+        if clip is not None:
+            clip = clip.to(table.params[0].device)
+        call = backend.call(table.memory, grads, tables, counters, clip)
         if not table.copies:
             return [call]
         before = [(copy.copy_, param) for param, copy in table.copies]
