@@ -19,12 +19,8 @@ FLAGS = ["-O3", "-march=native", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000
 NAME = "rbwa_benchmarks_ceiling"
 EMA_WEIGHT = 0.001
 
-# Streams by the name of their row: whether there is m, whether there is a.
-STREAMS = {
-    "theta, g": (False, False),
-    "theta, g, m": (True, False),
-    "theta, g, m, a": (True, True),
-}
+# The rows: which streams there are. Adam's without an average move as much as momentum's with one.
+STREAMS = ("theta, g", "theta, g, m", "theta, g, m, a", "theta, g, m, v, a")
 
 
 def build(machine: str) -> Path:
@@ -58,16 +54,17 @@ def use(library: Path) -> None:
 
 def loop(streams: str) -> Callable[[Problem, str], Provider]:
     """The plain loop over these streams. 16-bit ones are moved as integers, see ceiling.cpp."""
-    has_m, has_a = STREAMS[streams]
+    has_m, has_v, has_a = (stream in streams.split(", ") for stream in ("m", "v", "a"))
 
     def build_row(problem: Problem, name: str) -> Provider:
         weights = [p.detach() for p in problem.model.parameters()]
         theta = _flat(weights)
         gradients = [_flat(g) for g in problem.gradients]
         m = torch.zeros_like(theta) if has_m else None
+        v = torch.zeros_like(theta) if has_v else None
         a = theta.to(torch.float32 if theta.dtype == torch.int16 else theta.dtype, copy=True)
         average = a if has_a else None
-        state = [t for t in (m, average) if t is not None]
+        state = [t for t in (m, v, average) if t is not None]
         integers = theta.dtype == torch.int16
         numbers = (0, 1, 1) if integers else (WEIGHT_DECAY, MOMENTUM, LR)
         current = 0
@@ -79,7 +76,7 @@ def loop(streams: str) -> Callable[[Problem, str], Provider]:
         op: Any = torch.ops.rbwa_benchmarks.ceiling.default
 
         def step() -> None:
-            op(theta, gradients[current], m, average, *numbers, EMA_WEIGHT)
+            op(theta, gradients[current], m, v, average, *numbers, EMA_WEIGHT)
 
         def split(flat: Tensor) -> list[Tensor]:
             pieces = flat.split([p.numel() for p in weights])

@@ -212,8 +212,8 @@ def test_rare_samples_are_weighted_as_they_occur() -> None:
 
 def test_a_share_is_that_of_the_ceiling_with_the_same_streams() -> None:
     loops = [row.name for row in ROWS if row.kind == "ceiling"]
-    ms = {**dict(zip(loops, (1.0, 2.0, 4.0), strict=True)), "EMA": 5.0, "EMA every 10": 2.2}
-    moved = {**dict(zip(loops, ((12, 12), (20, 20), (28, 28)), strict=True))}
+    ms = {**dict(zip(loops, (1.0, 2.0, 4.0, 6.0), strict=True)), "EMA": 5.0, "EMA every 10": 2.2}
+    moved = {**dict(zip(loops, ((12, 12), (20, 20), (28, 28), (36, 36)), strict=True))}
     moved |= {"EMA": (20, 28), "EMA every 10": (20, 28)}
     period = {"EMA": 1, "EMA every 10": 10}
     result = {
