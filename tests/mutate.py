@@ -303,22 +303,26 @@ class Worker:
     def survives(
         self, file: str, old: str, new: str, tests: tuple[str, ...], compiled: bool
     ) -> bool:
-        """Whether all tests pass with that edit, or without one if ``old`` is empty."""
-        edits = [(file, old, new)] if old else []
-        with self.workspace.broken(*edits):
+        """Whether all tests pass with that edit."""
+        with self.workspace.broken((file, old, new)):
             if compiled or self.stale:
                 self.workspace.compile()
             self.stale = compiled
-            one_thread = {"OMP_NUM_THREADS": "1", "MAX_JOBS": "1"}
             try:
-                return (
-                    self.workspace.pytest(
-                        *tests, environment=one_thread, timeout=PATIENCE
-                    ).returncode
-                    == 0
-                )
+                return self.passes(tests, PATIENCE)
             except subprocess.TimeoutExpired:
                 return False
+
+    def unbroken(self, tests: tuple[str, ...]) -> bool:
+        """Whether all tests pass without an edit."""
+        self.workspace.compile()
+        self.stale = False
+        return not tests or self.passes(tests, len(tests) * PATIENCE)
+
+    def passes(self, tests: tuple[str, ...], seconds: float) -> bool:
+        one_thread = {"OMP_NUM_THREADS": "1", "MAX_JOBS": "1"}
+        done = self.workspace.pytest(*tests, environment=one_thread, timeout=seconds)
+        return done.returncode == 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -347,11 +351,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             free.put(worker)
 
+    def unbroken(tests: tuple[str, ...]) -> bool:
+        worker = free.get()
+        try:
+            return worker.unbroken(tests)
+        finally:
+            free.put(worker)
+
     survivors = 0
     with ThreadPoolExecutor(max_workers=count) as pool:
-        for tests in {edit[3]: None for edit in edits}:
-            if not survives("", "", "", tests, False):
-                raise SystemExit(f"{' '.join(tests)} fail without a mutant")
+        needed = sorted({test for edit in edits for test in edit[3]})
+        shares = [tuple(needed[i::count]) for i in range(count)]
+        for share, passed in zip(shares, pool.map(unbroken, shares), strict=True):
+            if not passed:
+                raise SystemExit(f"some of {' '.join(share)} fail without a mutant")
         jobs = [pool.submit(survives, *edit) for edit in edits]
         for (file, old, new, *_), job in zip(edits, jobs, strict=True):
             alive = job.result()
