@@ -49,7 +49,6 @@ class Sampler:
         self.due = due
         sampling = (w, due or current, current, self.written_back)
         if sampling != self._packed:
-            self._packed = None  # until both rows hold it
             table.pack(self.first_row, *rules.Sampling(1.0, *sampling))
             # Where the average is the parameter itself, the sample's weight multiplies the learning
             # rate and that is all (docs/equivalences.md).

@@ -225,7 +225,6 @@ SWAP: Mutants = [
     ("    taken.add(shard.data_ptr())\n", ""),
     ("        if not self.over:", "        if True:"),
 ]
-SAMPLER: Mutants = [("            self._packed = None  # until both rows hold it\n", "")]
 PLAN: Mutants = [
     ("        plan.rule_inputs = None  # until both rows hold them\n", ""),
     ("        plan.rule_inputs = None  # until both rows hold it\n", ""),
@@ -892,7 +891,6 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ),
     ("rbwa_fused/swap.py", SHARDS_IN_SWAP, SHARDS, False),
     ("rbwa_fused/engine/rows.py", PLAN, ("engine/test_step_fails.py",), False),
-    ("rbwa_fused/engine/samplers.py", SAMPLER, ("engine/test_step_fails.py",), False),
     (
         "rbwa_fused/checkpoint.py",
         CHECKPOINT,
