@@ -445,8 +445,8 @@ FOLLOWING: Mutants = [
 SAMPLES: Mutants = [
     ("*calls, *behind, *after]", "*calls, *behind]"),
     ("        if unseen:", "        if False:"),
-    ("        if self.tables.averages and self.rule.moves:", "        if False:"),
-    ("        if self.tables.averages and self.rule.moves:", "        if True:"),
+    ("        if self.tables.averages and plan.rule.moves:", "        if False:"),
+    ("        if self.tables.averages and plan.rule.moves:", "        if True:"),
 ]
 STEPPERS: Mutants = [
     ("if p.requires_grad and p not in theirs", "if p not in theirs"),
