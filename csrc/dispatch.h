@@ -61,6 +61,14 @@ struct KernelKey {
 // Whether kinds may keep what they keep in float32 beside 16-bit weights.
 constexpr bool keeps_wide(Kind kind) { return decouples(served_by(kind)); }
 
+// Whether a CUDA kernel reads numbers that the device prepared for a group (schedule.h): those of
+// the kinds that only schedule-free groups have, and, for schedule-free SGD, those of explicit
+// RSGDM. All others of kDecoupled would hold registers for it that momentum does not need.
+constexpr bool reads_schedules(Kind most, bool keeps_wider) {
+  return most == Kind::kDifference || most == Kind::kScheduleFree ||
+         (most == Kind::kDecoupled && keeps_wider);
+}
+
 // Calls work<S, W, M, A, most, averaged>(): the storage of parameter and gradient, that of what the
 // step works on (S, or float for a master), of what it keeps, and of the average.
 template <typename Work>

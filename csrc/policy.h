@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "schedule.h"
 #include "step.h"
 #include "update.h"
 
@@ -69,6 +70,8 @@ struct DeviceCounters {
   float* samplings_float;  // the same, rounded
   int32_t* marks;          // for each segment: its age (tables.h), and by how much this step adds
   int64_t segments;
+  Schedule* schedules;  // of each param group, where its rule counts steps; or null
+  int64_t groups;
   const float* found_inf;  // not zero: the step was skipped; null: never
 };
 
@@ -79,6 +82,7 @@ RBWA_INLINE void advance(const DeviceCounters& d, int64_t step, int64_t thread, 
     d.marks[2 * i] += d.marks[2 * i + 1];
     d.marks[2 * i + 1] = 0;
   }
+  for (int64_t i = thread; i < d.groups; i += threads) d.schedules[i].now = d.schedules[i].left;
   for (int64_t i = thread; i < d.samplers; i += threads) {
     Sampling rows[2];
     const Policy policy = d.policies[i];

@@ -119,6 +119,7 @@ struct Coefficients : Numbers<T> {
   T w;           // weight of this sample in the average
   bool current;  // the average starts at theta as it was before this step
   bool write_back;
+  bool begins;  // so does m; where the host counts, it has made m so
 };
 
 template <typename T>

@@ -61,11 +61,6 @@ class ScheduleFree(FusedOptimizer):
     def _start(
         self, params: ParamsT, defaults: dict[str, Any], options: Options, buffers: nn.Module | None
     ) -> None:
-        if options.capturable:
-            raise ValueError(
-                "capturable=True: a replayed graph would repeat the weights c of its capture, "
-                "which the host counts (expected False)"
-            )
         super().__init__(params, {**defaults, **progress.START}, self._rule, options, buffers)
 
     def _begin(self, engine: Engine) -> None:
@@ -140,11 +135,12 @@ class ScheduleFree(FusedOptimizer):
 
     def _started(self) -> Iterator[tuple[GroupPlan, Tensor, dict[str, Any]]]:
         """The parameters that have a z, whose x is another tensor than their y."""
+        waiting = self.engine.waiting()
         for plan in self.engine.tables.of_groups:
             plan.rule.check_memory(plan.group, plan.memory)
             for p in plan.group["params"]:
                 held = self.state.get(p) or {}
-                if held.get(Z) is not None:
+                if held.get(Z) is not None and Z not in waiting.get(p, ()):
                     yield plan, p, held
 
     def _x(self, plan: GroupPlan, param: Tensor, weights: Tensor) -> Tensor:
@@ -251,11 +247,10 @@ class ScheduleFree(FusedOptimizer):
     def _derived(self) -> swap.Derived:
         if not self.engine.tables.describes(self.param_groups, self.state):
             self._rebuild()
-        plans = {id(plan) for plan, _, _ in self._started()}  # and checks beta
+        started = {p for _, p, _ in self._started()}  # and checks beta
 
         def of(plan: GroupPlan, param: Tensor) -> Tensor | None:
-            held = self.state.get(param) or {}
-            if id(plan) not in plans or held.get(Z) is None:
+            if param not in started:
                 return None
             weights = local(param).detach()
             if self.engine.swapped is EVAL:
@@ -291,8 +286,9 @@ class ScheduleFree(FusedOptimizer):
 
     def exported(self, state_dict: dict[str, Any]) -> None:
         """Adds what the package needs to go on."""
-        for group in state_dict["param_groups"]:
-            group.update(PACKAGES, train_mode=self._trains)
+        for live, group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            counted = {key: live[key] for key in progress.COUNTED}  # as read back from a device
+            group.update(PACKAGES, **counted, train_mode=self._trains)
             group[EXPORTED_K] = group["k"]
 
     def load_state_dict(

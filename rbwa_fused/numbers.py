@@ -1,4 +1,4 @@
-"""Checks of arguments that are numbers: each raises with the argument's name and the value."""
+"""Arguments that are numbers: checks that raise with the argument's name and the value; powers."""
 
 from __future__ import annotations
 
@@ -35,6 +35,17 @@ def fraction(name: str, value: float) -> float:
     if not 0.0 <= fraction < 1.0:
         raise ValueError(f"Invalid {name}: {value} (expected 0 <= {name} < 1)")
     return fraction
+
+
+def power(base: float, exponent: int) -> float:
+    """By squaring, as `power` of csrc/update.h multiplies it: the same bits everywhere."""
+    result = 1.0
+    while exponent > 0:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
 
 
 def flag(name: str, value: Any) -> None:

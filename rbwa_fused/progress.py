@@ -11,21 +11,23 @@ x is the average that is evaluated, a mean of all z. It is not kept, as y and z 
     c_k = weight_k / (weight_0 + ... + weight_k),  weight_k = (k + 1)^r eta_max^weight_lr_power
 
 where eta_max is the largest so far. The count k, the sum and eta_max stand in the param group, as
-the schedulefree package has them, and a step that is taken moves them on.
+the schedulefree package has them, and a step that is taken moves them on. Where a device counts
+they stand there, too (engine/schedules.py), and the group has them as they were read last.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rbwa_fused.numbers import flag, integer, number
+from rbwa_fused.numbers import flag, integer, number, power
 
 Group = Mapping[str, Any]
 
-# What a group has before its first step, by the package's names.
+# What a group has before its first step, by the package's names; all but the mode is counted.
 START: dict[str, Any] = {
     "k": 0,
     "weight_sum": 0.0,
@@ -33,6 +35,7 @@ START: dict[str, Any] = {
     "scheduled_lr": 0.0,
     "train_mode": False,
 }
+COUNTED = tuple(START)[:4]  # struct Progress of csrc/schedule.h
 HYPERPARAMETERS = ("warmup_steps", "r", "weight_lr_power")
 
 
@@ -52,15 +55,31 @@ class Progress(NamedTuple):
 
 def progress(group: Group) -> Progress:
     """The step to come of a group that was checked."""
-    k, warmup_steps = group["k"], group["warmup_steps"]
+    k, warmup_steps, r = group["k"], group["warmup_steps"], group["r"]
     eta = float(group["lr"])
     if k < warmup_steps:
         eta *= (k + 1) / warmup_steps
     largest = max(eta, float(group["lr_max"]))
-    weight = (k + 1) ** group["r"] * largest ** group["weight_lr_power"]
+    weight = to_the(largest, group["weight_lr_power"])
+    if r != 0:
+        weight *= to_the(float(k + 1), r)
     total = float(group["weight_sum"]) + weight
     left = {"k": k + 1, "weight_sum": total, "lr_max": largest, "scheduled_lr": eta}
     return Progress(eta, weight / total if total != 0.0 else 0.0, left)
+
+
+def to_the(base: float, exponent: float) -> float:
+    """A power. Small whole exponents multiply, and halves have a root, which have the same bits on
+    every device; what others make differs there in the last places (csrc/schedule.h)."""
+    if exponent == 2.0:
+        return base * base
+    size = abs(exponent)
+    if not (size <= 16.0 and (2.0 * size).is_integer()):
+        return float(base**exponent)
+    result = power(base, int(size))
+    if size % 1.0 == 0.5:
+        result *= math.sqrt(base)
+    return 1.0 / result if exponent < 0.0 else result
 
 
 def derived(theta: Tensor, z: Tensor, beta: float) -> Tensor:

@@ -35,6 +35,7 @@ from rbwa_fused.hyperparameters import (
     check_schedule_free_adamw,
     check_schedule_free_sgd,
 )
+from rbwa_fused.numbers import power
 from rbwa_fused.streams import KEYS
 
 Group = dict[str, Any]
@@ -124,19 +125,9 @@ def aging(row: Sequence[float], age: int) -> Aging:
     if not is_adam(int(numbers["kind"])):
         return Aging(1.0, numbers["eta"], numbers["rho"])
     free = numbers["kind"] == Kind.SCHEDULE_FREE
-    grown = 1.0 if free else 1.0 - _power(numbers["mu"], age + 1)
-    bias = 1.0 / math.sqrt(1.0 - _power(numbers["nu"], age + 1))
+    grown = 1.0 if free else 1.0 - power(numbers["mu"], age + 1)
+    bias = 1.0 / math.sqrt(1.0 - power(numbers["nu"], age + 1))
     return Aging(bias, numbers["eta"] / grown, numbers["rho"] * grown)
-
-
-def _power(base: float, exponent: int) -> float:
-    result = 1.0
-    while exponent > 0:
-        if exponent & 1:
-            result *= base
-        base *= base
-        exponent >>= 1
-    return result
 
 
 class Sampling(NamedTuple):
@@ -303,6 +294,13 @@ def check_same_beta(group: Group, memory: Memory) -> None:
             f"Invalid {name}: {beta} (this group has stepped with {memory[BETA]}; with another one "
             "its weights and z would stand for another average)"
         )
+
+
+def settings(group: Group) -> tuple[float, ...]:
+    """What the host says of a schedule-free group's step where a device counts: struct Setting of
+    csrc/schedule.h, but for whether it takes part and its learning rate."""
+    own = (group[name] for name in progress.HYPERPARAMETERS)
+    return (remember_beta(group)[BETA], *map(float, own))
 
 
 def _nothing(group: Group) -> Memory:

@@ -40,8 +40,12 @@ class SGDScheduleFree(ScheduleFree):
         weight_lr_power (float, >= 0): the largest learning rate so far to this power (default: 2).
         average (Average, optional): a policy of averages of y beside x, read by
             ``averaged(which="average")``; none that writes back (default: None).
-        capturable (bool): refused if True: k and the sum of weights are counted on the host, under
-            AMP as well, which waits for the device there (default: False).
+        capturable (bool): as FusedSGD's. Where the device counts, so under AMP on a GPU as well,
+            ``k``, ``weight_sum``, ``lr_max`` and ``scheduled_lr`` of a group are as of the last
+            ``state_dict()``, and read that before you write to them. The bits are the host's where
+            ``r`` and ``weight_lr_power`` are whole numbers or halves up to 16; others differ by
+            up to 2 units of a float64's last place in a power under CUDA, and 64 under Triton
+            (default: False).
         maximize, backend, flatten, master_weights, in_backward, buffers: as FusedSGD's.
         foreach: taken, and means nothing.
 

@@ -135,6 +135,12 @@ const char* sums_cuda(double* sums, int64_t chunks, void*) {
   return nullptr;
 }
 
+const char* prepare_cuda(const Setting* settings, Schedule* schedules, int64_t groups, void*) {
+  if (const char* error = launched()) return error;
+  for (int64_t group = 0; group < groups; ++group) prepare(settings[group], schedules[group]);
+  return nullptr;
+}
+
 const char* advance_cuda(const DeviceCounters& counters, void*) {
   if (counters.found_inf != nullptr && *counters.found_inf != 0) return nullptr;
   const int64_t step = counters.counts[0] + 1;
@@ -157,16 +163,19 @@ PYBIND11_MODULE(emulated_cuda, module) {
   module.def("step_deferred", [](const PythonTables& fixed, const py::list& params,
                                  const py::list& grads, const py::list& lrs, py::handle samplings64,
                                  py::handle samplings32, py::handle marks, py::handle agings,
-                                 py::handle grad_scale, py::handle found_inf, py::handle clip) {
+                                 py::handle grad_scale, py::handle found_inf, py::handle clip,
+                                 py::handle settings, py::handle schedules) {
     const DeviceTables own{views_of(lrs),      view_of(samplings64), view_of(samplings32),
                            view_of(marks),     view_of(agings),      view_of(grad_scale),
-                           view_of(found_inf), view_of(clip)};
+                           view_of(found_inf), view_of(clip),        view_of(settings),
+                           view_of(schedules)};
     step_on(views_of(params), views_of(grads), fixed.tables, own, kCpu, nullptr);
   });
   module.def("advance", [](py::handle counts, py::handle policies, py::handle samplings64,
-                           py::handle samplings32, py::handle marks, py::handle found_inf) {
+                           py::handle samplings32, py::handle marks, py::handle found_inf,
+                           py::handle schedules) {
     advance_on({view_of(counts), view_of(policies), view_of(samplings64), view_of(samplings32),
-                view_of(marks), view_of(found_inf)},
+                view_of(marks), view_of(found_inf), view_of(schedules)},
                kCpu, nullptr);
   });
   module.def("pull", [](const py::list& params, int64_t replicas, double alpha) {

@@ -63,7 +63,8 @@ def backend() -> doors.Backend:
     module = emulated()
 
     def advance(d: DeviceCounters) -> None:
-        module.advance(d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf)
+        counted = d.counts, d.policies, d.samplings64, d.samplings32, d.marks
+        module.advance(*counted, d.found_inf, d.schedules)
 
     squares = doors.squares_door(module)
     return doors.Backend("cuda", doors.door(module), True, advance, squares)

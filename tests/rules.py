@@ -312,7 +312,6 @@ class Rule:
         wide: whether 16-bit parameters keep float32 state, with masters or without.
         counts: what a step takes from the counts of its group, and what it leaves there.
         writes_back: whether averages may be written to the weights.
-        capturable: whether a device may count its steps.
     """
 
     cls: Callable[..., Any]
@@ -325,7 +324,6 @@ class Rule:
     wide: bool = False
     counts: Callable[[Numbers], tuple[Numbers, Numbers]] | None = None
     writes_back: bool = True
-    capturable: bool = True
 
     def made(self, params: ParamsT, **more: Any) -> Any:
         """The optimizer."""
@@ -424,7 +422,6 @@ def _free(cls: Callable[..., Any], literal: Literal, domain: dict[str, Domain], 
         wide=True,
         counts=counted,
         writes_back=False,
-        capturable=False,
     )
 
 
@@ -503,6 +500,5 @@ def _one_of_each(key: Callable[[Rule], Any], rules: dict[str, Rule]) -> dict[str
 PLAIN = {name: rule for name, rule in RULES.items() if not rule.master}
 OF_TORCH = {name: rule for name, rule in RULES.items() if rule.torchs is not None}
 WITH_STATE = {name: rule for name, rule in PLAIN.items() if rule.keeps}
-COUNTED_ON_DEVICES = {name: rule for name, rule in RULES.items() if rule.capturable}
 ALGORITHMS = _one_of_each(lambda rule: rule.literal, WITH_STATE)
 KERNELS = _one_of_each(lambda rule: (rule.keeps, rule.master), RULES)

@@ -10,10 +10,13 @@ import triton
 import triton.language as tl
 
 from rbwa_fused.average import Ema, Mean
+from rbwa_fused.progress import COUNTED as COUNTED_KEYS
 from rbwa_fused.rules import Sampling
 
 SAMPLING_COLUMNS = tl.constexpr(len(Sampling._fields))
 POLICY_COLUMNS = tl.constexpr(7)  # see csrc/policy.h
+COUNTED = tl.constexpr(len(COUNTED_KEYS))  # of a group
+SCHEDULE_COLUMNS = tl.constexpr(2 * len(COUNTED_KEYS) + 4)  # see csrc/schedule.h
 MEAN = tl.constexpr(Mean.on_device)  # kinds of weight; 0 is none, 3 Algorithm2
 EMA = tl.constexpr(Ema.on_device)
 
@@ -100,7 +103,16 @@ def grow(marks, segment, segments):
     tl.store(marks + 2 * segment + 1, tl.zeros(segment.shape, tl.int32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["samplers", "segments"])
+@triton.jit
+def move_on(schedules, group, groups):
+    """Makes groups what the step just taken leaves of them."""
+    mask = group < groups
+    at = schedules + group * SCHEDULE_COLUMNS
+    for column in tl.static_range(COUNTED):
+        tl.store(at + column, tl.load(at + COUNTED + column, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=["samplers", "segments", "groups"])
 def advance_kernel(
     counts,
     policies,
@@ -108,8 +120,10 @@ def advance_kernel(
     samplings64,
     marks,
     found_inf,
+    schedules,
     samplers,
     segments,
+    groups,
     SAMPLERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -127,4 +141,7 @@ def advance_kernel(
         if program == 0:
             count(counts, policies, samplings32, samplings64, samplers, SAMPLERS)
         else:
-            grow(marks, (program - 1) * BLOCK + tl.arange(0, BLOCK), segments)
+            number = (program - 1) * BLOCK + tl.arange(0, BLOCK)
+            grow(marks, number, segments)
+            if schedules is not None:
+                move_on(schedules, number, groups)

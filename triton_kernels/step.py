@@ -44,6 +44,7 @@ PARTS = 4
 # The fewest registers without local memory on sm_90: a thread holds 8 elements, or 16.
 WARPS = {1: 16, PARTS: 8}
 MARKS_BLOCK = 1024  # segments whose marks one program advances
+GROUPS_BLOCK = 128  # groups whose schedules one program prepares
 KIND, SAMPLE = COLUMNS.index("kind"), SamplingRow._fields.index("sample")
 BASES = [COLUMNS.index(name) for name in ("eta", "rho", "mu", "nu")]
 
@@ -122,6 +123,8 @@ def step_triton(
         if counters is None:
             segments = table.segments.tolist()
             ages = ages_of(segments, table.state, table.ages.tolist())
+        elif counters.schedules is not None:
+            _prepare(counters)
         for launch in launches:
             launch.run(params, grads, addresses, table, ages, counters, clip)
     if ages is not None:
@@ -134,6 +137,22 @@ def step_triton(
         tell(segments, table.state, older)
 
 
+def _prepare(counters: DeviceCounters) -> None:
+    """Makes the numbers of the step to come in `schedules`."""
+    from . import schedule
+
+    assert counters.schedules is not None
+    groups = counters.schedules.shape[0]
+    schedule.prepare_kernel[(-(-groups // GROUPS_BLOCK),)](
+        counters.settings,
+        counters.schedules,
+        groups,
+        BLOCK=GROUPS_BLOCK,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+
+
 def advance_triton(counters: DeviceCounters) -> None:
     """Counts the step just taken, unless ``found_inf`` skipped it, and packs the next samplings.
 
@@ -143,16 +162,19 @@ def advance_triton(counters: DeviceCounters) -> None:
     from . import advance
 
     samplers, segments = counters.policies.shape[0], counters.marks.shape[0]
+    groups = 0 if counters.schedules is None else counters.schedules.shape[0]
     with _on(counters.counts.device):
-        advance.advance_kernel[(1 + -(-segments // MARKS_BLOCK),)](
+        advance.advance_kernel[(1 + -(-max(segments, groups) // MARKS_BLOCK),)](
             counters.counts,
             counters.policies,
             counters.samplings32,
             counters.samplings64,
             counters.marks,
             counters.found_inf,
+            counters.schedules,
             samplers,
             segments,
+            groups,
             SAMPLERS=1 << max(samplers - 1, 0).bit_length(),
             BLOCK=MARKS_BLOCK,
             num_warps=1,
@@ -324,13 +346,15 @@ class Launch:
         from . import update
 
         samplings, agings = upload.samplings, upload.agings
-        marks, grad_scale, found_inf = None, None, None
+        marks, grad_scale, found_inf, schedules = None, None, None, None
         if counters is not None:
             samplings = (
                 counters.samplings64 if self._wide == torch.float64 else counters.samplings32
             )
             marks, grad_scale = counters.marks, counters.grad_scale
             found_inf = counters.found_inf
+            if upload.kind in (Kind.DECOUPLED, Kind.SCHEDULE_FREE):
+                schedules = counters.schedules
             agings = counters.agings.reshape(-1).view(self._wide)
             if upload.kind is not None and is_adam(upload.kind):
                 segments = len(self.members)
@@ -354,6 +378,7 @@ class Launch:
             grad_scale,
             found_inf,
             clip,
+            schedules,
             DTYPE=_triton_dtype(self.dtype),
             THETA_DTYPE=_triton_dtype(self.theta_dtype),
             KEPT_DTYPE=_triton_dtype(self.kept_dtype),

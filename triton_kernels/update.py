@@ -4,8 +4,9 @@ Compiled without fused multiply-adds, it gives the bits of the CPU kernels. Each
 block of elements, or a constant few in turn: a loaded bound breaks Triton 3.6's interpreter.
 """
 
-# A branch that is decided at compile time needs an `if` of its own; constants are in capitals.
-# ruff: noqa: N803, SIM102, SIM108, SIM109
+# A branch that is decided at compile time needs an `if` of its own, tuples are added by +, and
+# constants are in capitals.
+# ruff: noqa: N803, RUF005, SIM102, SIM108, SIM109
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ BEHIND_KEPT = tl.constexpr(3 + len(KEPT))  # theta, g and a stand before
 ROW_COLUMNS = tl.constexpr(len(COLUMNS))  # of the coefficient tables
 SAMPLING_COLUMNS = tl.constexpr(len(Sampling._fields))
 AGING_COLUMNS = tl.constexpr(len(Aging._fields))
+SCHEDULE_COLUMNS = tl.constexpr(12)  # of a group, see csrc/schedule.h
+PREPARED = tl.constexpr(8)  # where the numbers of the step to come stand
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def update(k, theta, g, m, z, previous, v, v_max, a, KIND: tl.constexpr, AVERAGE
     A zero coefficient drops its term, so that an infinity spreads as far as in torch.optim.SGD.
     """
     s, lambda_, mu, c, kappa, alpha, gamma, delta, nu, q, epsilon, rho, eta = k[:13]
-    bias, w, current, write_back = k[13:]
+    bias, w, current, write_back = k[13:17]
     x = theta
     if KIND != SAMPLE:
         g = s * g
@@ -177,6 +180,8 @@ def step_block(
     if KIND >= DECOUPLED:
         m_at = elements(streams[2], begin, lane, FULL)
         m = load(m_at, mask, wide, FULL)
+        if len(k) > 17:  # begins
+            m = tl.where(k[17], theta, m)
     if KIND == DIFFERENCE:
         z_at = elements(streams[3], begin, lane, FULL)
         z = load(z_at, mask, wide, FULL)
@@ -306,7 +311,7 @@ def step_by_kind(
 
 
 TABLES = ["chunks", "table", "rows", "samplings", "marks", "agings", "grad_scale", "found_inf"]
-TABLES += ["clip"]
+TABLES += ["clip", "schedules"]
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -320,6 +325,7 @@ def step_kernel(
     grad_scale,
     found_inf,
     clip,
+    schedules,
     DTYPE: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     KEPT_DTYPE: tl.constexpr,
@@ -332,7 +338,8 @@ def step_kernel(
     """One chunk of one segment. step.py says what the tables hold.
 
     `marks` is None where the host counts steps; `grad_scale`, `found_inf` and `clip` may be
-    None. `agings` has what a segment's age makes of its row, for the kinds that it matters to.
+    None. `agings` has what a segment's age makes of its row, for the kinds that it matters to, and
+    `schedules` what a group's own count does (schedule.py), or is None.
     """
     chunk = chunks + 2 * tl.program_id(0)
     index = tl.load(chunk + 1)
@@ -365,6 +372,9 @@ def step_kernel(
 
     row_at = rows + row * ROW_COLUMNS
     s = tl.load(row_at + 1)  # behind its kind, which the table of segments has
+    c = tl.load(row_at + 4)
+    alpha = tl.load(row_at + 6)
+    gamma = tl.load(row_at + 7)
     rho = tl.load(row_at + ROW_COLUMNS - 2)
     eta = tl.load(row_at + ROW_COLUMNS - 1)
     unscale = None
@@ -384,15 +394,21 @@ def step_kernel(
         bias = tl.load(aging)
         eta = tl.load(aging + 1)
         rho = tl.load(aging + 2)
+    if schedules is not None:
+        prepared = schedules + (row // 2) * SCHEDULE_COLUMNS + PREPARED
+        c = tl.load(prepared).to(c.dtype)
+        alpha = tl.load(prepared + 1).to(c.dtype)
+        gamma = tl.load(prepared + 2).to(c.dtype)
+        rho = tl.load(prepared + 3).to(c.dtype)
     sampled = ((a != 0) & (tl.load(sampling + 2) != 0)).to(tl.int32)
     k = (
         s,
         tl.load(row_at + 2),  # lambda
         tl.load(row_at + 3),  # mu
-        tl.load(row_at + 4),  # c
+        c,
         tl.load(row_at + 5),  # kappa
-        tl.load(row_at + 6),  # alpha
-        tl.load(row_at + 7),  # gamma
+        alpha,
+        gamma,
         tl.load(row_at + 8),  # delta
         tl.load(row_at + 9),  # nu
         tl.load(row_at + 10),  # q
@@ -404,6 +420,8 @@ def step_kernel(
         tl.load(sampling + 3) != 0,  # current
         (sampled != 0) & (tl.load(sampling + 4) != 0),  # write_back
     )
+    if schedules is not None:
+        k = k + (tl.load(marks + 2 * number) == 0,)  # m begins at theta
     aligned = ((theta | g | m | z | previous | v | v_max | a | param) & 15) == 0
     streams = (
         theta.to(tl.pointer_type(THETA_DTYPE)),
@@ -484,6 +502,8 @@ def age_kernel(table, bases, marks, agings, segments, BLOCK: tl.constexpr):
     eta = tl.where(given, lr.to(tl.float64), eta)
     rho = tl.load(base + 1, mask=mask, other=0)
     grown = 1 - power(tl.load(base + 2, mask=mask, other=0), t, 31)
+    kind = tl.load(behind + 3, mask=mask, other=0)
+    grown = tl.where(kind == SCHEDULE_FREE, 1, grown)
     bias = 1 / tl.sqrt(1 - power(tl.load(base + 3, mask=mask, other=0), t, 31))
     aging = agings + number * AGING_COLUMNS
     tl.store(aging, bias.to(agings.dtype.element_ty), mask=mask)

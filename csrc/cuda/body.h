@@ -146,6 +146,7 @@ RBWA_INLINE void one(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, c
   RBWA_KEPT(RBWA_LOAD)
 #undef RBWA_LOAD
   if constexpr (averaged) e.a = widen(chunk.a[i]);
+  if constexpr (keeps_m(kind)) e.m = k.begins ? e.theta : e.m;
   update<kind, averaged>(k, e);
   if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.theta[i]);
   if (writes_weight<kind>(k)) narrow(e.theta, weights(chunk)[i]);
@@ -327,11 +328,20 @@ RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int 
     first = launch.marks != nullptr ? launch.marks[2 * s.index] == 0 : s.first != 0;
   }
   Coefficients<T> k{first ? group.first : group.usual, T(1), sampling.w, sampling.current != 0,
-                    sampling.write_back != 0};
+                    sampling.write_back != 0,          false};
   if constexpr (is_adam(most)) {
     age(k, launch.agings != nullptr ? launch.agings[s.index] : group.aging);
   } else {
     if (group.lr != nullptr) k.eta = static_cast<T>(*group.lr);
+  }
+  if constexpr (reads_schedules(most, sizeof(M) > sizeof(W))) {
+    if (const Schedule* schedule = group.schedule; schedule != nullptr) {
+      k.c = static_cast<T>(schedule->c);
+      k.alpha = static_cast<T>(schedule->alpha);
+      k.gamma = static_cast<T>(schedule->gamma);
+      k.rho = static_cast<T>(schedule->rho);
+      k.begins = launch.marks[2 * s.index] == 0;
+    }
   }
   k.eta *= sampling.scale;
   if (launch.clip != nullptr) k.s *= static_cast<T>(*launch.clip);

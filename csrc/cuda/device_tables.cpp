@@ -55,8 +55,18 @@ void step_on(const std::vector<View>& params, const std::vector<View>& grads, co
                       device_counts == (step.device_samplings_float != nullptr) &&
                       device_counts == (step.agings != nullptr || segments.empty()),
                   "step_: `samplings64`, `samplings32`, `marks` and `agings` go together");
+  const auto* settings = on_device<const Setting>(own.settings, device, kDouble,
+                                                  group_count * kSettingColumns, "settings");
+  auto* schedules = on_device<Schedule>(own.schedules, device, kDouble,
+                                        group_count * kScheduleColumns, "schedules");
+  STD_TORCH_CHECK(
+      (settings != nullptr) == (schedules != nullptr) && (device_counts || settings == nullptr),
+      "step_: `settings` and `schedules` go together, where the device counts");
+  step.schedules = schedules;
   step.stream = stream;
-  const char* error = step_in_launches(segments, step);
+  const char* error = nullptr;
+  if (schedules != nullptr) error = prepare_cuda(settings, schedules, group_count, stream);
+  if (error == nullptr) error = step_in_launches(segments, step);
   STD_TORCH_CHECK(error == nullptr, "step_: ", error);
   if (!device_counts) grow(segments, tables);
 }
@@ -81,6 +91,8 @@ void advance_on(const CountTables& tables, DLDevice device, void* stream) {
       on_device<float>(tables.samplings_float, device, kFloat, samplings, "samplings32");
   d.marks = on_device<int32_t>(tables.marks, device, kInt32, 0, "marks");
   d.found_inf = on_device<const float>(tables.found_inf, device, kFloat, 1, "found_inf");
+  d.schedules = on_device<Schedule>(tables.schedules, device, kDouble, 0, "schedules");
+  d.groups = d.schedules != nullptr ? numel_of(tables.schedules) / kScheduleColumns : 0;
   const char* error = advance_cuda(d, stream);
   STD_TORCH_CHECK(error == nullptr, "advance_: ", error);
 }

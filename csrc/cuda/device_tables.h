@@ -16,11 +16,13 @@ struct DeviceTables {
   View grad_scale;        // float32, or absent
   View found_inf;         // float32, or absent
   View clip;              // float64 that multiplies the gradients, or absent
+  View settings;          // float64 (groups, 6): struct Setting of this step, or absent
+  View schedules;         // float64 (groups, 12): struct Schedule, with `settings`
 };
 
 // What `advance_on` counts; see struct DeviceCounters.
 struct CountTables {
-  View counts, policies, samplings, samplings_float, marks, found_inf;
+  View counts, policies, samplings, samplings_float, marks, found_inf, schedules;
 };
 
 // Takes the step on a device and stream; nothing has been changed where it throws.

@@ -6,6 +6,7 @@
 
 #include "dispatch.h"
 #include "policy.h"
+#include "schedule.h"
 #include "step.h"
 #include "update.h"
 
@@ -46,9 +47,10 @@ struct CudaSegment {
 template <typename T>
 struct CudaGroup {
   Numbers<T> usual, first;
-  Aging<T> aging;           // where the host counts
-  double eta, rho, mu, nu;  // what it is made of
-  const float* lr;          // in place of eta, if not null
+  Aging<T> aging;            // where the host counts
+  double eta, rho, mu, nu;   // what it is made of
+  const float* lr;           // in place of eta, if not null
+  const Schedule* schedule;  // has c, alpha, gamma and rho, if not null
 };
 
 template <typename T>
@@ -85,5 +87,7 @@ constexpr bool kHasSmall = sizeof(S) == 4 && sizeof(W) == 4 && sizeof(A) == 4;
 // Launch<double> for float64.
 const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void* stream);
 const char* age_cuda(const KernelKey& key, const void* launch, void* stream);
+const char* prepare_cuda(const Setting* settings, Schedule* schedules, int64_t groups,
+                         void* stream);
 const char* advance_cuda(const DeviceCounters& counters, void* stream);
 int cuda_toolkit();  // the version it was compiled with, 13000 for 13.0

@@ -73,18 +73,19 @@ void step_deferred_op(Tensors params, std::vector<Optional> grads, Tensors state
                       Tensor shapes, Tensor ages, Tensor rows, Tensor samplings,
                       std::vector<Optional> lrs, Tensor samplings64, Tensor samplings32,
                       Tensor marks, Tensor agings, Optional grad_scale, Optional found_inf,
-                      Optional clip) {
+                      Optional clip, Optional settings, Optional schedules) {
   step(views_of(params), views_of(grads),
        {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
         view_of(samplings)},
        {views_of(lrs), view_of(samplings64), view_of(samplings32), view_of(marks), view_of(agings),
-        view_of(grad_scale), view_of(found_inf), view_of(clip)});
+        view_of(grad_scale), view_of(found_inf), view_of(clip), view_of(settings),
+        view_of(schedules)});
 }
 
 void advance_op(Tensor counts, Tensor policies, Tensor samplings64, Tensor samplings32,
-                Tensor marks, Optional found_inf) {
+                Tensor marks, Optional found_inf, Optional schedules) {
   advance({view_of(counts), view_of(policies), view_of(samplings64), view_of(samplings32),
-           view_of(marks), view_of(found_inf)});
+           view_of(marks), view_of(found_inf), view_of(schedules)});
 }
 
 void pull_op(Tensors params, int64_t replicas, double alpha) {
@@ -120,11 +121,13 @@ void sum_squares_python(const py::list& grads, py::handle sums) {
 void step_deferred_python(const PythonTables& fixed, const py::list& params, const py::list& grads,
                           const py::list& lrs, py::handle samplings64, py::handle samplings32,
                           py::handle marks, py::handle agings, py::handle grad_scale,
-                          py::handle found_inf, py::handle clip) {
+                          py::handle found_inf, py::handle clip, py::handle settings,
+                          py::handle schedules) {
   const Views of_params = views_of(params), of_grads = views_of(grads);
   const DeviceTables own{views_of(lrs),      view_of(samplings64), view_of(samplings32),
                          view_of(marks),     view_of(agings),      view_of(grad_scale),
-                         view_of(found_inf), view_of(clip)};
+                         view_of(found_inf), view_of(clip),        view_of(settings),
+                         view_of(schedules)};
   const py::gil_scoped_release release;
   step(of_params, of_grads, fixed.tables, own);
 }
@@ -136,10 +139,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rbwa_fused, library) {
       "step_deferred_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
       "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings, Tensor?[] lrs, "
       "Tensor samplings64, Tensor samplings32, Tensor(d!) marks, Tensor(e!) agings, "
-      "Tensor? grad_scale, Tensor? found_inf, Tensor? clip=None) -> ()");
+      "Tensor? grad_scale, Tensor? found_inf, Tensor? clip=None, Tensor? settings=None, "
+      "Tensor(f!)? schedules=None) -> ()");
   library.def(
       "advance_(Tensor(a!) counts, Tensor policies, Tensor(b!) samplings64, "
-      "Tensor(c!) samplings32, Tensor(d!) marks, Tensor? found_inf) -> ()");
+      "Tensor(c!) samplings32, Tensor(d!) marks, Tensor? found_inf, Tensor(e!)? schedules=None) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rbwa_fused, CUDA, library) {

@@ -101,7 +101,8 @@ class Packer {
             usual.rho,
             usual.mu,
             usual.nu,
-            step_.lrs[group]};
+            step_.lrs[group],
+            step_.schedules != nullptr ? step_.schedules + group : nullptr};
   }
 
   // The place in the launch's samplings, or in the device's.
@@ -219,6 +220,11 @@ const char* step_in_launches(const std::vector<Segment>& segments, const CudaSte
     for (const int32_t i : own) {
       key.averaged |= segments[i].a != nullptr;
       key.most = std::max(key.most, served_by(segments[i].kind));
+    }
+    const bool wider = key.kept_dtype != key.theta_dtype;
+    if (step.schedules != nullptr && key.most == Kind::kDecoupled &&
+        !reads_schedules(key.most, wider)) {
+      key.most = Kind::kDifference;  // whose kernels serve kDecoupled, too
     }
     const char* error = key.dtype == Dtype::kFloat64 ? pack<double>(key, segments, own, step, chunk)
                                                      : pack<float>(key, segments, own, step, chunk);

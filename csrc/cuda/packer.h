@@ -16,6 +16,7 @@ struct CudaStep {
   const float* device_samplings_float;
   int32_t* marks;  // with the device's samplings
   void* agings;    // Aging for each segment, in the arithmetic of the launch; with `marks`
+  const Schedule* schedules;  // of each group, or null
   const float* grad_scale;
   const float* found_inf;
   const double* clip;

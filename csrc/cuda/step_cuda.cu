@@ -27,6 +27,12 @@ const char* launch_age(const void* launch, void* stream) {
 }
 
 __global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const Setting* settings, Schedule* schedules, int64_t groups) {
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (group < groups) prepare(settings[group], schedules[group]);
+}
+
+__global__ void __launch_bounds__(kThreads)
     advance_kernel(const __grid_constant__ DeviceCounters counters) {
   if (counters.found_inf != nullptr && *counters.found_inf != 0) return;
   const int64_t step = counters.counts[0] + 1;
@@ -60,6 +66,12 @@ const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, 
 const char* age_cuda(const KernelKey& key, const void* launch, void* stream) {
   return key.dtype == Dtype::kFloat64 ? launch_age<double>(launch, stream)
                                       : launch_age<float>(launch, stream);
+}
+
+const char* prepare_cuda(const Setting* settings, Schedule* schedules, int64_t groups,
+                         void* stream) {
+  return launch_kernel(prepare_kernel, (groups + kThreads - 1) / kThreads, stream, settings,
+                       schedules, groups);
 }
 
 const char* advance_cuda(const DeviceCounters& counters, void* stream) {

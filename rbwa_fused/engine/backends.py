@@ -35,9 +35,8 @@ def _reference(
 
 
 def _advance_cuda(d: DeviceCounters) -> None:
-    torch.ops.rbwa_fused.advance_.default(
-        d.counts, d.policies, d.samplings64, d.samplings32, d.marks, d.found_inf
-    )
+    counted = d.counts, d.policies, d.samplings64, d.samplings32, d.marks
+    torch.ops.rbwa_fused.advance_.default(*counted, d.found_inf, d.schedules)
 
 
 CPU = Backend("cpu", door(_C), checks=True, sum_squares=squares_door(_C))

@@ -91,9 +91,14 @@ def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
         )
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def captured(what: str, instead: str) -> None:
     """Raise while a CUDA graph is captured: its replays would repeat what the host says now."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         raise RuntimeError(
             f"{what} while a CUDA graph is captured, whose replays would count nothing and take "
             f"the same sample again and again (expected {instead})"

@@ -36,6 +36,7 @@ class DeviceCounters:
             in the arithmetic of its launch.
         lrs: a float32 learning rate for each param group, in place of its row's; or none at all.
         grad_scale, found_inf: one float32 each, as torch.amp.GradScaler gives them.
+        settings, schedules: of schedule-free groups, see Schedules; else None.
     """
 
     counts: Tensor
@@ -47,6 +48,8 @@ class DeviceCounters:
     lrs: Sequence[Tensor | None] = ()
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    settings: Tensor | None = None
+    schedules: Tensor | None = None
 
     @classmethod
     def of(

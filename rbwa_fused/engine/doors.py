@@ -101,7 +101,7 @@ def door(module: Any) -> Prepare:
         own: tuple[Any, ...] = ()
         if d is not None:
             counted = d.samplings64, d.samplings32, d.marks, d.agings
-            own = (*counted, d.grad_scale, d.found_inf, clip)
+            own = (*counted, d.grad_scale, d.found_inf, clip, d.settings, d.schedules)
         if direct is None or torch.autograd._profiler_enabled():
             op = torch.ops.rbwa_fused
             operands = (params, grads, t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings)

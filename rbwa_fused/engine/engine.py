@@ -125,7 +125,7 @@ class Engine(Upkeep):
         )
         scale = 1.0
         if on_device:
-            plan.update(scale, lr_on_device=self.options.capturable)
+            plan.update(scale, on_device=True, lr_on_device=self.options.capturable)
             if self.device_counters is None:
                 self.device_counters = OnDevice(tables)
         elif found_inf is not None and found_inf.item() != 0:
@@ -138,24 +138,26 @@ class Engine(Upkeep):
             if not all(tables.fit(table, grads) for (table, _), grads in gathered):
                 return False
             for (table, _), grads in gathered:
-                behind += tables.state.give(table, grads)
+                behind += tables.state.give(table, grads, on_device=on_device)
             behind.append((setattr, plan, "state_is_due", tables.state.lost))
         calls: list[Call] = []
+        moved: set[int] = set()
+        if tables.scheduled:
+            moved = {
+                number
+                for (table, _), grads in gathered
+                for number, g in zip(table.groups, grads, strict=True)
+                if g is not None
+            }
         if self.device_counters is not None and on_device:
-            told = self.options.capturable, grad_scale, found_inf
+            told = self.options.capturable, grad_scale, found_inf, moved
             launching = self.launch if clip is None else partial(self.launch, clip=clip)
             calls += self.device_counters.calls(gathered, launching, *told)
         else:
             for launch, grads in gathered:
                 calls += self.launch(launch, grads, clip=clip)
             calls.append(self.end())
-            if plan.rule.scheduled is not None:
-                moved = {
-                    number
-                    for (table, _), grads in gathered
-                    for number, g in zip(table.groups, grads, strict=True)
-                    if g is not None
-                }
+            if tables.scheduled:
                 calls += self.moved(moved)
         for (table, _), grads in gathered:
             calls += self.finish(table, grads, absent, scale)
@@ -171,8 +173,8 @@ class Engine(Upkeep):
                 is captured.
         """
         plan = self.tables.plan
-        if plan.rule.scheduled is not None:
-            checks.captured("step() of a schedule-free optimizer", "it outside of the capture")
+        if self.tables.scheduled:
+            checks.captured("step() of a schedule-free optimizer", "capturable=True")
         if self.tables.averages and plan.rule.moves:
             checks.captured("step() of an average", "capturable=True")
         plan.sample()

@@ -7,6 +7,8 @@ and are read back where somebody asks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from rbwa_fused import rules
 from rbwa_fused.engine.counters import DeviceCounters
 from rbwa_fused.engine.doors import Call, Grads
+from rbwa_fused.engine.schedules import Schedules
 from rbwa_fused.engine.sharded import local
 from rbwa_fused.engine.tables import Served, Tables
 
@@ -34,6 +37,7 @@ class OnDevice:
             device: DeviceCounters.of(plan.samplers, plan.tensors[1], plan.counts, own, device)
             for device, own in ages.items()
         }
+        self._schedules = Schedules(plan.groups, ages) if tables.scheduled else None
 
     def calls(
         self,
@@ -42,12 +46,14 @@ class OnDevice:
         capturable: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        taking_part: AbstractSet[int] = frozenset(),
     ) -> list[Call]:
         """What steps all tables and lets each device count, or not: nothing waits for it here.
 
         Args:
             launch: what steps one table.
             capturable: whether kernels read learning rates that lie on their device.
+            taking_part: the groups with a gradient, where their rule counts that.
         """
         groups = self._tables.plan.groups
         lrs: list[Tensor | None] = [None] * len(groups)
@@ -56,8 +62,15 @@ class OnDevice:
         first = dict.fromkeys(self._counters, 0)  # segment of a device's next table
         counting = {}
         calls: list[Call] = []
+        schedules = self._schedules
+        if schedules is not None:
+            calls += schedules.before(taking_part, lrs)
+            lrs = [None] * len(groups)  # eta of their rows is 1
         for device, counters in self._counters.items():
             counting[device] = counters.for_step(lrs, grad_scale, found_inf)
+            if schedules is not None:
+                own = schedules.settings[device], schedules.tables[device]
+                counting[device] = replace(counting[device], settings=own[0], schedules=own[1])
         for one, grads in gathered:
             params = one[0].params
             device, count = params[0].device, len(params)
@@ -82,6 +95,8 @@ class OnDevice:
             own, n = ages[table.params[0].device], len(table.params)
             table.set_ages(own[:n])
             del own[:n]
+        if self._schedules is not None:
+            self._schedules.read_back()
 
 
 def _bring_back(grads: Grads, params: list[Tensor]) -> None:

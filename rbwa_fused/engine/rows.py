@@ -187,9 +187,10 @@ class Plan:
             next_counts.append(sampler.update(step, counts[sampler.index], self._samplings))
         self.next_counts = next_counts
 
-    def update(self, scale: float, lr_on_device: bool = False) -> None:
-        """Brings the rows up to date; `scale` is the loss scale under AMP, else 1. A learning rate
-        on a device is not read if the kernel reads it there."""
+    def update(self, scale: float, *, on_device: bool = False, lr_on_device: bool = False) -> None:
+        """Brings the rows up to date; `scale` is the loss scale under AMP, else 1. What a device
+        counts there is not packed. A learning rate on a device is not read if the kernel reads it
+        there."""
         for plan in self.groups:
             if plan.group["average"] is False and plan.policy is None:
                 # torch's ZeroRedundancyOptimizer copies the groups that it was given over ours.
@@ -204,22 +205,24 @@ class Plan:
                 changed = inputs != plan.rule_inputs
             except RuntimeError:  # a tensor of several elements; the check will say so
                 changed = True
-            if not changed:
-                if plan.rule.scheduled is not None:
-                    self._pack_scheduled(plan)
-                continue
-            lr, known = inputs[0], plan.rule_inputs
-            if known is not None and type(lr) is float and lr >= 0.0 and inputs[1:] == known[1:]:
-                self._pack_lr(plan, inputs)  # as schedulers change it, each at every step
-            else:
-                self._pack(plan, inputs, lr_on_device)
+            if changed:
+                lr, known = inputs[0], plan.rule_inputs
+                if (
+                    known is not None
+                    and type(lr) is float
+                    and lr >= 0.0
+                    and inputs[1:] == known[1:]
+                ):
+                    self._pack_lr(plan, inputs)  # as schedulers change it, each at every step
+                else:
+                    self._pack(plan, inputs, lr_on_device)
+            if plan.rule.scheduled is not None and not on_device:
+                self._pack_scheduled(plan)
 
     def _pack_lr(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
         """Another learning rate alone, without a check of all the rest."""
         plan.rule_inputs = None  # until both rows hold it
-        if plan.rule.scheduled is not None:
-            self._pack_scheduled(plan)
-        else:
+        if plan.rule.scheduled is None:
             for first in (False, True):
                 self._rows.pack_last(plan.row + first, inputs[0])
         plan.rule_inputs = inputs
@@ -247,8 +250,6 @@ class Plan:
                 self.state_is_due = True
                 plan.kind, plan.kept = rules.Kind(int(kind)), plan.rule.streams_of(int(kind))
             self._rows.pack(plan.row + first, kind, s / scale, *rest)
-        if plan.rule.scheduled is not None:
-            self._pack_scheduled(plan)
         # A tensor may change its value in place: such rows are packed at every step.
         values = chain.from_iterable(
             value if isinstance(value, tuple | list) else (value,) for value in hyperparameters

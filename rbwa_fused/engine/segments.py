@@ -135,8 +135,8 @@ class Segments:
             return
         self._change()
         for i, tensor in tensors.items():
-            self._columns[i][COLUMN_OF[SLOT_OF[stream]]] = len(self._state)
             self._state.append(tensor.as_strided((tensor.numel(),), (1,)))
+            self._columns[i][COLUMN_OF[SLOT_OF[stream]]] = len(self._state) - 1
 
     @property
     def ages(self) -> list[int]:

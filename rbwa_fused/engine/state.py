@@ -152,12 +152,14 @@ class ParameterState:
 
     # ---- given ---------------------------------------------------------------------------------
 
-    def give(self, table: Segments, grads: Grads) -> list[Call]:
-        """Gives parameters what they come to need. Returns what is to be done behind the step."""
+    def give(self, table: Segments, grads: Grads, *, on_device: bool = False) -> list[Call]:
+        """Gives parameters what they come to need. Returns what is to be done behind the step.
+        A device that counts knows by itself what a step begins with."""
         given: Given = {stream: {} for stream in (STEP, *STREAMS)}
         lacking: list[int] = []
         behind: list[Call] = []
-        self._refresh(table)
+        if not on_device:
+            self._refresh(table)
         for i, p in enumerate(table.params):
             group = self._plan.groups[table.groups[i]]
             state = self._where(group)

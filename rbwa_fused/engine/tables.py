@@ -84,6 +84,7 @@ class Tables:
         device_may_count: whether all backends and policies can do without the host's counters.
         kernels_check: whether all backends refuse gradients that do not fit.
         averages: whether some group has a policy.
+        scheduled: whether the rule counts its steps in the groups.
     """
 
     def __init__(self, rule: Rule, options: Options, state: State, steps: int = 0) -> None:
@@ -94,6 +95,7 @@ class Tables:
         self.backend = ""
         self.device_may_count = self.kernels_check = True
         self.averages = False
+        self.scheduled = rule.scheduled is not None
         self._options = options
         self._segments: dict[tuple[torch.device, int], Segments] = {}
         self._sharded: list[Segments] = []
@@ -151,8 +153,7 @@ class Tables:
             self.backend = launches[-1][1].name
         custom = any(p.policy is not None and p.policy.custom for p in plan.groups)
         self.averages = any(p.policy is not None for p in plan.groups)
-        counted_here = custom or plan.rule.scheduled is not None
-        self.device_may_count = not counted_here and all(
+        self.device_may_count = not custom and all(
             backend.advance is not None for _, backend in self.launches
         )
         self.kernels_check = all(backend.checks for _, backend in self.launches)

@@ -257,8 +257,6 @@ class Smoke:
                 if not KERNELS[rule].takes(policy(average, KERNELS[rule].kept(dtype))):
                     continue
                 yield f"{what}, AMP", partial(self.scaled, dtype, rule, average)
-                if not KERNELS[rule].capturable:
-                    continue
                 yield f"{what}, capturable", partial(self.capturable, dtype, rule, average)
 
     def all(self) -> list[str]:

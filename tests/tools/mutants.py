@@ -115,7 +115,7 @@ MEMORY: Mutants = [
 ]
 SEGMENTS: Mutants = [
     ("param.dtype == made_for.dtype\n            and ", ""),
-    ("= len(self._state)\n", "= 0\n"),
+    ("= len(self._state) - 1\n", "= 0\n"),
     ("self.set_ages(self.ages)", "pass"),
     ("        self._ages = list(ages)\n", ""),
 ]

@@ -84,7 +84,7 @@ def test_as_few_launches_as_fit_and_the_same_bits(emulated_cuda: Any) -> None:
                 p.grad = torch.ones_like(p)
             opt.step()
         launches = emulated_cuda.launches()
-        assert launches == (3 * 8 if backend == "cuda" else 0)  # 96 + 160 bytes each, 32,672 fit
+        assert launches == (3 * 9 if backend == "cuda" else 0)  # 96 + 168 bytes each, 32,672 fit
         ends.append([t for p in ps for t in (p.detach(), *state_of(opt, p).values())])
     assert_same_bits(*ends)
 
@@ -211,7 +211,7 @@ NAMED = [name for name, policy in AVERAGES.items() if policy is None or not poli
 def test_a_skipped_step_skips_everything_and_costs_no_look(
     average: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rule in [*(name for name in KERNELS if KERNELS[name].capturable), "rsgdm implicit"]:
+    for _, rule, _ in products([dtype], [*KERNELS, "rsgdm implicit"], [average]):
         policy = policy_for(average, rule, dtype)
         theirs, on_host = scaled_run(dtype, rule, policy, "cpu")
         with monkeypatch.context() as patch:
@@ -241,16 +241,6 @@ def test_counters_do_not_follow_the_default_device() -> None:
         assert opt.n_averaged == 2
         ends.append([p.detach(), *state_of(opt, p).values()])
     assert_same_bits(*ends)
-
-
-@pytest.mark.parametrize("rule", ["free sgd", "free adamw"])
-def test_what_counts_its_steps_in_a_group_is_counted_by_the_host(rule: str) -> None:
-    ours, opt = scaled_run(torch.float32, rule, rf.ema(0.5), "cuda")
-    theirs, on_host = scaled_run(torch.float32, rule, rf.ema(0.5), "cpu")
-    assert opt.engine.device_counters is None
-    assert opt.param_groups[0]["k"] == opt.n_averaged == STEPS + 4 - len(SKIPPED)
-    assert opt.state_dict()["param_groups"] == on_host.state_dict()["param_groups"]
-    assert_same_bits(ours, theirs)
 
 
 def test_a_custom_weight_is_counted_by_the_host() -> None:

@@ -143,7 +143,7 @@ def run_twice(
 
 MOST = ["none", "mean-write-back", "same-dtype", "swa-current"]
 UNMASTERED = [name for name, rule in KERNELS.items() if rule.keeps and not rule.master]
-COUNTED = [name for name in UNMASTERED if KERNELS[name].capturable]  # by a device, too
+AGED = [name for name in UNMASTERED if KERNELS[name].counts is None]  # by segments, not by groups
 WIDE_AND_NARROW = (torch.float64, torch.float16)
 CASES = products([torch.float32], UNMASTERED, AVERAGES)
 CASES += products([torch.float32], RULES, MOST)
@@ -445,7 +445,7 @@ class TestInterpreted:
         ("rule", "average", "dtype"),
         [
             *(("dampening", average, torch.float32) for average in NAMED),
-            *itertools.product(COUNTED, ["mean-write-back"], WIDE_AND_NARROW),
+            *itertools.product(AGED, ["mean-write-back"], WIDE_AND_NARROW),
             *itertools.product(["rsgdm implicit"], ["rbwa"], WIDE_AND_NARROW),
             ("sgd", "algorithm2", torch.float32),
             ("rsgdm explicit", "lookahead", torch.float32),
@@ -494,6 +494,55 @@ class TestInterpreted:
                 assert (device.deferred.marks[i, 0] > 0) == started, (step, i)
         assert device.deferred.counts.tolist() == [9, opt.n_averaged, 0]
 
+    @pytest.mark.parametrize("dtype", WIDE_AND_NARROW, ids=str)
+    @pytest.mark.parametrize("rule", ["free sgd", "free adamw"])
+    def test_what_a_group_counts_has_the_bits_of_the_host(
+        self, monkeypatch: pytest.MonkeyPatch, rule: str, dtype: torch.dtype
+    ) -> None:
+        """Groups of every schedule, some of them without a gradient, in several blocks."""
+        monkeypatch.setattr(triton_step, "CHUNK", 32)
+        monkeypatch.setattr(triton_step, "GROUPS_BLOCK", 2)
+        schedules: list[dict[str, float]] = [
+            {"warmup_steps": warmup, "r": r, "weight_lr_power": power}
+            for warmup, r, power in [(0, 0, 2), (3, 1, 2), (5, 0.5, 1), (0, -1.5, 0), (2, 16, 0.5)]
+        ]
+        schedules += [{"lr": 0.1 * i} for i in range(4)]
+        ends, counted = [], []
+        for backend in ("triton", "cpu"):
+            ps = [nn.Parameter(torch.linspace(-1, 1, 3, dtype=dtype)) for _ in schedules]
+            groups = [{"params": [p], **own} for p, own in zip(ps, schedules, strict=True)]
+            opt = RULES[rule].made(groups, average=rf.ema(0.5), backend=backend)
+            for step in range(7):
+                for p, g in zip(ps, gradients(ps, step), strict=True):
+                    p.grad = g
+                ps[step % 5].grad = None
+                opt.grad_scale = torch.ones(1)
+                opt.found_inf = torch.tensor([float(step in (0, 3))])
+                opt.step()
+            assert (opt.engine.device_counters is not None) == (backend == "triton")
+            kept = [states(opt, p) for p in ps]
+            ends.append([t for own in kept for _, t in sorted(own.items())])
+            ends[-1] += [p.detach() for p in ps]
+            counted.append(opt.state_dict()["param_groups"])
+        assert counted[0] == counted[1] and [counted[0][i]["k"] for i in range(3)] == [4, 3, 4]
+        for ours, theirs in zip(*ends, strict=True):
+            assert_same(ours, theirs, rule)
+
+    def test_exponents_of_no_half_differ_in_the_last_places_alone(self) -> None:
+        counted = []
+        for backend in ("triton", "cpu"):
+            p = nn.Parameter(torch.ones(3))
+            opt = RULES["free sgd"].made([p], r=1.3, weight_lr_power=2.7, backend=backend)
+            for step in range(1, 60):
+                opt.param_groups[0]["lr"] = 0.3 * step
+                p.grad = torch.ones(3)
+                opt.found_inf = torch.zeros(1)
+                opt.step()
+            assert (opt.engine.device_counters is not None) == (backend == "triton")
+            counted.append(opt.state_dict()["param_groups"][0])
+        ours, theirs = (group["weight_sum"] for group in counted)
+        assert abs(ours - theirs) <= 64 * 2**-53 * theirs
+
 
 class Counters(SimpleNamespace):
     """What `advance_triton` works on, before the first step."""
@@ -509,6 +558,8 @@ class Counters(SimpleNamespace):
             agings=torch.full((segments, 3), torch.nan, dtype=torch.float64),
             grad_scale=None,
             found_inf=None,
+            settings=None,
+            schedules=None,
             lrs=[],
         )
         triton_step.advance_triton(self)  # counts step 0, which no policy samples
@@ -674,6 +725,7 @@ assert "pip install triton" in step.available(torch.device("cuda"))
             "BLOCK": triton_step.CHUNK,
             "PARTS": parts,
             "clip": None,
+            "schedules": None,
         }
         if deferred:
             pointers.update(counting)

@@ -21,7 +21,7 @@ import torch
 from cases import policy_for, products
 from rbwa_fused.triton_kernels import norm as triton_norm
 from rbwa_fused.triton_kernels import step as triton_step
-from rules import COUNTED_ON_DEVICES, RULES
+from rules import RULES
 from torch import Tensor, nn
 
 from rbwa_fused.engine import norm
@@ -55,7 +55,7 @@ class Variant(NamedTuple):
     dtypes: tuple[torch.dtype, ...]  # of parameters, theta, what is kept, averages
     rule: int
     averaged: bool
-    given: tuple[bool, bool, bool, bool]  # marks, grad_scale, found_inf, clip
+    given: tuple[bool, bool, bool, bool, bool]  # marks, grad_scale, found_inf, clip, schedules
     parts: int
 
 
@@ -66,9 +66,12 @@ DTYPE_SETS = [
     for kept in dict.fromkeys((theta, theta if theta in WIDE else torch.float32))
     for average in dict.fromkeys((theta, theta if theta in WIDE else torch.float32))
 ]
-COUNTED = [(False, False, False, clip) for clip in (False, True)]
-COUNTED += [(True, *scaler, False) for scaler in itertools.product((False, True), repeat=2)]
-COUNTED += [(True, False, skipping, True) for skipping in (False, True)]  # of unscaled gradients
+COUNTED = [(False, False, False, clip, False) for clip in (False, True)]
+for free in (False, True):
+    COUNTED += [
+        (True, *scaled, False, free) for scaled in itertools.product((False, True), repeat=2)
+    ]
+    COUNTED += [(True, False, skips, True, free) for skips in (False, True)]  # unscaled gradients
 VARIANTS = [
     Variant(*choices)
     for choices in itertools.product(
@@ -149,8 +152,10 @@ def gpu() -> Iterator[Gpu]:
         yield gpu
 
 
-def counters(samplers: int = 1) -> DeviceCounters:
+def counters(samplers: int = 1, groups: int = 0) -> DeviceCounters:
     return DeviceCounters(
+        settings=torch.zeros(groups, 6, dtype=torch.float64) if groups else None,
+        schedules=torch.zeros(groups, 12, dtype=torch.float64) if groups else None,
         counts=torch.zeros(1 + samplers, dtype=torch.int64),
         policies=torch.zeros(samplers, 7, dtype=torch.float64),
         samplings64=torch.zeros(2 * samplers, 5, dtype=torch.float64),
@@ -168,12 +173,15 @@ def launch_step(variant: Variant, offset: int = 0) -> None:
     def table(columns: int, of: torch.dtype) -> Tensor:
         return torch.zeros(16 + columns, dtype=of)[offset:]
 
-    marks, scaled, skipping, clipped = variant.given
+    marks, scaled, skipping, clipped, scheduled = variant.given
     deferred = None
     if marks:
         one = torch.ones(1 + offset)[offset:]
         deferred = replace(
-            counters(), grad_scale=one if scaled else None, found_inf=one if skipping else None
+            counters(),
+            grad_scale=one if scaled else None,
+            found_inf=one if skipping else None,
+            schedules=table(12, torch.float64) if scheduled else None,
         )
     entries, bases = table(15, torch.int64), table(8, torch.float64)
     tables = entries, bases, table(28, wide), table(5, wide), table(9, wide)
@@ -251,11 +259,20 @@ def test_steps_compile_to_machine_code_with_every_two_choices(gpu: Gpu) -> None:
 
 def test_the_counters_kernel_compiles_to_machine_code(gpu: Gpu) -> None:
     sources = []
-    for samplers, found_inf in itertools.product(SAMPLERS, FOUND_INF):
-        own = replace(counters(samplers), found_inf=found_inf)
+    for samplers, found_inf, groups in itertools.product(SAMPLERS, FOUND_INF, (0, 3)):
+        own = replace(counters(samplers, groups), found_inf=found_inf)
         for architecture in ARCHITECTURES:
             sources += gpu.sources_of(triton_step.advance_triton, own, architecture=architecture)
-    assert len(sources) == len(SAMPLERS) * 2 * 2
+    assert len(sources) == len(SAMPLERS) * 2 * 2 * 2
+    assert failures(machine_code, sources) == []
+
+
+def test_the_kernel_of_schedules_compiles_to_machine_code(gpu: Gpu) -> None:
+    sources = []
+    for groups, architecture in itertools.product((1, 300), ARCHITECTURES):
+        own = counters(groups=groups)
+        sources += gpu.sources_of(triton_step._prepare, own, architecture=architecture)
+    assert len({source.key for source in sources}) == len(ARCHITECTURES)
     assert failures(machine_code, sources) == []
 
 
@@ -286,7 +303,7 @@ def test_the_norm_of_more_gradients_needs_no_kernel_of_its_own(gpu: Gpu) -> None
 
 def test_tables_anywhere_in_memory_need_no_kernel_of_their_own(gpu: Gpu) -> None:
     """One that had to be compiled in the middle of training, or of a capture."""
-    for given in ((True, True, True, False), (True, False, True, True)):
+    for given in ((True, True, True, False, False), (True, False, True, True, True)):
         variant = VARIANTS[-1]._replace(given=given)
         on, off = (gpu.sources_of(launch_step, variant, offset) for offset in (0, 1))
         assert len(on) == 2  # ages come first
@@ -298,8 +315,7 @@ def train(options: dict[str, Any]) -> None:
     one = torch.ones(1)
     amp = [{}, {"grad_scale": one, "found_inf": one}, {"grad_scale": None, "found_inf": one}]
     averages = ("none", "ema", "same-dtype", "rbwa", "mean-write-back")
-    rules = COUNTED_ON_DEVICES if options else RULES
-    for dtype, rule, average in products(DTYPES, rules, averages):
+    for dtype, rule, average in products(DTYPES, RULES, averages):
         ps = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in (5, 40)]
         policy = policy_for(average, rule, dtype)
         opt = RULES[rule].made(ps, average=policy, backend="triton", **options)
@@ -322,9 +338,10 @@ def test_training_launches_nothing_else(gpu: Gpu, options: dict[str, Any]) -> No
     known = set()
     for variant in VARIANTS:
         known |= {source.key for source in gpu.sources_of(launch_step, variant)}
-    for found_inf in FOUND_INF:
-        own = replace(counters(), found_inf=found_inf)
+    for found_inf, groups in itertools.product(FOUND_INF, (0, 1)):
+        own = replace(counters(groups=groups), found_inf=found_inf)
         known |= {source.key for source in gpu.sources_of(triton_step.advance_triton, own)}
+    known |= {source.key for source in gpu.sources_of(triton_step._prepare, counters(groups=1))}
     for dtype in DTYPES:
         known |= {source.key for source in gpu.sources_of(launch_norm, dtype, (5, 40))}
     trained = {source.key for source in gpu.sources_of(train, options)}
