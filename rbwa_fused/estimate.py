@@ -68,8 +68,7 @@ def averaged_estimated(
 ) -> Iterator[None]:
     """`averaged_model`, where it is known which modules are in eval mode in training."""
     inner = _unwrapped(opt)
-    # The `averaged` of our ZeroRedundancyOptimizer takes no blend.
-    with inner.averaged(model, **({} if blend == 1.0 else {"blend": blend})):
+    with inner.averaged(model, blend=blend):
         frozen = [*frozen, *_with_averaged_statistics(inner, model)]
         kept = [_Kept(module) for module in model.modules()]
         try:

@@ -7,7 +7,8 @@ their own (`Elastic`).
 """
 
 from rbwa_fused.distributed.elastic import Elastic
+from rbwa_fused.distributed.shares import averaged
 from rbwa_fused.distributed.states import Joined, synchronize
-from rbwa_fused.distributed.zero import ZeroRedundancyOptimizer, averaged
+from rbwa_fused.distributed.zero import ZeroRedundancyOptimizer
 
 __all__ = ["Elastic", "Joined", "ZeroRedundancyOptimizer", "averaged", "synchronize"]

@@ -2,34 +2,34 @@
 
 torch.distributed.optim.ZeroRedundancyOptimizer does this with our optimizers as they are, and their
 state dicts say what it does not carry: it saves the state of every parameter, but of the groups
-only what every optimizer has there. `ZeroRedundancyOptimizer` adds that; `averaged` needs nothing
-of it.
+only what every optimizer has there. `ZeroRedundancyOptimizer` adds that, and the modes of
+schedule-free optimizers; `averaged` needs nothing of it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.distributed import optim
 from torch.distributed.algorithms.join import JoinHook
 
 from rbwa_fused.checkpoint import OURS, OWN
 from rbwa_fused.clipping import Target, clip_grad_norm_
 from rbwa_fused.distributed.exchange import explained
+from rbwa_fused.distributed.shares import averaged, broadcast, params_of, shares_of
 from rbwa_fused.fused import FusedOptimizer
+from rbwa_fused.modes import EXPORTED_K, PACKAGES, ScheduleFree
+from rbwa_fused.progress import START, progress
 from rbwa_fused.rules import MEMORY
 
-LIVE = "Weights of other ranks are their averages or their training weights on this rank."
-
-ADDED = {*OURS, *(OWN + key for key in OURS), "average"}  # what a state dict adds to a group
+# What the state dict of a rank says of a group, or adds to it.
+ADDED = {*OURS, *(OWN + key for key in OURS), "average", *START, EXPORTED_K, *PACKAGES}
 
 
 class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
@@ -42,15 +42,20 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
     What torch says of its class holds: parameters are given as tensors or groups, not by name, and
     are all of one dtype; `step` broadcasts them. It does not go with Join (see `join_hook`). A rank
     counts its own steps: one in which none of its parameters has a gradient does not count there,
-    though in one process it would; `consolidate_state_dict` warns then.
+    though in one process it would; `consolidate_state_dict` warns then. What schedule-free learning
+    counts in its groups is the same on all ranks, as each sees all gradients.
+
+    SGDScheduleFree and AdamWScheduleFree begin in eval mode here, too. Their `train` and `eval` are
+    to be called on this optimizer and on all ranks; torch's own class has neither, so that its step
+    raises.
 
     Args:
         params, process_group, parameters_as_bucket_view, **defaults: as torch's.
-        optimizer_class: FusedSGD or RSGDM.
+        optimizer_class: one of this package, such as FusedSGD.
 
     Raises:
         TypeError: for another optimizer class.
-        ValueError: for ``buffers``, and for schedule-free optimizers.
+        ValueError: for ``buffers``.
 
     Example:
         >>> opt = rbwa_fused.distributed.ZeroRedundancyOptimizer(
@@ -67,11 +72,6 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         ours = isinstance(optimizer_class, type) and issubclass(optimizer_class, FusedOptimizer)
         if not ours:
             raise TypeError(f"Invalid optimizer_class: {optimizer_class} (expected one of ours)")
-        if hasattr(optimizer_class, "eval"):
-            raise ValueError(
-                f"Invalid optimizer_class: {optimizer_class.__name__}, whose train() and eval() "
-                "would reach the weights of this rank alone"
-            )
         if options.get("buffers") is not None:
             raise ValueError(
                 "buffers= with ZeroRedundancyOptimizer, whose state dict has no place for them "
@@ -107,9 +107,56 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
         self.optim.pending_clip = None
         super().zero_grad(set_to_none)
 
-    def averaged(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+    def averaged(
+        self, model: nn.Module | None = None, **options: Any
+    ) -> AbstractContextManager[None]:
         """See `rbwa_fused.distributed.averaged`; `rbwa_fused.averaged_model` takes this, too."""
-        return averaged(self)
+        return averaged(self, **options)
+
+    @property
+    def train(self) -> Callable[..., None]:
+        """``train()`` of a schedule-free optimizer makes y the weights, which `step` needs: each
+        rank those of its own parameters, and broadcasts them. To be called on all ranks.
+
+        The bits that `eval` has set aside are back on every rank.
+
+        Raises:
+            AttributeError: for an optimizer without modes.
+            RuntimeError: inside `averaged`, on all ranks and before any has sent a weight; where a
+                process has gone, which says what the weights of this rank are.
+        """
+        return self._mode("train")
+
+    @property
+    def eval(self) -> Callable[..., None]:
+        """``eval()`` of a schedule-free optimizer makes x the weights, as `train` makes y."""
+        return self._mode("eval")
+
+    def _mode(self, mode: str) -> Callable[..., None]:
+        local = self.optim
+        if not isinstance(local, ScheduleFree):
+            raise AttributeError(f"{type(local).__name__} has no {mode}()")
+
+        def switch(model: nn.Module | None = None) -> None:
+            shares = shares_of(self, mode)
+            getattr(local, mode)()
+            for group in self.param_groups:  # which the next step brings to the local ones
+                group["train_mode"] = mode == "train"
+            broadcast(self, shares, mode)
+
+        return switch
+
+    def _local_step(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's, and counts in the groups of schedule-free learning what moved other ranks'
+        parameters alone."""
+        counts = [group.get("k") for group in self.param_groups]
+        loss = super()._local_step(*args, **kwargs)
+        if isinstance(self.optim, ScheduleFree):
+            of_all = zip(self.param_groups, self.optim.param_groups, counts, strict=True)
+            for group, own, k in of_all:
+                if own["k"] == k and any(p.grad is not None for p in group["params"]):
+                    group.update(progress(group).left)  # the next step brings it to `own`
+        return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group on all ranks. See torch's.
@@ -192,7 +239,7 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
                 f"parameters (expected {sizes})"
             )
         keys = chain.from_iterable(saved["params"] for saved in saved_groups)
-        key_of = dict(zip(_params(self), keys, strict=True))
+        key_of = dict(zip(params_of(self), keys, strict=True))
         own = [
             {**_without("param_names", saved), "params": [key_of[p] for p in group["params"]]}
             for saved, group in zip(saved_groups, self.optim.param_groups, strict=True)
@@ -205,47 +252,6 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
             group.update(_without("params", loaded))
 
 
-@contextmanager
-def averaged(opt: optim.ZeroRedundancyOptimizer) -> Iterator[None]:
-    """The averaged weights are live on all ranks inside, the training weights again after it.
-
-    As `FusedSGD.averaged`, for a ZeroRedundancyOptimizer over FusedSGD or RSGDM, torch's or ours:
-    each rank puts the averages of its own parameters in place and broadcasts them, and brings the
-    training weights back and broadcasts those, also after an exception. All ranks enter and leave
-    it, as with any collective; an exception on one alone leaves the others waiting.
-
-    Args:
-        opt: torch.distributed.optim.ZeroRedundancyOptimizer, or the one of this module.
-
-    Raises:
-        TypeError: for an optimizer that has no averages.
-        RuntimeError: where a process has gone. The weights of this rank's own parameters are the
-            training weights then.
-
-    Example:
-        >>> with rbwa_fused.distributed.averaged(opt):
-        ...     evaluate(model)
-    """
-    local = getattr(opt, "optim", None)
-    if not isinstance(local, FusedOptimizer):
-        raise TypeError(f"Invalid opt: {type(opt).__name__} over {type(local).__name__}")
-    shares = _shares(opt)
-    own = set(_params(local))
-    others = {p: p.data_ptr() for p in _params(opt) if p not in own}
-    live = False
-    try:
-        with local.averaged():
-            _broadcast(opt, shares)
-            live = True
-            yield
-    finally:
-        if live:
-            for p, address in others.items():
-                if p.data_ptr() != address:  # `p.data = ...` inside, where another one may lie, too
-                    p.data = torch.empty_like(p)
-            _broadcast(opt, shares)
-
-
 def _progress(group: dict[str, Any]) -> tuple[int, int, bool]:
     """How far a rank's parameters of a group have come; their first step leaves a memory."""
     return group["step"], group["n_averaged"], any(group[key] is not None for key in MEMORY)
@@ -253,38 +259,3 @@ def _progress(group: dict[str, Any]) -> tuple[int, int, bool]:
 
 def _without(key: str, group: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k != key}
-
-
-def _params(opt: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in opt.param_groups for p in group["params"]]
-
-
-def _shares(opt: optim.ZeroRedundancyOptimizer) -> list[list[Tensor]]:
-    """The parameters that each rank steps."""
-    params = _params(opt)
-    number = {p: i for i, p in enumerate(params)}
-    everyone: list[Any] = [None] * opt.world_size
-    with explained("averaged", "The weights of this rank are unchanged."):
-        own = [number[p] for p in _params(opt.optim)]
-        dist.all_gather_object(everyone, own, group=opt.process_group)
-    return [[params[i] for i in numbers] for numbers in everyone]
-
-
-def _broadcast(opt: optim.ZeroRedundancyOptimizer, shares: list[list[Tensor]]) -> None:
-    """Gives every rank the weights that their owners have."""
-    with explained("averaged", LIVE), torch.no_grad():
-        works = [
-            dist.broadcast(
-                p.detach(),
-                src=dist.get_global_rank(opt.process_group, rank),
-                group=opt.process_group,
-                async_op=True,
-            )
-            for rank, share in enumerate(shares)
-            for p in share
-        ]
-        for work in works:
-            assert work is not None  # as it would be outside the group
-            work.wait()
-    increment_version([p for share in shares for p in share])
-    torch.clear_autocast_cache()

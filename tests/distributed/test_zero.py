@@ -15,12 +15,9 @@ from runs import AVERAGED, METHODS, STEPS
 from zero_jobs import held, weights
 
 import rbwa_fused as rf
-from rbwa_fused import distributed as rfd
 
 FEW = ["nesterov", "rsgdm explicit lookahead", "ema", "rbwa", "switch_ema"]
 STOP = 6
-# Schedule-free optimizers are refused: their modes reach the weights of one rank alone.
-SHARDED = {name: made for name, made in METHODS.items() if not hasattr(made.rule.cls, "eval")}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +42,7 @@ def compare(answers: list[Any], model: Driven, opt: Any) -> None:
                 assert ours["saved"] == saved
 
 
-@pytest.mark.parametrize("method", SHARDED)
+@pytest.mark.parametrize("method", METHODS)
 def test_sharded_training_evaluation_and_checkpoints_are_those_of_one_process(method: str) -> None:
     model, opt = alone(method, world=2)
     answers = ranks(2).run(zero_jobs.trained, method, {})
@@ -54,19 +51,13 @@ def test_sharded_training_evaluation_and_checkpoints_are_those_of_one_process(me
     compare(answers, model, opt)
 
 
-@pytest.mark.parametrize("cls", [rf.SGDScheduleFree, rf.AdamWScheduleFree])
-def test_an_optimizer_with_modes_is_refused(cls: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{cls.__name__}, whose train\(\) and eval\(\)"):
-        rfd.ZeroRedundancyOptimizer([torch.nn.Parameter(torch.ones(3))], cls)
-
-
 def test_masters_of_sharded_bfloat16_weights_are_those_of_one_process() -> None:
     options = {"master_weights": True, "dtype": torch.bfloat16}
     model, opt = alone("ema", world=2, **options)
     compare(ranks(2).run(zero_jobs.trained, "ema", options), model, opt)
 
 
-@pytest.mark.parametrize("method", SHARDED)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_consolidated_checkpoint_resumes_sharded_or_whole_bit_for_bit(method: str) -> None:
     saved, nothing = ranks(2).run(zero_jobs.saved_at, method, STOP)
     assert nothing is None

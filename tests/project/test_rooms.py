@@ -42,7 +42,7 @@ FLOORS: dict[str, Sequence[str]] = {
         *(f"rbwa_fused.{name}" for name in ("members", "buffers", "total_norm", "clipping")),
         *(
             f"rbwa_fused.{name}"
-            for name in ("in_backward", "saved", "fused", "optimizer", "replicas")
+            for name in ("in_backward", "saved", "fused", "optimizer", "replicas", "modes")
         ),
         *(
             f"rbwa_fused.{name}"

@@ -60,9 +60,6 @@ STATES: Mutants = [
     ("        _refuse_sharded(opt)\n        super", "        super"),
 ]
 ZERO: Mutants = [
-    ("            _broadcast(opt, shares)\n            live = True\n", "            live = True\n"),
-    ("            live = True\n", ""),
-    ("    increment_version([p for share in shares for p in share])\n", ""),
     (" if k not in options} | counters", " if k not in options}"),
     ("if k not in options}", "if True}"),
     ('            group.update(_without("params", loaded))\n', "            pass\n"),
@@ -73,6 +70,26 @@ ZERO: Mutants = [
     ("self._counters.append(max(", "self._counters.append(min("),
     ("any(group[key] is not None for key in MEMORY)", "True"),
     ('key_of[p] for p in group["params"]]', 'key_of[p] for p in reversed(group["params"])]'),
+]
+ZERO_MODES: Mutants = [
+    ("            broadcast(self, shares, mode)\n", ""),
+    ('                group["train_mode"] = mode == "train"\n', "                pass\n"),
+    ("            getattr(local, mode)()\n", ""),
+    ("group.update(progress(group).left)", "pass"),
+    ('if own["k"] == k and any(', "if any("),
+    ('any(p.grad is not None for p in group["params"])', "True"),
+    (', "average", *START,', ', "average",'),
+    (", EXPORTED_K, *PACKAGES}", "}"),
+]
+SHARES: Mutants = [
+    (
+        '            broadcast(opt, shares, "averaged")\n            live = True\n',
+        "            live = True\n",
+    ),
+    ("            live = True\n", ""),
+    ("    increment_version([p for share in shares for p in share])\n", ""),
+    ("local.averaged(**options)", "local.averaged()"),
+    ('    with explained(what, "The weights', '    with explained("averaged", "The weights'),
 ]
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/distributed/elastic.py", ELASTIC, ("distributed/test_elastic.py",), False),
@@ -90,4 +107,11 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
         False,
     ),
     ("rbwa_fused/distributed/zero.py", ZERO, ("distributed/test_zero.py",), False),
+    ("rbwa_fused/distributed/zero.py", ZERO_MODES, ("distributed/test_zero_modes.py",), False),
+    (
+        "rbwa_fused/distributed/shares.py",
+        SHARES,
+        ("distributed/test_zero.py", "distributed/test_zero_modes.py"),
+        False,
+    ),
 ]
