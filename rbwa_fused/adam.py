@@ -83,6 +83,7 @@ class FusedAdam(FusedOptimizer):
     ) -> None:
         hyperparameters.implementation(foreach, differentiable, fused)
         hyperparameters.tensors_with_foreach(lr, betas, foreach, capturable)
+        betas = tuple(betas) if isinstance(betas, list) else betas  # as torch has them
         if state_dtype not in get_args(StateDtype):
             raise ValueError(
                 f"Invalid state_dtype: {state_dtype!r} (expected one of {get_args(StateDtype)})"

@@ -291,10 +291,8 @@ def check_state(
             )
     if "master_param" in held and not plan.master_weights:
         raise ValueError(f"the checkpoint has a master for {name} (expected master_weights=True)")
-    needed = tuple(stream for stream in rule.streams if stream not in rule.late)
-    needed = (STEP, *needed) if rule.counts else needed
-    kept = tuple(stream for stream in needed if stream in held)
-    if kept not in ((), needed) and kept != (STEP,):  # which a frozen parameter has
+    kept, needed = rule.kept_of(held)
+    if kept not in ((), needed, (STEP,)):
         raise ValueError(f"the checkpoint's state of {name} has {kept}, not all of {needed}")
     if rule.counts and STEP in held and not 0 <= number(STEP, held[STEP]) < 2**63:
         raise ValueError(f"Invalid step of {name} in the checkpoint: {held[STEP]}")

@@ -7,6 +7,7 @@ others drops it, and one that finds some of them changed raises.
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
@@ -49,10 +50,14 @@ class Share:
         coefficient: float64, on the device of the first gradient.
         spent: a step has taken it. It counts again for a further step with the same gradients, as
             if they had been multiplied, and forbids nothing.
+        mixed: gradients of other optimizers were multiplied by the same coefficient, in place.
     """
 
-    def __init__(self, params: list[Tensor], grads: Grads, coefficient: Tensor) -> None:
+    def __init__(
+        self, params: list[Tensor], grads: Grads, coefficient: Tensor, mixed: bool
+    ) -> None:
         self.coefficient = coefficient
+        self.mixed = mixed
         self.spent = False
         self._params = params
         shards = _shards(grads)
@@ -152,7 +157,7 @@ class Clipping(Optimizer):
     def clip_grad_norm_(
         self,
         max_norm: float,
-        norm_type: float = 2.0,
+        norm_type: float | Literal["inf"] = 2.0,
         error_if_nonfinite: bool = False,
         *,
         in_place: bool = False,
@@ -168,7 +173,8 @@ class Clipping(Optimizer):
 
         Args:
             max_norm (float, >= 0): the norm is at most so large behind it.
-            norm_type (float): of the p-norm, ``inf`` for the largest absolute value (default: 2.0).
+            norm_type (float, or ``"inf"``): of the p-norm, infinite for the largest absolute value
+                (default: 2.0).
             error_if_nonfinite (bool): raise where the norm is infinite or NaN; waits for a GPU
                 (default: False).
             in_place (bool): multiply ``p.grad`` itself, now, as torch does (default: False).
@@ -216,11 +222,12 @@ def target_of(opt: Optimizer) -> Target | None:
     return getattr(opt, "clipping_target", getattr(inside, "clipping_target", None))
 
 
+@torch._disable_dynamo  # as a step is
 @torch.no_grad()
 def clip_grad_norm_(
     optimizers: Optimizer | Iterable[Optimizer],
     max_norm: float,
-    norm_type: float = 2.0,
+    norm_type: float | Literal["inf"] = 2.0,
     error_if_nonfinite: bool = False,
     *,
     in_place: bool = False,
@@ -228,7 +235,8 @@ def clip_grad_norm_(
     """`FusedSGD.clip_grad_norm_` by one norm over the gradients of several optimizers.
 
     All of them are looked at before the first one steps. Gradients of optimizers that are not of
-    this package are multiplied in place, now, since nobody else would do it.
+    this package are multiplied in place, now, since nobody else would do it; where it is called
+    again for the same gradients, so are all others, by the coefficient that waits.
 
     Args:
         optimizers: one, or several that share no parameter.
@@ -247,7 +255,8 @@ def clip_grad_norm_(
     for opt in opts:
         if not isinstance(opt, Optimizer):
             raise TypeError(f"Invalid optimizers: {opt!r} (expected torch.optim.Optimizer)")
-    limit, order = number("max_norm", max_norm), number("norm_type", norm_type)
+    limit = number("max_norm", max_norm)
+    order = math.inf if norm_type == "inf" else number("norm_type", norm_type)
     if not limit >= 0.0:
         raise ValueError(f"Invalid max_norm: {max_norm} (expected at least 0)")
     if order != order:
@@ -268,6 +277,13 @@ def clip_grad_norm_(
         raise RuntimeError(FLATTENED)
 
     grads = [_gradients(own) for own in params]
+    mixed = None in targets
+    for target, of_own in zip(targets, grads, strict=True):
+        if mixed and target is not None and target.pending_clip is not None:
+            share = target.pending_clip
+            if share.mixed and share.gradients() == "same":
+                _scale_(of_own, share.coefficient)  # as those of the others have been
+                target.pending_clip = None
     present = [g for g in chain.from_iterable(grads) if g is not None]
     fused = [target.engine.options.backend for target in targets if target is not None]
     total = total_norm(present, order, fused[0] if fused else "auto")
@@ -285,7 +301,7 @@ def clip_grad_norm_(
         if target is not None:
             target.pending_clip = None
             if present and not in_place:
-                target.pending_clip = Share(own, of_own, coefficient.double())
+                target.pending_clip = Share(own, of_own, coefficient.double(), mixed)
                 shares.append(target.pending_clip)
     Share.join(shares)
     return total

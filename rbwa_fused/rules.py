@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from operator import itemgetter
@@ -36,7 +36,7 @@ from rbwa_fused.hyperparameters import (
     check_schedule_free_sgd,
 )
 from rbwa_fused.numbers import power
-from rbwa_fused.streams import KEYS
+from rbwa_fused.streams import KEYS, STEP
 
 Group = dict[str, Any]
 Memory = dict[str, float]
@@ -363,6 +363,14 @@ class Rule:
     def streams_of(self, kind: int) -> tuple[str, ...]:
         """Those of what it keeps with rows of a kind."""
         return tuple(stream for stream in self.streams if KEYS[stream] in KEPT_BY[kind])
+
+    def kept_of(self, held: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a parameter's state has of what it must have together, and all of that. A frozen one
+        may have its step alone."""
+        needed = tuple(stream for stream in self.streams if stream not in self.late)
+        needed = (STEP, *needed) if self.counts else needed
+        kept = tuple(stream for stream in needed if held.get(stream) is not None)
+        return kept, needed
 
     def row(self, group: Group, first: bool) -> tuple[float, ...]:
         """The numbers of COLUMNS, for a group that was checked."""

@@ -81,7 +81,7 @@ def _readable(grad: Tensor) -> Tensor:
 
 def _norms(where: SummedOver, shards: Sequence[Tensor], p: float) -> Tensor:
     """The p-norm of each gradient, float64."""
-    nothing = math.inf if p == -math.inf else 0.0  # which an empty shard adds
+    nothing = math.inf if p < 0 else 0.0  # the norm of an empty shard
     each = [
         torch.linalg.vector_norm(g.abs() if g.is_complex() else g, p, dtype=torch.float64)
         if g.numel() > 0

@@ -14,7 +14,9 @@ from rbwa_fused.average import Average
 from rbwa_fused.engine.memory import is_plain, same_layout
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import is_partial, local
-from rbwa_fused.streams import DTYPES, STREAMS, working_dtype
+from rbwa_fused.numbers import number
+from rbwa_fused.rules import Rule
+from rbwa_fused.streams import DTYPES, STEP, STREAMS, working_dtype
 
 
 def duplicates(group: dict[str, Any]) -> None:
@@ -68,16 +70,43 @@ def params(group: dict[str, Any], master_weights: bool) -> None:
 
 
 def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Raise for a parameter whose state was made for another shape."""
+    """Raise for a parameter whose state no step can go on with, such as one of another shape."""
     for i, p in enumerate(group["params"]):
-        own = held.get(p) or {}
+        own, name = held.get(p) or {}, f"parameter {name_of(group, i)}"
         for stream in own.keys() & STREAMS:
             value = own[stream]
-            if value is not None and value.shape != p.shape:
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"Invalid {stream} of {name}: {value!r} (expected a tensor)")
+            if value.is_meta or value.is_complex() or value.layout != torch.strided:
+                what = f"{value.dtype}, {value.layout} on {value.device}"
+                raise TypeError(f"Invalid {stream} of {name}: {what} (expected a dense real one)")
+            if value.shape != p.shape:
                 raise ValueError(
-                    f"parameter {name_of(group, i)} has shape {tuple(p.shape)}, its {stream} "
-                    f"{tuple(value.shape)}"
+                    f"{name} has shape {tuple(p.shape)}, its {stream} {tuple(value.shape)}"
                 )
+
+
+def parts(
+    group: dict[str, Any],
+    held: Mapping[Tensor, dict[str, Any]],
+    rule: Rule,
+    waiting: Mapping[Tensor, set[str]],
+) -> None:
+    """Raise for a parameter of whose state somebody has taken a part away, and for a step in it
+    that is no number. What is ``waiting`` for a first step does not count."""
+    for i, p in enumerate(group["params"]):
+        own, name = held.get(p) or {}, f"parameter {name_of(group, i)}"
+        own = {k: v for k, v in own.items() if k not in waiting.get(p, ())}
+        if rule.counts and own.get(STEP) is not None:
+            number(f"step of {name}", own[STEP])
+        kept, needed = rule.kept_of(own)
+        if kept not in ((), needed, (STEP,)):
+            raise ValueError(
+                f"the state of {name} has {kept}, not all of {needed} (expected all or none: its "
+                "next step is its first then)"
+            )
 
 
 def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ seldom; those of averages are in samplers.py.
 from __future__ import annotations
 
 from itertools import chain
+from numbers import Number
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -221,11 +222,12 @@ class Plan:
 
     def _pack_lr(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
         """Another learning rate alone, without a check of all the rest."""
+        known = plan.rule_inputs or ()
         plan.rule_inputs = None  # until both rows hold it
         if plan.rule.scheduled is None:
             for first in (False, True):
                 self._rows.pack_last(plan.row + first, inputs[0])
-        plan.rule_inputs = inputs
+        plan.rule_inputs = inputs[:1] + known[1:]
 
     def _pack_scheduled(self, plan: GroupPlan) -> None:
         """What is another number at each step."""
@@ -250,9 +252,11 @@ class Plan:
                 self.state_is_due = True
                 plan.kind, plan.kept = rules.Kind(int(kind)), plan.rule.streams_of(int(kind))
             self._rows.pack(plan.row + first, kind, s / scale, *rest)
-        # A tensor may change its value in place: such rows are packed at every step.
+        # A list is compared by a copy of it. A tensor or an array may change its value in place, so
+        # that such rows are packed at every step.
+        copies = tuple(list(value) if type(value) is list else value for value in inputs)
         values = chain.from_iterable(
             value if isinstance(value, tuple | list) else (value,) for value in hyperparameters
         )
-        changes = any(isinstance(value, Tensor) for value in values)
-        plan.rule_inputs = None if changes else inputs
+        changes = any(not isinstance(value, Number | None) for value in values)
+        plan.rule_inputs = None if changes else copies

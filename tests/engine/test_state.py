@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -147,6 +148,74 @@ def test_state_that_is_taken_away_starts_again_as_in_torch(
     if edit is not clear:
         for p, tensor in zip(ours.param_groups[0]["params"][1:], kept, strict=True):
             assert ours.state[p][STREAM] is tensor
+
+
+MANY = [
+    (lambda ps: rf.FusedAdamW(ps, lr=0.125), ("step", "exp_avg", "exp_avg_sq")),
+    (lambda ps: rf.AdamWScheduleFree(ps, lr=0.125), ("step", "z", "exp_avg_sq")),
+    (
+        lambda ps: rf.RSGDM(ps, lr=0.125, difference="explicit"),
+        ("momentum_buffer", "difference_buffer", "previous_gradient"),
+    ),
+]
+
+
+@pytest.mark.parametrize("value", ["gone", None])
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize(("made", "keys"), MANY, ids=["adamw", "schedule-free", "rsgdm"])
+def test_a_part_of_a_state_that_is_taken_away_raises_and_the_rest_is_kept(
+    made: Callable[..., Any], keys: tuple[str, ...], index: int, value: str | None, asked: None
+) -> None:
+    opt = made(params())
+    if isinstance(opt, rf.AdamWScheduleFree):
+        opt.train()
+    train(opt, 1, 2)
+    weights, own = first(opt).detach().clone(), opt.state[first(opt)]
+    whole = {key: tensor.clone() for key, tensor in own.items()}
+    taken = own.pop(keys[index])
+    if value is None:
+        own[keys[index]] = None
+    others = tuple(key for key in keys if key != keys[index])
+    with pytest.raises(ValueError, match=re.escape(f"parameter 0 has {others}, not all of {keys}")):
+        train(opt, 3, 3)
+    assert torch.equal(first(opt), weights)
+    assert all(torch.equal(own[key], whole[key]) for key in others)
+    own[keys[index]] = taken
+    train(opt, 3, 3)
+    own.clear()
+    train(opt, 4, 4)
+    assert opt.state[first(opt)].keys() == whole.keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.5, r"Invalid momentum_buffer of parameter 0: 0\.5 \(expected a tensor\)"),
+        (torch.ones(7).to_sparse(), r"torch\.sparse_coo on cpu \(expected a dense real one\)"),
+        (torch.ones(7, device="meta"), r"torch\.strided on meta \(expected a dense real one\)"),
+        (
+            torch.ones(7) * 1j,
+            r"torch\.complex64, torch\.strided on cpu \(expected a dense",
+        ),
+    ],
+    ids=["number", "sparse", "meta", "complex"],
+)
+def test_state_that_no_step_can_go_on_with_is_named(value: Any, said: str, asked: None) -> None:
+    opt, _ = pair()
+    weights = first(opt).detach().clone()
+    opt.state[first(opt)][STREAM] = value
+    with pytest.raises(TypeError, match=said):
+        train(opt, 3, 3)
+    assert torch.equal(first(opt), weights)
+
+
+@pytest.mark.parametrize("value", [[5], 10**400, torch.ones(2), 1j], ids=str)
+def test_a_step_that_is_no_number_is_named(value: Any) -> None:
+    opt = rf.FusedAdam(params())
+    train(opt, 1, 1)
+    opt.state[first(opt)]["step"] = value
+    with pytest.raises(TypeError, match=r"Invalid step of parameter 0: .* \(expected a number\)"):
+        train(opt, 2, 2)
 
 
 def all_none(opt: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -246,6 +247,31 @@ def test_another_state_dtype_is_refused(value: Any) -> None:
 def test_betas_that_are_none_are_refused(betas: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
         rf.FusedAdam([vector()], betas=betas)
+
+
+def test_hyperparameters_that_are_changed_in_place_are_read_at_every_step() -> None:
+    ends = []
+    for cls in (rf.FusedAdam, torch.optim.Adam):
+        p, lr = vector(torch.float64), np.array(0.1)
+        opt = cls([{"params": [p], "betas": [0.5, 0.75]}], lr=lr)
+        (group,) = opt.param_groups
+        for step in range(8):
+            p.grad = gradient(step, torch.float64)
+            opt.step()
+            if step == 1:
+                lr[...] = 0.2
+            elif step in (2, 4):
+                group["lr"] = 0.05 * step
+            elif step in (3, 5):
+                group["betas"][step % 4 // 2] = 0.875
+        ends.append(p.detach())
+    assert float((ends[0] - ends[1]).abs().max()) <= 1e-14
+
+
+def test_a_list_of_betas_is_a_tuple_in_groups_as_in_torch() -> None:
+    for cls in (rf.FusedAdam, rf.FusedAdamW, torch.optim.Adam):
+        opt = cls([vector()], betas=[0.5, 0.75])
+        assert opt.defaults["betas"] == opt.param_groups[0]["betas"] == (0.5, 0.75)
 
 
 def test_betas_in_tensors_are_read_at_every_step() -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -364,8 +365,8 @@ def params(opt: Any) -> list[nn.Parameter]:
     return [p for group in opt.param_groups for p in group["params"]]
 
 
-@pytest.mark.parametrize("norm_type", [0, 0.5, 1, 2, 3.5, 7, math.inf, -math.inf])
-def test_every_order_is_torchs(norm_type: float) -> None:
+@pytest.mark.parametrize("norm_type", [0, 0.5, 1, 2, 3.5, 7, math.inf, -math.inf, "inf"])
+def test_every_order_is_torchs(norm_type: Any) -> None:
     grads = [torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (1, 50, 7)]
     opt = made(*[g.clone() for g in grads])
     expected = nn.utils.get_total_norm(grads, norm_type)
@@ -374,6 +375,13 @@ def test_every_order_is_torchs(norm_type: float) -> None:
     nn.utils.clip_grads_with_norm_(theirs := params(made(*grads)), 0.25, expected)
     for p, q in zip(params(opt), theirs, strict=True):
         assert q.grad is not None and torch.allclose(p, -q.grad, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm_type", [-2.0, -0.5, 0.0, 0.5, 2.0, math.inf, -math.inf])
+def test_a_parameter_without_elements_adds_nothing_to_the_norm(norm_type: float) -> None:
+    grads = [torch.tensor([3.0, 4.0]), torch.empty(0, 2)]
+    expected = made(grads[0]).clip_grad_norm_(1.0, norm_type)
+    assert made(*grads).clip_grad_norm_(1.0, norm_type) == expected != 0.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -438,7 +446,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_norm": -1.0}, ValueError, "Invalid max_norm: -1.0"),
     ({"max_norm": math.nan}, ValueError, "Invalid max_norm: nan"),
     ({"max_norm": "1"}, TypeError, "Invalid max_norm: '1'"),
-    ({"norm_type": "inf"}, TypeError, "Invalid norm_type: 'inf'"),
+    ({"norm_type": "fro"}, TypeError, "Invalid norm_type: 'fro'"),
     ({"norm_type": math.nan}, ValueError, "Invalid norm_type: nan"),
     ({"error_if_nonfinite": "no"}, ValueError, "Invalid error_if_nonfinite: 'no'"),
     ({"in_place": "no"}, ValueError, "Invalid in_place: 'no'"),
@@ -807,6 +815,33 @@ def test_several_optimizers_share_one_norm_and_a_foreign_one_is_scaled_in_place(
     assert steps == pytest.approx([-0.3, -1.2, -0.4])
 
 
+def test_a_second_call_multiplies_all_where_the_first_has_multiplied_foreign_gradients() -> None:
+    ends = []
+    for cls in (rf.FusedSGD, torch.optim.SGD):
+        opts = [made(torch.tensor([3.0, 0.0]), cls=cls)]
+        opts.append(made(torch.tensor([4.0]), cls=torch.optim.SGD))
+        for limit in (math.inf, 2.0, 1.0, 3.0):
+            if cls is rf.FusedSGD:
+                rf.clip_grad_norm_(opts, limit)
+            else:
+                nn.utils.clip_grad_norm_([p for opt in opts for p in params(opt)], limit)
+        for opt in opts:
+            opt.step()
+        ends.append([params(opt)[0].tolist()[0] for opt in opts])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+    assert ends[0] == pytest.approx([-0.6, -0.8], rel=1e-5)
+
+
+def test_a_second_call_that_finds_an_infinity_leaves_what_it_has_multiplied_to_the_step() -> None:
+    ours, foreign = made(torch.tensor([3.0])), made(torch.tensor([4.0]), cls=torch.optim.SGD)
+    rf.clip_grad_norm_([ours, foreign], 1.0)
+    params(foreign)[0].grad.fill_(math.inf)
+    with pytest.raises(RuntimeError, match="is non-finite"):
+        rf.clip_grad_norm_([ours, foreign], 1.0, error_if_nonfinite=True)
+    ours.step()
+    assert params(ours)[0].item() == pytest.approx(-0.6)
+
+
 def test_foreign_optimizers_alone_are_clipped_as_torch_does() -> None:
     foreign = made(torch.tensor([3.0]), torch.tensor([4.0]), cls=torch.optim.AdamW)
     assert rf.clip_grad_norm_(foreign, 1.0).item() == 5.0
@@ -882,6 +917,22 @@ def test_no_gradient_is_kept_alive() -> None:
     holders = [h for h in gc.get_referrers(grad) if h is not kept and isinstance(h, tuple)]
     assert holders == []
     assert opt.pending_clip.gradients() == "new"
+
+
+def test_a_compiled_training_step_clips_without_a_word() -> None:
+    torch._dynamo.reset()
+    opt = made(torch.tensor([3.0, 4.0]))
+
+    @torch.compile(backend="eager")
+    def step() -> Tensor:
+        norm = opt.clip_grad_norm_(1.0)
+        opt.step()
+        return norm
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert step().item() == 5.0
+    assert params(opt)[0].tolist() == pytest.approx([-0.6, -0.8])
 
 
 def test_norm_and_coefficient_are_found_without_autograd() -> None:

@@ -151,7 +151,7 @@ CHECKPOINT: Mutants = [
     ("not same(theirs, ours):", "True:"),
     ("value.dtype not in DTYPES or value.is_meta", "value.dtype not in DTYPES"),
     ("if value.layout != torch.strided:", "if False:"),
-    ("if kept not in ((), needed)", "if False"),
+    ("if kept not in ((), needed, (STEP,))", "if False"),
     ('if "master_param" in held and not plan.master_weights:', "if False:"),
     ('if "average" in held and policy is None:', "if False:"),
     ("policy is not None and n_averaged > 0:", "policy is not None and n_averaged > 1:"),
@@ -228,6 +228,18 @@ SWAP: Mutants = [
 PLAN: Mutants = [
     ("        plan.rule_inputs = None  # until both rows hold them\n", ""),
     ("        plan.rule_inputs = None  # until both rows hold it\n", ""),
+]
+IN_PLACE: Mutants = [
+    ("list(value) if type(value) is list else value", "value"),
+    ("inputs[:1] + known[1:]", "inputs"),
+    ("not isinstance(value, Number | None)", "isinstance(value, Tensor)"),
+]
+OWN_STATE: Mutants = [
+    ("if kept not in ((), needed, (STEP,)):", "if False:"),
+    ("if rule.counts and own.get(STEP) is not None:", "if False:"),
+    ("if not isinstance(value, Tensor):", "if False:"),
+    ("value.is_meta or value.is_complex() or", "value.is_complex() or"),
+    ("value.is_meta or value.is_complex() or", "value.is_meta or"),
 ]
 MODEL_STATE: Mutants = [
     ("None in sources.values() or ", ""),
@@ -891,6 +903,8 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ),
     ("rbwa_fused/swap.py", SHARDS_IN_SWAP, SHARDS, False),
     ("rbwa_fused/engine/rows.py", PLAN, ("engine/test_step_fails.py",), False),
+    ("rbwa_fused/engine/rows.py", IN_PLACE, ("optimizer/test_adam.py",), False),
+    ("rbwa_fused/engine/checks.py", OWN_STATE, ("engine/test_state.py",), False),
     (
         "rbwa_fused/checkpoint.py",
         CHECKPOINT,

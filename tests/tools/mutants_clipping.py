@@ -31,12 +31,15 @@ CLIPPING: Mutants = [
     ("if not limit >= 0.0:", "if limit != limit:"),
     ("any(p.grad is not None for p in set(params).difference(self._params))", "False"),
     ("if target is not None and target.engine.options.in_backward:", "if False:"),
+    ('math.inf if norm_type == "inf" else number', "number"),
+    ('share.mixed and share.gradients() == "same"', "False"),
+    ("                target.pending_clip = None\n    present", "    present"),
 ]
 TOTAL_NORM: Mutants = [
     ("torch.float64 if wide else torch.float32", "torch.float32"),
     ("grad.resolve_conj()", "grad"),
     ("(grad.is_contiguous() or is_dense(grad)) and is_plain(grad)", "is_plain(grad)"),
-    ("math.inf if p == -math.inf else 0.0", "0.0"),
+    ("math.inf if p < 0 else 0.0", "0.0"),
     ('"max" if p > 0 else "min"', '"max"'),
     ("where.total(norms**p) ** (1 / p)", "where.total(norms)"),
     ("where.total(_sum_squares(shards, backend))", "_sum_squares(shards, backend)"),
