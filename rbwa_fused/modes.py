@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
@@ -109,6 +110,10 @@ class ScheduleFree(FusedOptimizer):
         if trains == self._trains:
             self._mirror()
             return
+        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            others = swap.in_place_of(p)
+            if others is not None:  # an Averager's
+                others.refuse(mode)
         if not engine.tables.describes(self.param_groups, self.state):
             self._rebuild()
         started = list(self._started())
@@ -252,12 +257,11 @@ class ScheduleFree(FusedOptimizer):
         def of(plan: GroupPlan, param: Tensor) -> Tensor | None:
             if param not in started:
                 return None
-            weights = local(param).detach()
+            others = swap.in_place_of(param)
+            set_aside = None if others is None else others.set_aside(param)
+            weights = local(param).detach() if set_aside is None else set_aside
             if self.engine.swapped is EVAL:
                 return weights
-            if isinstance(self.engine.swapped, swap.Swap):
-                set_aside = self.engine.swapped.set_aside(param)
-                weights = weights if set_aside is None else set_aside
             return self._x(plan, param, weights)
 
         return swap.Derived(self, of)

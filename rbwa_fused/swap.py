@@ -108,6 +108,7 @@ class Swap:
             }
         addresses = [average.data_ptr() for average in self._averages.values()]
         self._taken = {*addresses, *(saved.address for saved in self._saved.values())}
+        _open[id(self)] = self
 
     @property
     def over(self) -> bool:
@@ -152,6 +153,7 @@ class Swap:
             _announce([now.get(p, p) for p in self._averages])
         if not wrong:
             self._owner.engine.swapped = None
+            _open.pop(id(self), None)
             return None
         self._missing = "; ".join(f"{where}: {error}" for where, error in wrong.items())
         failure = RuntimeError(f"averaged() could not bring back all weights: {self}")
@@ -173,6 +175,15 @@ class Swap:
             raise RuntimeError(f"{what}() inside averaged(), where the averaged weights are live")
         if self._missing is not None or self.restore() is not None:
             raise RuntimeError(f"{what}() with averaged weights for training weights: {self}")
+
+
+# All that are in the place of weights, in the order in which they came there.
+_open: weakref.WeakValueDictionary[int, Swap] = weakref.WeakValueDictionary()
+
+
+def in_place_of(param: Tensor) -> Swap | None:
+    """What has set a parameter's training weights aside, whoever has entered it."""
+    return next((one for one in list(_open.values()) if one.set_aside(param) is not None), None)
 
 
 def adopt(opt: Averaging) -> None:

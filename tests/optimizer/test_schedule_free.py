@@ -783,6 +783,37 @@ def test_an_averager_behind_it_may_not_move_y() -> None:
     assert averager.n_averaged == 6
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("followed", [True, False])
+def test_inside_an_averagers_context_modes_stay_and_x_is_that_of_the_training_weights(
+    mode: str, followed: bool
+) -> None:
+    net, opt = fitted(rf.AdamWScheduleFree)
+    averager = rf.Averager(net, rf.ema(0.5), optimizer=opt if followed else None)
+    for x in batches():
+        opt.zero_grad()
+        net(x).square().mean().backward()
+        opt.step()
+        if not followed:
+            averager.update()
+    getattr(opt, mode)()
+    weights, x = deepcopy(net.state_dict()), opt.averaged_state_dict(net)
+    other = "eval" if mode == "train" else "train"
+    with averager.averaged():
+        inside = values([*net.parameters()])
+        with pytest.raises(RuntimeError, match=rf"{other}\(\) inside averaged\(\)"):
+            getattr(opt, other)()
+        getattr(opt, mode)()  # which it has
+        assert same(values([*net.parameters()]), inside)
+        assert same([*opt.averaged_state_dict(net).values()], [*x.values()])
+    assert same([*net.state_dict().values()], [*weights.values()])
+    opt.eval()
+    assert same([*net.state_dict().values()], [*x.values()])
+    opt.train()
+    if mode == "train":
+        assert same([*net.state_dict().values()], [*weights.values()])
+
+
 def test_a_captured_step_would_repeat_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     opt, ps = trained(rf.AdamWScheduleFree, 2)
     before = values(ps)
