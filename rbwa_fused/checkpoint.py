@@ -78,18 +78,22 @@ def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Grou
             held = saved["state"].get(key, {})
             if p in waiting:
                 held = {k: v for k, v in held.items() if k not in waiting[p]}
-            if engine.rule.name == ADAM.name and held and STEP not in held:
-                held = {**unstepped(engine.rule, live, p), **held}
+            if engine.rule.name == ADAM.name and held:
+                held = {**awaited(engine.rule, live, p, held), **held}
             if key in saved["state"]:
                 saved["state"][key] = held
 
 
-def unstepped(rule: Rule, group: Group, param: Tensor) -> dict[str, Tensor]:
-    """What torch.optim.Adam looks for in the state of a parameter that has any, such as an average:
-    before the first step zeros. One that is frozen is not stepped, and takes no more memory."""
+def awaited(rule: Rule, group: Group, param: Tensor, held: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What torch.optim.Adam looks for in the state of a parameter that has any, and the next step
+    would make: zeros, of all before the first step, such as beside an average, and of the largest v
+    where amsgrad is new. One that is frozen is not stepped, and takes no more memory."""
+    unstepped = STEP not in held
     streams = rule.streams_of(rule.coefficients(group, True).kind)
-    zeros = {stream: torch.zeros_like(param.detach()) for stream in streams if param.requires_grad}
-    return {STEP: torch.zeros((), dtype=torch.float32, device="cpu"), **zeros}
+    missing = [stream for stream in streams if unstepped or stream in set(rule.late) - held.keys()]
+    zeros = {stream: torch.zeros_like(param.detach()) for stream in missing if param.requires_grad}
+    step = {STEP: torch.zeros((), dtype=torch.float32, device="cpu")} if unstepped else {}
+    return {**step, **zeros}
 
 
 def read(

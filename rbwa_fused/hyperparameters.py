@@ -56,10 +56,11 @@ def check_adam(group: Group) -> None:
 
 
 def _betas(group: Group) -> tuple[Any, Any]:
+    betas = group["betas"]
     try:
-        beta1, beta2 = group["betas"]
-    except (TypeError, ValueError):
-        raise TypeError(f"Invalid betas: {group['betas']!r} (expected two numbers)") from None
+        beta1, beta2 = (betas[i] for i in range(len(betas)))  # a set has no order
+    except (TypeError, ValueError, LookupError):
+        raise TypeError(f"Invalid betas: {betas!r} (expected two numbers)") from None
     return beta1, beta2
 
 

@@ -421,3 +421,30 @@ def test_what_was_torchs_before_is_not_taken_for_torchs_after(how: str) -> None:
         again.load_state_dict(opt.state_dict())
     assert again.n_averaged == 3
     assert bits(again.state[model.matrix]["average"]) == bits(opt.state[model.matrix]["average"])
+
+
+@pytest.mark.parametrize("average", [None, rf.ema(0.9)], ids=["no average", "ema"])
+def test_amsgrad_that_was_switched_on_before_the_checkpoint_goes_on_in_torch(average: Any) -> None:
+    ours, theirs = matrices(), matrices()
+    opt = stepped(rf.FusedAdam(ours, lr=0.1, average=average), 2, ours)
+    opt.param_groups[0]["amsgrad"] = True
+    saved = copy.deepcopy(opt.state_dict())
+    assert all("max_exp_avg_sq" not in opt.state[p] for p in ours)
+    there = torch.optim.Adam(theirs)
+    there.load_state_dict(copy.deepcopy(saved))
+    with torch.no_grad():
+        for p, q in zip(theirs, ours, strict=True):
+            p.copy_(q)
+    stepped(there, 3, theirs)
+    again = rf.FusedAdam(back := [nn.Parameter(p.detach().clone()) for p in ours], average=average)
+    again.load_state_dict(saved)
+    for one, own in ((opt, ours), (again, back)):
+        stepped(one, 3, own)
+        for p, q in zip(own, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                one.state[p]["max_exp_avg_sq"], there.state[q]["max_exp_avg_sq"], rtol=1e-5, atol=0
+            )
+    frozen = ours[0].requires_grad_(False)
+    del opt.state[frozen]["max_exp_avg_sq"]
+    assert "max_exp_avg_sq" not in opt.state_dict()["state"][0]

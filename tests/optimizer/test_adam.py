@@ -237,6 +237,10 @@ def test_another_state_dtype_is_refused(value: Any) -> None:
     [
         (0.9, TypeError, "Invalid betas"),
         ((0.9,), TypeError, "Invalid betas"),
+        ((0.9, 0.99, 0.999), TypeError, "Invalid betas"),
+        ({0.9, 0.999}, TypeError, "Invalid betas"),
+        ({0.9: 0, 0.999: 1}, TypeError, "Invalid betas"),
+        (iter((0.9, 0.999)), TypeError, "Invalid betas"),
         ((0.9, 1), ValueError, "Invalid beta parameter at index 1: 1"),
         ((0, 0.999), ValueError, "both floats or both Tensors"),
         (("a", 0.9), TypeError, r"Invalid betas\[0\]"),
@@ -247,6 +251,11 @@ def test_another_state_dtype_is_refused(value: Any) -> None:
 def test_betas_that_are_none_are_refused(betas: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
         rf.FusedAdam([vector()], betas=betas)
+    opt = rf.FusedAdam([vector()])
+    opt.param_groups[0]["betas"] = betas
+    opt.param_groups[0]["params"][0].grad = gradient(0, torch.float32)
+    with pytest.raises(error, match=words):
+        opt.step()
 
 
 def test_hyperparameters_that_are_changed_in_place_are_read_at_every_step() -> None:

@@ -156,6 +156,7 @@ CHECKPOINT: Mutants = [
     ('if "average" in held and policy is None:', "if False:"),
     ("policy is not None and n_averaged > 0:", "policy is not None and n_averaged > 1:"),
     ("if dtype != expected:", "if False:"),
+    ("stream in set(rule.late) - held.keys()", "False"),
 ]
 EVALUATE: Mutants = [
     (
