@@ -37,14 +37,15 @@ mutants: .venv/dev
 sanitize: .venv/dev
 	$(BIN)/python tests/sanitize.py
 
-# What takes long: thousands of random training runs, steps interrupted everywhere, a comparison killed
+# What takes long: thousands of random training runs, steps interrupted everywhere, runs killed
 # at random moments, and every variant of Triton's kernels compiled.
 soak: .venv/dev
 	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/properties/test_properties.py
 	RBWA_PROFILE=long $(BIN)/python -m pytest -q -s tests/engine/test_interrupted.py \
 		tests/engine/test_interrupted_averager.py
 	RBWA_PROFILE=long $(BIN)/python -m pytest -q tests/update/test_triton_compiled.py
-	RBWA_KILLS=50 $(BIN)/python -m pytest -q -s tests/studies/test_crash.py
+	RBWA_KILLS=50 $(BIN)/python -m pytest -q -s tests/studies/test_crash.py \
+		tests/checkpoints/test_killed.py
 
 # On a machine with a GPU, in stages, all that needs one: tests/gpu_run.py, which needs no make.
 OUT ?= build/gpu

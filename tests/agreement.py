@@ -40,9 +40,11 @@ def agree(
             assert theirs[name] == value, name
         if twin.rule.counts is not None:
             assert {key: theirs[key] for key in ours.counts} == ours.counts
+        if twin.rule.modes:
+            assert theirs["train_mode"] is twin.trains
         assert theirs["step"] == twin.steps
         assert theirs["n_averaged"] == ours.averaged
-        assert theirs["implicit_momentum"] == ours.beta
+        assert theirs["implicit_momentum"] == (None if twin.rule.modes else ours.beta)
         assert theirs["average"] == (None if ours.policy is None else ours.policy.describe())
     assert opt.n_averaged == max(group.told for group in twin.groups)
     for i, (p, member) in enumerate(zip(params, twin.members, strict=True)):

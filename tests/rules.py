@@ -340,6 +340,24 @@ class Rule:
         """Whether it can have such an average."""
         return self.writes_back or policy is None or policy.write_back_every == 0
 
+    def beta(self, numbers: Numbers) -> float | None:
+        """What a group must go on with, once it has stepped."""
+        if not self.constant_momentum:
+            return None
+        betas: Any = numbers.get("betas")
+        return float(numbers["momentum"] if betas is None else betas[0])
+
+    def with_beta(self, options: Options, beta: float) -> Options:
+        """The hyperparameters with another one."""
+        if "betas" in options:
+            return {**options, "betas": (beta, options["betas"][1])}
+        return {**options, "momentum": beta}
+
+    @property
+    def modes(self) -> bool:
+        """Whether it has train() and eval()."""
+        return hasattr(self.cls, "eval")
+
     @property
     def master(self) -> bool:
         """Whether 16-bit parameters have float32 masters."""

@@ -6,7 +6,7 @@ how far the kernels may be from it, agreement.py compares them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 import rbwa_fused as rf
 
 AVERAGE, MASTER = "average", "master_param"
+Z, Y = "z", "y"  # of a rule with modes: what it keeps, and the weights of training in eval mode
 
 
 @dataclass(eq=False)
@@ -56,23 +57,46 @@ class Member:
     @property
     def rules_state(self) -> dict[str, Value]:
         """What the rule keeps: empty until the first step that keeps something."""
-        return {k: value for k, (value, _) in self.state.items() if k not in (AVERAGE, MASTER)}
+        beside = (AVERAGE, MASTER, Y)
+        return {k: value for k, (value, _) in self.state.items() if k not in beside}
 
-    def weights(self) -> Value:
+    def weights(self, theta: Value | None = None, dtype: torch.dtype | None = None) -> Value:
         """What a step works on: the parameter, or its master where the parameter is that, rounded.
 
         Of memory that others share and have moved in this step, the bound tells whether it may be.
         """
+        theta = self.theta if theta is None else theta
         if MASTER not in self.state:
-            return self.theta.clone()
-        master, theta = self.state[MASTER][0].v, self.theta
-        apart = (master.to(self.dtype).to(F64) - theta.v).abs()
+            return theta.clone()
+        master = self.state[MASTER][0].v
+        apart = (master.to(dtype or self.dtype).to(F64) - theta.v).abs()
         known, near = theta.off == 0, apart <= theta.off
         return Value(
             torch.where(known & near, master, theta.v),
             torch.where(near & ~known, theta.off.maximum((master - theta.v).abs()), theta.off),
             theta.arithmetic,
         )
+
+    def x(self, beta: float, y: tuple[Value, torch.dtype] | None = None) -> Value:
+        """The schedule-free average, of weights of training that are known exactly."""
+        z, dtype = self.state[Z]
+        z, theta = (Value.of(v.v.to(dtype)) for v in (z, self.weights(*(y or ()))))
+        return (theta + (1.0 - 1.0 / beta) * (z - theta)).stored(self.dtype)
+
+    def y(self, beta: float) -> Value:
+        """The weights of training, where x is live or what somebody has written over it: those that
+        were set aside where they may be the weights' still, else as x and z say it."""
+        z, dtype = self.state[Z]
+        z, x = (Value.of(v.v.to(dtype)) for v in (z, self.theta))
+        computed = (x + (1.0 - beta) * (z - x)).stored(self.dtype)
+        if Y not in self.state and MASTER not in self.state:
+            return computed
+        aside = self.state[Y if Y in self.state else MASTER]
+        y = aside[0].v.to(self.dtype).to(F64)
+        expected = self.x(beta, aside)
+        untouched = (expected.v - self.theta.v).abs() <= expected.off
+        off = torch.maximum(computed.off, (y - computed.v).abs())
+        return Value(computed.v, torch.where(untouched, off, computed.off), computed.arithmetic)
 
     def keep(self, name: str, value: Value, dtype: torch.dtype) -> None:
         self.state[name] = value.stored(dtype), dtype
@@ -95,7 +119,7 @@ class Group:
     policy: rf.Average | None
     members: list[Member]
     samples: int = 0
-    beta: float | None = None  # the momentum that must stay, from the first step on
+    beta: float | None = None  # what must stay, from the first step on
     counts: dict[str, Any] = field(default_factory=lambda: dict(NOT_STARTED))  # if its rule counts
 
     @property
@@ -173,6 +197,7 @@ class Twin:
         self.master_weights = master_weights
         self.groups: list[Group] = []
         self.steps = 0
+        self.trains = True
         self.copied: list[Member] = []  # weights and averages that the last step made equal
         self.rounded: list[Member] = []  # whose masters the last step rounded to weights
 
@@ -186,7 +211,9 @@ class Twin:
             for member in group.members:
                 for name, (value, dtype) in list(member.state.items()):
                     wanted: torch.dtype | None = member.dtype_of(self.rule, name)
-                    if name == AVERAGE:
+                    if name == Y:
+                        wanted = dtype
+                    elif name == AVERAGE:
                         wanted = group.average_dtype(member)
                     elif name == MASTER:
                         wanted = member.kept
@@ -227,6 +254,7 @@ class Twin:
 
         An average starts as the parameter, which it may have been until a conversion. A
         master starts with the first gradient, or where a conversion left momentum to go on with.
+        z starts as the weights that the step finds, before any parameter has moved.
         """
         given = iter(gradients)
         for group in self.groups:
@@ -237,10 +265,40 @@ class Twin:
                 present, started = next(given) is not None, bool(member.rules_state)
                 if member.mastered and MASTER not in member.state and (present or started):
                     member.state[MASTER] = Value.of(member.theta.v.to(F32)), F32
-                implicit = self.rule.constant_momentum and self.rule.counts is None
-                momentum = group.numbers["momentum"] if implicit else 0.0
-                if momentum != 0.0 and present and not started:
-                    group.beta = momentum
+                if present and not started:
+                    group.beta = self.rule.beta(group.numbers) or group.beta
+                    if self.rule.modes:
+                        dtype = member.dtype_of(self.rule, Z)
+                        member.state[Z] = Value.of(member.weights().v.to(dtype)), dtype
+
+    def with_z(self) -> Iterator[tuple[int, Member, float]]:
+        """The members whose x is another tensor than their y, with their numbers and beta."""
+        i = 0
+        for group in self.groups:
+            for member in group.members:
+                if Z in member.state:
+                    beta = self.rule.beta(group.numbers)
+                    assert beta is not None
+                    yield i, member, beta
+                i += 1
+
+    def switch(self, trains: bool) -> None:
+        """Another mode. All weights are read before the first is written."""
+        if trains == self.trains:
+            return
+        self.trains = trains
+        weights = [
+            (member, member.y(beta) if trains else member.x(beta))
+            for _, member, beta in self.with_z()
+        ]
+        for member, _ in weights:
+            if trains:
+                member.state.pop(Y, None)
+            else:
+                member.state[Y] = Value.of(member.theta.v.to(member.dtype)), member.dtype
+        for member, theta in weights:
+            member.theta.v.copy_(theta.v)
+            member.theta.off.copy_(theta.off)
 
     def step(self, gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
         """One step that is taken; some parameter has a gradient."""

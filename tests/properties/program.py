@@ -7,7 +7,7 @@ parameters an event chooses is a number too, whose bits go round the parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -83,8 +83,27 @@ class Unfreeze:
 
 @dataclass(frozen=True)
 class Averaged:
+    """With `beside`, of a rule with modes, what `average=` averages; else all that is evaluated."""
+
     nested: bool
     raises: bool
+    beside: bool = False
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Of a rule with modes: train() or eval(), and maybe the other one and this again."""
+
+    trains: bool
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Write:
+    """Other code writes to the chosen parameters."""
+
+    chosen: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -132,10 +151,22 @@ class Clear:
     """The user clears `opt.state`: all starts again but the count of steps."""
 
 
-EVENTS = (Step, Freeze, Unfreeze, Averaged, Load, AddGroup, Change, Convert, Move, Copy, Clear)
 Event = (
-    Step | Freeze | Unfreeze | Averaged | Load | AddGroup | Change | Convert | Move | Copy | Clear
+    Step
+    | Freeze
+    | Unfreeze
+    | Averaged
+    | Mode
+    | Write
+    | Load
+    | AddGroup
+    | Change
+    | Convert
+    | Move
+    | Copy
+    | Clear
 )
+EVENTS = get_args(Event)
 
 
 @dataclass(frozen=True)

@@ -115,14 +115,25 @@ class SideBySide:
                 i += 1
         return found
 
-    def live(self) -> list[Tensor]:
+    def evaluated(self, beside: bool) -> dict[int, Value]:
+        """What `averaged()` puts in place, in the parameters' dtypes."""
+        twin = self.twin
+        if twin.rule.modes and not beside:
+            return {i: member.x(beta) for i, member, beta in twin.with_z() if twin.trains}
+        return {i: a.stored(self.model[i].dtype) for i, a in self.averages().items()}
+
+    def live(self, beside: bool) -> list[Value]:
         """The weights inside `averaged()`; where parameters overlap, the last one has the say."""
-        bases = {key: value.v.clone() for key, value in self.twin_bases.items()}
+        bases = {key: value.clone() for key, value in self.twin_bases.items()}
         thetas = []
         for i, member in enumerate(self.twin.members):
             spec = self.shares.get(i)
-            theta = within(bases[spec.base, spec.dtype], spec) if spec else member.theta.v.clone()
+            theta = member.theta.clone()
+            if spec:
+                base = bases[spec.base, spec.dtype]
+                theta = Value(within(base.v, spec), within(base.off, spec), base.arithmetic)
             thetas.append(theta)
-        for i, average in self.averages().items():
-            thetas[i].copy_(average.v.to(self.model[i].dtype))
+        for i, average in self.evaluated(beside).items():
+            thetas[i].v.copy_(average.v)
+            thetas[i].off.copy_(average.off)
         return thetas

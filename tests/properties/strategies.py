@@ -24,10 +24,12 @@ from program import (
     Freeze,
     GroupSpec,
     Load,
+    Mode,
     Move,
     Step,
     TensorSpec,
     Unfreeze,
+    Write,
     admits,
 )
 from rules import ALGORITHMS, Domain
@@ -108,8 +110,8 @@ def shared(dtype: torch.dtype) -> SearchStrategy[TensorSpec]:
     return st.builds(view, shapes, st.sampled_from(["contiguous", "gaps"]), st.integers(0, 15))
 
 
-# Schedule-free rules have two modes and another average: tests/optimizer/test_schedule_free.py.
-DRAWN = [name for name, rule in ALGORITHMS.items() if rule.counts is None]
+# Those with modes have more to try.
+DRAWN = [name for name, rule in ALGORITHMS.items() for _ in range(1 + rule.modes)]
 
 
 def among(domain: Domain) -> SearchStrategy[Any]:
@@ -162,7 +164,8 @@ def events(rule: str, groups: SearchStrategy[GroupSpec]) -> SearchStrategy[Event
         st.builds(Step, seeds, st.just(ALL)),
         st.builds(Freeze, some),
         st.builds(Unfreeze),
-        st.builds(Averaged, st.booleans(), st.booleans()),
+        st.builds(Averaged, st.booleans(), st.booleans(), st.booleans()),
+        st.builds(Write, some, seeds),
         st.builds(Load, layouts, st.booleans()),
         st.builds(AddGroup, groups),
         st.builds(Change, counts, hyperparameters(rule)),
@@ -171,7 +174,11 @@ def events(rule: str, groups: SearchStrategy[GroupSpec]) -> SearchStrategy[Event
         st.builds(Copy, st.booleans()),
         st.builds(Clear),
     )
-    kinds = st.sampled_from([*[step] * 8, *[scaled] * 5, *others])  # not flattened, as one_of is
+    steps = [*[step] * 8, *[scaled] * 5]
+    if ALGORITHMS[rule].modes:
+        modes = st.builds(Mode, st.sampled_from([False, False, True]), st.booleans())
+        steps = [*[step] * 4, *[scaled] * 2, *[modes] * 5]
+    kinds = st.sampled_from([*steps, *others])  # not flattened, as one_of is
     return kinds.flatmap(lambda kind: kind)
 
 
@@ -179,9 +186,12 @@ def events(rule: str, groups: SearchStrategy[GroupSpec]) -> SearchStrategy[Event
 def cases(draw: st.DrawFn, device: bool = False) -> Case:
     """With `device`, cases in which a device may count (engine/counters.py)."""
     rule = draw(st.sampled_from(DRAWN))
-    capturable = device and draw(st.booleans())
+    capturable = device and ALGORITHMS[rule].capturable and draw(st.booleans())
     master_weights = draw(st.booleans())
-    policies = st.one_of(NAMED if capturable else ANY).filter(
+    policies = st.one_of(NAMED if capturable else ANY)
+    if not ALGORITHMS[rule].writes_back:
+        policies = policies.map(lambda policy: replace(policy, write_back_every=0))
+    policies = policies.filter(
         lambda policy: any(admits(policy, dtype, master_weights) for dtype in DTYPES)
     )
     average = None

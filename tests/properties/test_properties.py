@@ -13,8 +13,9 @@ from collections import Counter
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
-from program import DTYPES, EVENTS, LAYOUTS, Case
-from strategies import DRAWN, cases
+from program import DTYPES, EVENTS, LAYOUTS, Case, Step
+from rules import ALGORITHMS
+from strategies import cases
 from training import Training
 
 TIMES = 5 if os.environ.get("RBWA_PROFILE") == "long" else 1
@@ -49,7 +50,7 @@ KINDS = [
     *(f"{layout} memory" for layout in (*LAYOUTS, "shared")),
     *(f"gradients {layout}" for layout in (*LAYOUTS, "like", "expanded")),
     *map(str, DTYPES),
-    *(f"rule {rule}" for rule in DRAWN),
+    *(f"rule {rule}" for rule in ALGORITHMS),
     "no gradient",
     "overflow",
     "unscaled",
@@ -61,6 +62,10 @@ KINDS = [
     "40 tensors",
     "two threads",
     "refused momentum",
+    "refused step in eval mode",
+    *(f"{event.__name__} in eval mode" for event in EVENTS if event is not Step),
+    "training weights again",
+    "an average beside x",
     "average Mean",
     "average Ema",
     "average Algorithm2",

@@ -10,6 +10,7 @@ import copy
 import io
 import math
 import pickle
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from agreement import compare
 from bounds import F64
+from evaluation import Evaluation
 from program import (
     CANARY,
     AddGroup,
@@ -29,15 +31,17 @@ from program import (
     Event,
     Freeze,
     Load,
+    Mode,
     Move,
     Step,
     Unfreeze,
+    Write,
     admits,
     laid_out,
     numbers,
     within,
 )
-from side_by_side import SideBySide, equal, own
+from side_by_side import equal, own
 from torch import Tensor, nn
 from twin import MASTER, unscaled
 
@@ -52,7 +56,7 @@ def spoil(model: nn.ParameterList, opt: Any) -> None:
             value.fill_(CANARY)
 
 
-class Training(SideBySide):
+class Training(Evaluation):
     """Goes through a case.
 
     Attributes:
@@ -69,11 +73,14 @@ class Training(SideBySide):
         self.abandoned: list[tuple[Tensor, Tensor]] = []
         for event in case.events:
             self.tried.add(type(event).__name__)
+            if not self.twin.trains:
+                self.tried.add(f"{type(event).__name__} in eval mode")
             self.happen(event)
             self.check()
         self.finish()
 
     def happen(self, event: Event) -> None:
+        shared = len(self.shares) > 0
         match event:
             case Step():
                 self.step(event)
@@ -85,6 +92,12 @@ class Training(SideBySide):
                 self.freeze()
             case Averaged():
                 self.averaged(event)
+            case Mode():
+                for trains in (event.trains, not event.trains, event.trains)[:: 2 - event.again]:
+                    self.switch(trains)
+                    self.check()
+            case Write():
+                self.write(event)
             case Load():
                 self.load(event)
             case AddGroup():
@@ -104,6 +117,10 @@ class Training(SideBySide):
                 if self.opt.state:
                     self.twin.clear()
                 self.opt.state.clear()
+        if isinstance(event, Write | Convert | Clear) or (
+            isinstance(event, Move | Copy) and shared
+        ):
+            self.aside = None
         # Which averages start again shows in the dtypes that parameters have when it is seen.
         self.cleared = isinstance(event, Clear) or (
             self.cleared
@@ -141,6 +158,12 @@ class Training(SideBySide):
         self.tried.add("in the backward pass")
 
     def step(self, event: Step) -> None:
+        if not self.twin.trains:
+            self.refuse_in_eval_mode(event)
+            if event.seed % 2:
+                return
+            self.switch(True)
+            self.check()
         if self.case.in_backward and event.found_inf is not None:
             event = replace(event, scale=None, found_inf=None)  # GradScaler is refused
         self.gradients(event)
@@ -170,8 +193,10 @@ class Training(SideBySide):
             self.tell(event, before)
         else:
             self.tried.add("overflow")
-            if self.backend == "cuda" and not any(
-                g.policy and g.policy.custom for g in self.twin.groups
+            if (
+                self.backend == "cuda"
+                and self.rule.capturable
+                and not any(g.policy and g.policy.custom for g in self.twin.groups)
             ):
                 self.twin.follow()  # the device counts, and the host sees to everything else first
                 self.twin.start(before)
@@ -222,53 +247,49 @@ class Training(SideBySide):
             if policy.dtype is not None:
                 tried.add("average of a dtype of its own")
 
-    def averaged(self, event: Averaged) -> None:
-        before, state = self.held(), self.held(weights=False)
-        try:
-            with self.opt.averaged():
-                for i, (p, expected) in enumerate(zip(self.model, self.live(), strict=True)):
-                    assert torch.equal(p.to(F64), expected), f"parameter {i} inside averaged()"
-                assert equal(self.held(weights=False), state)
-                if event.nested:
-                    inside = self.held()
-                    with self.opt.averaged():
-                        assert equal(self.held(), inside)
-                    assert equal(self.held(), inside)
-                for refused in (
-                    self.opt.step,
-                    lambda: self.opt.load_state_dict({}),
-                    lambda: self.opt.add_param_group({"params": []}),
-                ):
-                    with pytest.raises(RuntimeError, match="inside averaged"):
-                        refused()
-                if event.raises:
-                    raise KeyError
-        except KeyError:
-            pass
+    def refuse_in_eval_mode(self, event: Step) -> None:
+        self.gradients(event)
+        before = self.held()
+        if self.case.in_backward:
+            with suppress(RuntimeError):  # of a parameter that a hook would step
+                self.backward()
+        with pytest.raises(RuntimeError, match=r"step\(\) in eval mode"):
+            self.opt.step()
         assert equal(self.held(), before)
+        self.tried.add("refused step in eval mode")
+
+    def write(self, event: Write) -> None:
+        for i in self.chosen(event.chosen):
+            p, member = self.model[i], self.twin.members[i]
+            value = numbers(p.shape, event.seed + i).to(p.dtype)
+            with torch.no_grad():
+                p.copy_(value)
+            member.theta.v.copy_(value)
 
     def change(self, event: Change) -> None:
         which = event.group % len(self.twin.groups)
         group, ours = self.opt.param_groups[which], self.twin.groups[which]
         options = own(event.options)
         if ours.beta is not None:
-            self.refuse(group, options["momentum"])
-            options["momentum"] = ours.beta
+            if self.twin.trains:
+                self.refuse(group, self.rule.beta(options))
+            options = self.rule.with_beta(options, ours.beta)
         if isinstance(group["lr"], Tensor) and isinstance(options["lr"], Tensor):
             options["lr"] = group["lr"].copy_(options["lr"])  # the tensor stays, its value changes
         group.update(options)
         ours.options = own(options)
 
-    def refuse(self, group: dict[str, Any], momentum: float) -> None:
-        """Another momentum for a group of implicit RSGDM, and back again."""
-        before, old = self.held(), group["momentum"]
+    def refuse(self, group: dict[str, Any], beta: float | None) -> None:
+        """Another beta for a group that must go on with the one it has, and back again."""
+        before, old = self.held(), dict(group)
+        assert beta is not None
         self.gradients(Step())
-        group["momentum"] = momentum
-        if momentum != old and any(p.grad is not None for p in self.model):
-            with pytest.raises(ValueError, match="Invalid momentum value"):
+        group.update(self.rule.with_beta({k: group[k] for k in self.rule.domain}, beta))
+        if beta != self.rule.beta(old) and any(p.grad is not None for p in self.model):
+            with pytest.raises(ValueError, match=r"Invalid (momentum|betas\[0\])"):
                 self.opt.step()
             self.tried.add("refused momentum")
-        group["momentum"] = old
+        group.update(old)
         assert equal(self.held(), before)
 
     @property
@@ -340,11 +361,11 @@ class Training(SideBySide):
     def finish(self) -> None:
         """What a run leaves: averages to save, and memory as it was when it was left."""
         self.averaged(Averaged(nested=True, raises=False))
-        saved = self.opt.averaged_state_dict(self.model)
-        averages = self.averages()
-        for i, (p, member) in enumerate(zip(self.model, self.twin.members, strict=True)):
-            expected = averages.get(i, member.theta).v.to(p.dtype)
-            assert torch.equal(saved[str(i)], expected), f"averaged_state_dict, parameter {i}"
+        self.save(False)
+        if self.rule.modes:
+            self.switch(True)
+            self.check()
+            self.save(True)
         for theirs, ours in zip(self.opt.param_groups, self.twin.groups, strict=True):
             if ours.beta is not None:
                 self.refuse(theirs, ours.beta / 2)
