@@ -50,14 +50,12 @@ class Saved(Averages, Clipping):
 
     def _rebuild(self) -> None:
         engine = self.engine
-        waiting = engine.waiting()
         for group in self.param_groups:
             if type(group.get("average", "")) is str:  # put in place from outside
                 group.update(adopted.complete(engine, self.defaults, group))
             checks.average(group, engine.options.capturable)
             checks.params(group, engine.options.master_weights)
             checks.state(group, self.state)
-            checks.parts(group, self.state, engine.rule, waiting)
         engine.rebuild(self.param_groups, self.state)
         self._laid_out()
 

@@ -88,17 +88,11 @@ def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
                 )
 
 
-def parts(
-    group: dict[str, Any],
-    held: Mapping[Tensor, dict[str, Any]],
-    rule: Rule,
-    waiting: Mapping[Tensor, set[str]],
-) -> None:
+def parts(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]], rule: Rule) -> None:
     """Raise for a parameter of whose state somebody has taken a part away, and for a step in it
-    that is no number. What is ``waiting`` for a first step does not count."""
+    that is no number."""
     for i, p in enumerate(group["params"]):
         own, name = held.get(p) or {}, f"parameter {name_of(group, i)}"
-        own = {k: v for k, v in own.items() if k not in waiting.get(p, ())}
         if rule.counts and own.get(STEP) is not None:
             number(f"step of {name}", own[STEP])
         kept, needed = rule.kept_of(own)

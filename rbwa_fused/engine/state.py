@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbwa_fused.engine import memory
+from rbwa_fused.engine import checks, memory
 from rbwa_fused.engine.doors import Call, Grads
 from rbwa_fused.engine.held import NOTHING, Held, Standing
 from rbwa_fused.engine.rows import GroupPlan, Plan
@@ -70,6 +70,11 @@ class ParameterState:
         self.beside = [(one, Held(one)) for one in own]
 
     # ---- taken over ----------------------------------------------------------------------------
+
+    def check(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Raises for param groups whose state is to be taken over, and cannot be."""
+        for group in groups:
+            checks.parts(group, self._state, self._rule)
 
     def forget(self) -> None:
         """Until `hold`, no state is what the tables were made for."""

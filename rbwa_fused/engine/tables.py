@@ -119,6 +119,8 @@ class Tables:
             beside: whose group this is, if it is none of the param groups.
         """
         plan, options = self.plan, self._options
+        if beside is None:
+            self.state.check(groups)
         self.state.forget()  # until the end: where this fails, the tables describe nothing
         known = [p for table in self._segments.values() for p in table.params]
         known_turns = [turn for (_, turn), table in self._segments.items() for _ in table.params]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -180,7 +181,16 @@ def test_a_part_of_a_state_that_is_taken_away_raises_and_the_rest_is_kept(
         train(opt, 3, 3)
     assert torch.equal(first(opt), weights)
     assert all(torch.equal(own[key], whole[key]) for key in others)
+    for copied in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
+        with pytest.raises(ValueError, match="parameter 0 has "):
+            copied(opt)
     own[keys[index]] = taken
+    train(opt, 3, 3)
+    added = nn.Parameter(torch.ones(7))
+    opt.state[added] = {keys[1]: torch.zeros(7)}
+    with pytest.raises(ValueError, match="parameter 0 has "):
+        opt.add_param_group({"params": [added]})
+    del opt.state[added]
     train(opt, 3, 3)
     own.clear()
     train(opt, 4, 4)
