@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -312,6 +313,31 @@ def test_launches_are_one_more_than_of_momentum(emulated_cuda: Any) -> None:
     emulated_cuda.launches()
     take(opt, ps, range(2, 3))
     assert emulated_cuda.launches() == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"settings": None}, "`settings` and `schedules` go together"),
+        ({"schedules": None}, "`settings` and `schedules` go together"),
+        ({"settings": torch.zeros(5, dtype=torch.float64)}, "`settings` must be a contiguous"),
+        ({"schedules": torch.zeros(11, dtype=torch.float64)}, "`schedules` must be a contiguous"),
+        ({"schedules": torch.zeros(12)}, "`schedules` must be a contiguous"),
+    ],
+)
+def test_tables_of_a_schedule_that_do_not_fit_are_refused(given: dict[str, Any], said: str) -> None:
+    opt, ps = made(rf.SGDScheduleFree)
+    take(opt, ps, range(2))
+    before = values(ps)
+    launches = opt.engine.tables.launches
+
+    def call(params: Any, grads: Any, table: Any, counters: Any, clip: Any) -> Any:
+        return launches[0][1].call(params, grads, table, replace(counters, **given))
+
+    opt.engine.tables.launches = [(table, b._replace(call=call)) for table, b in launches]
+    with pytest.raises(RuntimeError, match=said):
+        take(opt, ps, range(2, 3))
+    assert_same_bits(values(ps), before)
 
 
 def test_where_no_device_counts_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

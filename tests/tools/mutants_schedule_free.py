@@ -183,7 +183,7 @@ TRITON_ADVANCE: Mutants = [("                move_on(schedules", "              
 TRITON_STEP: Mutants = [("            _prepare(counters)\n", "            pass\n")]
 IN_TRITON = ("update/test_triton.py",)
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
-    ("rbwa_fused/progress.py", PROGRESS, TESTS, False),
+    ("rbwa_fused/progress.py", PROGRESS, (*TESTS, ON_DEVICE), False),
     ("rbwa_fused/rules.py", RULES, (*TESTS, "update/test_update.py"), False),
     ("rbwa_fused/engine/engine.py", ENGINE, (*TESTS, ON_DEVICE), False),
     ("rbwa_fused/engine/state.py", STATE, TESTS, False),
