@@ -190,9 +190,11 @@ class Engine(Upkeep):
         """What steps one table."""
         table, backend = launch
         tables = table.table(*self.tables.plan.tensors)
-        if clip is not None:
+        if clip is None:
+            call = backend.call(table.memory, grads, tables, counters)
+        else:
             clip = clip.to(table.params[0].device)
-        call = backend.call(table.memory, grads, tables, counters, clip)
+            call = backend.call(table.memory, grads, tables, counters, clip)
         if not table.copies:
             return [call]
         before = [(copy.copy_, param) for param, copy in table.copies]

@@ -331,7 +331,7 @@ def test_tables_of_a_schedule_that_do_not_fit_are_refused(given: dict[str, Any],
     before = values(ps)
     launches = opt.engine.tables.launches
 
-    def call(params: Any, grads: Any, table: Any, counters: Any, clip: Any) -> Any:
+    def call(params: Any, grads: Any, table: Any, counters: Any) -> Any:
         return launches[0][1].call(params, grads, table, replace(counters, **given))
 
     opt.engine.tables.launches = [(table, b._replace(call=call)) for table, b in launches]
