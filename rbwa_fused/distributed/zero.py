@@ -55,7 +55,7 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
 
     Raises:
         TypeError: for another optimizer class.
-        ValueError: for ``buffers``.
+        ValueError: for ``buffers``, and for ``capturable`` of schedule-free optimizers.
 
     Example:
         >>> opt = rbwa_fused.distributed.ZeroRedundancyOptimizer(
@@ -76,6 +76,12 @@ class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
             raise ValueError(
                 "buffers= with ZeroRedundancyOptimizer, whose state dict has no place for them "
                 "(expected an Averager with buffers=True behind it)"
+            )
+        if options.get("capturable") and issubclass(optimizer_class, ScheduleFree):
+            raise ValueError(
+                f"capturable=True of {optimizer_class.__name__} with ZeroRedundancyOptimizer: a "
+                "device does not know of steps that moved other ranks' parameters alone (expected "
+                "False)"
             )
         self._counters: list[dict[str, Any]] = []
         super().__init__(params, optimizer_class, **options)

@@ -175,6 +175,7 @@ REFUSED = {
     "another number of groups": ("ValueError", "groups of [4] parameters (expected [4, 1])"),
     "another optimizer": ("TypeError", "Invalid optimizer_class: <class 'torch.optim.sgd.SGD'>"),
     "buffers": ("ValueError", "(expected an Averager with buffers=True behind it)"),
+    "capturable": ("ValueError", "steps that moved other ranks' parameters alone (expected False)"),
     "no averages": ("TypeError", "Invalid opt: ZeroRedundancyOptimizer over Adam"),
     "no sharding": ("TypeError", "Invalid opt: FusedSGD over NoneType"),
     "a group inside": ("RuntimeError", "add_param_group() inside averaged()"),

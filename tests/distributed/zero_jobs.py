@@ -279,6 +279,9 @@ def refusals() -> dict[str, str]:
         "another optimizer": refused(
             lambda: ZeroRedundancyOptimizer(Driven().parameters(), torch.optim.SGD, lr=0.1)
         ),
+        "capturable": refused(
+            lambda: ZeroRedundancyOptimizer([torch.ones(2)], rf.SGDScheduleFree, capturable=True)
+        ),
         "buffers": refused(
             lambda: ZeroRedundancyOptimizer(
                 [torch.ones(2)], rf.FusedSGD, average=rf.ema(0.5), buffers=torch.nn.BatchNorm1d(2)
