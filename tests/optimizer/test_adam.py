@@ -246,7 +246,6 @@ def test_another_state_dtype_is_refused(value: Any) -> None:
         (("a", 0.9), TypeError, r"Invalid betas\[0\]"),
         ((torch.ones(2), torch.ones(1)), ValueError, r"Tensor betas\[0\] must be 1-element"),
     ],
-    ids=str,
 )
 def test_betas_that_are_none_are_refused(betas: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
