@@ -21,7 +21,7 @@ from rbwa_fused.engine import checks, doors
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
-DTYPES = [torch.float32, torch.float64]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 BACKENDS = ("cuda", "cpu")
 SCHEDULES: list[dict[str, Any]] = [
     {},
@@ -70,6 +70,7 @@ def scaler(opt: Any, skip: bool) -> Iterator[None]:
         del opt.grad_scale, opt.found_inf
 
 
+@pytest.mark.filterwarnings("ignore:schedule-free steps of 16-bit")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_groups_count_as_on_the_host_whatever_is_skipped_absent_or_changed(
