@@ -193,10 +193,8 @@ class Training(Evaluation):
             self.tell(event, before)
         else:
             self.tried.add("overflow")
-            if (
-                self.backend == "cuda"
-                and self.rule.capturable
-                and not any(g.policy and g.policy.custom for g in self.twin.groups)
+            if self.backend == "cuda" and not any(
+                g.policy and g.policy.custom for g in self.twin.groups
             ):
                 self.twin.follow()  # the device counts, and the host sees to everything else first
                 self.twin.start(before)
