@@ -155,13 +155,16 @@ class ScheduleFree(FusedOptimizer):
         if MASTER in held:
             master = shard_of(held[MASTER], param).detach()
             theta = torch.where(master.to(weights.dtype) == weights, master, weights.to(master))
-        return progress.derived(theta.to(z.dtype), z, self._beta(plan))
+        wide = torch.promote_types(theta.dtype, z.dtype)  # weights may have been converted since
+        return progress.derived(theta.to(wide), z.to(wide), self._beta(plan))
 
     def _y(self, plan: GroupPlan, param: Tensor, held: dict[str, Any]) -> Tensor:
         """y of a parameter whose weights are x, or what somebody has written over it."""
         weights = local(param).detach()
         z = shard_of(held[Z], param).detach()
-        computed = progress.between(weights.to(z.dtype), z, self._beta(plan)).to(weights.dtype)
+        wide = torch.promote_types(weights.dtype, z.dtype)
+        computed = progress.between(weights.to(wide), z.to(wide), self._beta(plan))
+        computed = computed.to(weights.dtype)
         y = held.get(Y)
         if y is None and MASTER in held:
             y = held[MASTER]

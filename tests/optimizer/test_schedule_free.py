@@ -852,3 +852,21 @@ def test_sixteen_bits_without_masters_are_warned_of_once() -> None:
             warnings.simplefilter("error")
             opt.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=dtype))]})
             rf.AdamWScheduleFree(params(dtype), master_weights=True)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_model_that_is_converted_before_eval_trains_on_from_a_checkpoint(cls: Any) -> None:
+    torch.manual_seed(0)
+    ours, again = nn.Linear(40, 9), nn.Linear(40, 9).double()
+    opt, other = cls(ours.parameters(), lr=0.2), cls(again.parameters(), lr=0.2)
+    opt.train()
+    for _ in range(5):
+        ours(torch.randn(4, 40)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    y = [p.detach().clone() for p in ours.double().parameters()]
+    opt.eval()
+    again.load_state_dict(ours.state_dict())
+    other.load_state_dict(opt.state_dict())
+    other.train()
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), y, strict=True))
