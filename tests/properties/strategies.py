@@ -206,7 +206,12 @@ def cases(draw: st.DrawFn, device: bool = False) -> Case:
         rule,
         average,
         tuple(draw(st.lists(groups, min_size=1, max_size=3))),
-        tuple(draw(st.lists(events(rule, groups), min_size=length, max_size=length))),
+        tuple(
+            event
+            for event in draw(st.lists(events(rule, groups), min_size=length, max_size=length))
+            # test_schedule_free.py converts models between modes; here the last bits of y may differ.
+            if not (ALGORITHMS[rule].modes and isinstance(event, Convert))
+        ),
         draw(st.booleans()),
         capturable,
         master_weights,
