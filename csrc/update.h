@@ -119,7 +119,7 @@ struct Coefficients : Numbers<T> {
   T w;           // weight of this sample in the average
   bool current;  // the average starts at theta as it was before this step
   bool write_back;
-  bool begins;  // so does m; where the host counts, it has made m so
+  bool begins;  // so does m, see `begin`
 };
 
 template <typename T>
@@ -144,6 +144,12 @@ struct Element {
   RBWA_KEPT(RBWA_FIELD)
 #undef RBWA_FIELD
 };
+
+// Where a device counts, it begins m of schedule-free learning; elsewhere the host has.
+template <Kind kind, typename T>
+RBWA_INLINE void begin(const Coefficients<T>& k, Element<T>& e) {
+  if constexpr (keeps_m(kind)) e.m = k.begins ? e.theta : e.m;
+}
 
 // Line (2) for v, and what it divides by.
 template <Kind kind, typename T>

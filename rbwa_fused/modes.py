@@ -23,7 +23,7 @@ from rbwa_fused.engine.tables import Options
 from rbwa_fused.engine.upkeep import Swapped
 from rbwa_fused.fused import FusedOptimizer
 from rbwa_fused.numbers import number
-from rbwa_fused.streams import MASTER, NARROW, STEP
+from rbwa_fused.streams import MASTER, NARROW, STEP, followed
 
 Which = Literal["x", "average"]
 Z, Y = "z", "y"
@@ -151,10 +151,9 @@ class ScheduleFree(FusedOptimizer):
     def _x(self, plan: GroupPlan, param: Tensor, weights: Tensor) -> Tensor:
         """x of a parameter that has z, and these training weights."""
         held = self.state[param]
-        z, theta = shard_of(held[Z], param).detach(), weights
-        if MASTER in held:
-            master = shard_of(held[MASTER], param).detach()
-            theta = torch.where(master.to(weights.dtype) == weights, master, weights.to(master))
+        z = shard_of(held[Z], param).detach()
+        master = shard_of(held[MASTER], param).detach() if MASTER in held else None
+        theta = followed(master, weights)
         wide = torch.promote_types(theta.dtype, z.dtype)  # weights may have been converted since
         return progress.derived(theta.to(wide), z.to(wide), self._beta(plan))
 

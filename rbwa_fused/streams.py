@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in csrc/convert.h
 NARROW = tuple(dtype for dtype in DTYPES if dtype.itemsize < 4)  # stepped in float32
@@ -31,3 +32,13 @@ def working_dtype(dtype: torch.dtype, master_weights: bool) -> torch.dtype:
     """What the step works on, and SGD's momentum is kept in: float32 where there is a master, else
     the dtype."""
     return torch.float32 if master_weights and dtype in NARROW else dtype
+
+
+def followed(master: Tensor | None, weights: Tensor) -> Tensor:
+    """What a step works on: the master that was rounded to the weights, and the weights where there
+    is none or somebody has written to them since; in the wider of both dtypes. `followed` of
+    csrc/update.h."""
+    if master is None:
+        return weights
+    wide = torch.promote_types(master.dtype, weights.dtype)
+    return torch.where(master.to(weights.dtype) == weights, master.to(wide), weights.to(wide))

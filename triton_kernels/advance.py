@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 
 from rbwa_fused.average import Ema, Mean
-from rbwa_fused.progress import COUNTED as COUNTED_KEYS
 from rbwa_fused.rules import Sampling
+
+from .schedule import move_on
 
 SAMPLING_COLUMNS = tl.constexpr(len(Sampling._fields))
 POLICY_COLUMNS = tl.constexpr(7)  # see csrc/policy.h
-COUNTED = tl.constexpr(len(COUNTED_KEYS))  # of a group
-SCHEDULE_COLUMNS = tl.constexpr(2 * len(COUNTED_KEYS) + 4)  # see csrc/schedule.h
 MEAN = tl.constexpr(Mean.on_device)  # kinds of weight; 0 is none, 3 Algorithm2
 EMA = tl.constexpr(Ema.on_device)
 
@@ -101,15 +100,6 @@ def grow(marks, segment, segments):
     age += tl.load(marks + 2 * segment + 1, mask=mask, other=0)
     tl.store(marks + 2 * segment, age, mask=mask)
     tl.store(marks + 2 * segment + 1, tl.zeros(segment.shape, tl.int32), mask=mask)
-
-
-@triton.jit
-def move_on(schedules, group, groups):
-    """Makes groups what the step just taken leaves of them."""
-    mask = group < groups
-    at = schedules + group * SCHEDULE_COLUMNS
-    for column in tl.static_range(COUNTED):
-        tl.store(at + column, tl.load(at + COUNTED + column, mask=mask), mask=mask)
 
 
 @triton.jit(do_not_specialize=["samplers", "segments", "groups"])

@@ -12,11 +12,9 @@ import triton.language as tl
 
 from rbwa_fused.progress import COUNTED as COUNTED_KEYS
 
-from .update import power
+from .update import PREPARED, SCHEDULE_COLUMNS, power
 
-COUNTED = tl.constexpr(len(COUNTED_KEYS))
-PREPARED = tl.constexpr(2 * len(COUNTED_KEYS))  # what a step leaves stands between
-SCHEDULE_COLUMNS = tl.constexpr(2 * len(COUNTED_KEYS) + 4)
+COUNTED = tl.constexpr(len(COUNTED_KEYS))  # what a step leaves stands behind it
 SETTING_COLUMNS = tl.constexpr(6)
 
 
@@ -73,3 +71,12 @@ def prepare_kernel(settings, schedules, groups, BLOCK: tl.constexpr):
     tl.store(prepared + 1, eta * (1 - c) * (1 - beta), mask=mask)
     tl.store(prepared + 2, -c, mask=mask)
     tl.store(prepared + 3, c, mask=mask)
+
+
+@triton.jit
+def move_on(schedules, group, groups):
+    """Makes groups what the step just taken leaves of them."""
+    mask = group < groups
+    at = schedules + group * SCHEDULE_COLUMNS
+    for column in tl.static_range(COUNTED):
+        tl.store(at + column, tl.load(at + COUNTED + column, mask=mask), mask=mask)

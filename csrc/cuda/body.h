@@ -146,7 +146,7 @@ RBWA_INLINE void one(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, c
   RBWA_KEPT(RBWA_LOAD)
 #undef RBWA_LOAD
   if constexpr (averaged) e.a = widen(chunk.a[i]);
-  if constexpr (keeps_m(kind)) e.m = k.begins ? e.theta : e.m;
+  begin<kind>(k, e);
   update<kind, averaged>(k, e);
   if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.theta[i]);
   if (writes_weight<kind>(k)) narrow(e.theta, weights(chunk)[i]);

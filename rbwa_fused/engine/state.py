@@ -22,7 +22,7 @@ from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import beside, is_sharded_as, local, shard_of
 from rbwa_fused.rules import Rule
-from rbwa_fused.streams import AVERAGE, FROM_THE_WEIGHTS, MASTER, STEP, STREAMS
+from rbwa_fused.streams import AVERAGE, FROM_THE_WEIGHTS, MASTER, STEP, STREAMS, followed
 
 State = MutableMapping[Tensor, Any]
 Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
@@ -215,11 +215,7 @@ class ParameterState:
 
     def _weights(self, param: Tensor, held: dict[str, Any], made: Tensor | None = None) -> Tensor:
         """What a step finds: the parameter, or its master where nobody has written to it since."""
-        weights = local(param).detach()
-        master = made if MASTER not in held else local(held[MASTER])
-        if master is None:
-            return weights
-        return torch.where(master.to(weights.dtype) == weights, master, weights.to(master.dtype))
+        return followed(local(held[MASTER]) if MASTER in held else made, local(param).detach())
 
     def _refresh(self, table: Segments) -> None:
         """What starts as the weights, and was given for a step that was not taken, becomes the

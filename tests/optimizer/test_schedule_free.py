@@ -854,14 +854,17 @@ def test_sixteen_bits_without_masters_are_warned_of_once() -> None:
             rf.AdamWScheduleFree(params(dtype), master_weights=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_model_that_is_converted_before_eval_trains_on_from_a_checkpoint(cls: Any) -> None:
+def test_a_model_that_is_converted_before_eval_trains_on_from_a_checkpoint(
+    cls: Any, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    ours, again = nn.Linear(40, 9), nn.Linear(40, 9).double()
-    opt, other = cls(ours.parameters(), lr=0.2), cls(again.parameters(), lr=0.2)
+    ours, again = nn.Linear(40, 9, dtype=dtype), nn.Linear(40, 9).double()
+    opt, other = (cls(net.parameters(), lr=0.2, master_weights=True) for net in (ours, again))
     opt.train()
     for _ in range(5):
-        ours(torch.randn(4, 40)).square().mean().backward()
+        ours(torch.randn(4, 40, dtype=dtype)).square().mean().backward()
         opt.step()
         opt.zero_grad()
     y = [p.detach().clone() for p in ours.double().parameters()]
