@@ -60,16 +60,19 @@ class Member:
         beside = (AVERAGE, MASTER, Y)
         return {k: value for k, (value, _) in self.state.items() if k not in beside}
 
-    def weights(self, theta: Value | None = None, dtype: torch.dtype | None = None) -> Value:
+    def weights(self) -> Value:
         """What a step works on: the parameter, or its master where the parameter is that, rounded.
 
         Of memory that others share and have moved in this step, the bound tells whether it may be.
         """
-        theta = self.theta if theta is None else theta
+        return self.followed(self.theta, self.dtype)
+
+    def followed(self, theta: Value, dtype: torch.dtype) -> Value:
+        """As `weights`, of weights that are or were the parameter's."""
         if MASTER not in self.state:
             return theta.clone()
         master = self.state[MASTER][0].v
-        apart = (master.to(dtype or self.dtype).to(F64) - theta.v).abs()
+        apart = (master.to(dtype).to(F64) - theta.v).abs()
         known, near = theta.off == 0, apart <= theta.off
         return Value(
             torch.where(known & near, master, theta.v),
@@ -77,17 +80,25 @@ class Member:
             theta.arithmetic,
         )
 
+    def beside_z(self, weights: Value, dtype: torch.dtype) -> tuple[Value, Value]:
+        """z and some weights, in the widest dtype of what stands for them: weights may have been
+        converted since the last step, which converts the others."""
+        z, wide = self.state[Z]
+        wide = torch.promote_types(wide, dtype)
+        if MASTER in self.state:
+            wide = torch.promote_types(wide, self.state[MASTER][1])
+        return Value.of(z.v.to(wide)), Value.of(weights.v.to(wide))
+
     def x(self, beta: float, y: tuple[Value, torch.dtype] | None = None) -> Value:
         """The schedule-free average, of weights of training that are known exactly."""
-        z, dtype = self.state[Z]
-        z, theta = (Value.of(v.v.to(dtype)) for v in (z, self.weights(*(y or ()))))
+        weights, dtype = y or (self.theta, self.dtype)
+        z, theta = self.beside_z(self.followed(weights, dtype), dtype)
         return (theta + (1.0 - 1.0 / beta) * (z - theta)).stored(self.dtype)
 
     def y(self, beta: float) -> Value:
         """The weights of training, where x is live or what somebody has written over it: those that
         were set aside where they may be the weights' still, else as x and z say it."""
-        z, dtype = self.state[Z]
-        z, x = (Value.of(v.v.to(dtype)) for v in (z, self.theta))
+        z, x = self.beside_z(self.theta, self.dtype)
         computed = (x + (1.0 - beta) * (z - x)).stored(self.dtype)
         if Y not in self.state and MASTER not in self.state:
             return computed
