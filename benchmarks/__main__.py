@@ -1,4 +1,4 @@
-"""All benchmarks, in under ten minutes: ``python -m benchmarks``, or ``make bench``.
+"""All benchmarks: ``python -m benchmarks``, or ``make bench``; a quarter of an hour on two cores.
 
 One optimizer step of ResNet-18 by provider, step time by parameter count, the machine's copy
 bandwidth, and whole training steps with what averaging adds to them, with SGD and with AdamW, where

@@ -268,7 +268,7 @@ def panel(axes: Axes, names: list[str], runs: list[Results]) -> None:
     axes.set_xticks([-5, 0, 5, 10, 20, 50, 100], ["-5", "0", "5", "10", "20", "50", "100"])
     axes.set_yticks(range(len(names), 0, -1), names, fontsize="small")
     axes.set_xlabel(
-        f"% of the training step with {baseline_of(runs[0])}, {runs[0]['model']}; "
+        f"% of {runs[0]['model']}'s training step with {baseline_of(runs[0])}\n"
         "lines: the table's range"
     )
     axes.legend(frameon=False)

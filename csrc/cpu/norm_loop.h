@@ -6,6 +6,7 @@ struct Lanes {
 
   template <typename S>
   void add_squares(const S* g, int64_t n) {
+#pragma GCC unroll 4  // else a third of the instructions are the loop's own
     for (int64_t i = 0; i < n; ++i) at[i] += squared(g[i]);
   }
   void add(const double* sums, int64_t n) {
@@ -20,10 +21,10 @@ struct Lanes {
 };
 
 // One stream of reads alone is left waiting for memory. So a thread reads several chunks at once,
-// which lie far apart, and asks for their rows before it needs them: 47 MB took 6.9 ms without
-// either, 2.9 with both (1 core of an Intel Xeon, family 6 model 167, 2026-11).
-constexpr int kTogether = 4;
-constexpr int kRowsAhead = 2;
+// which lie far apart, and asks for their rows before it needs them; docs/benchmarks.md has what
+// was tried.
+constexpr int kTogether = 2;
+constexpr int kRowsAhead = 4;
 
 // Adds `n` elements, a row of one a lane; those of 16 bits are widened first.
 template <typename S>
