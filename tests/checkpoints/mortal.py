@@ -13,16 +13,15 @@ exit code: until then that id is no other process's, and may be killed.
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # which a first optimizer imports
+from forked import fork_lives
 from rules import RULES
 from runs import Method, Model, groups, result, train
 
@@ -92,15 +91,4 @@ def seen(opt: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                live(**json.loads(line))
-                code = 0
-            finally:
-                os._exit(code)
-        print(child, flush=True)
-        sys.stdin.readline()
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    fork_lives(live)

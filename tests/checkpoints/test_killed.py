@@ -6,13 +6,9 @@ kills comparisons of SGD's methods.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import random
-import select
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +18,8 @@ from typing import Any
 import mortal
 import pytest
 import torch
+from forked import Lives
 from runs import Model, groups, train
-from started import environment
 
 if not hasattr(os, "fork"):
     pytest.skip("mortal.py forks", allow_module_level=True)
@@ -31,53 +27,23 @@ if not hasattr(os, "fork"):
 KILLS = int(os.environ.get("RBWA_KILLS", "5"))
 
 
-class Lives:
-    """A process that forks a run whenever it is asked to."""
+class Runs(Lives):
+    """Runs of mortal.py."""
 
-    def __init__(self) -> None:
-        here = Path(__file__).parent
-        self.process = subprocess.Popen(
-            (sys.executable, "-W", "ignore", str(here / "mortal.py")),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(here.parent),
-        )
-
-    def begin(self, method: str, folder: Path, *death: int | None) -> int:
-        """Starts one; returns its process id."""
+    def start(self, method: str, folder: Path, *death: int | None) -> int:
+        """Begins one, which may die by itself; returns its process id."""
         count, written = death or (None, None)
-        asked = {"method": method, "folder": str(folder), "count": count, "written": written}
-        self.say(json.dumps(asked))
-        return self.answer()
-
-    def end(self) -> int:
-        """Waits for it; returns its exit code."""
-        self.say("")
-        return self.answer()
+        return self.begin(method=method, folder=str(folder), count=count, written=written)
 
     def live(self, method: str, folder: Path, *death: int | None) -> int:
-        self.begin(method, folder, *death)
+        """Returns the exit code of a whole one."""
+        self.start(method, folder, *death)
         return self.end()
-
-    def say(self, line: str) -> None:
-        assert self.process.stdin is not None
-        print(line, file=self.process.stdin, flush=True)
-
-    def answer(self) -> int:
-        out = self.process.stdout
-        assert out is not None
-        assert select.select([out], [], [], 120)[0], "no answer for two minutes"
-        return int(out.readline())
-
-    def close(self) -> None:
-        with self.process:  # waits for it, and closes its pipes
-            pass
 
 
 @pytest.fixture(scope="module")
-def lives() -> Iterator[Lives]:
-    started = Lives()
+def lives() -> Iterator[Runs]:
+    started = Runs(Path(__file__).with_name("mortal.py"))
     yield started
     started.close()
 
@@ -103,7 +69,7 @@ def never_stopped(method: str) -> Any:
 
 @pytest.mark.parametrize("method", mortal.METHODS)
 def test_killed_in_a_write_and_behind_one_it_ends_with_the_same_bits(
-    method: str, lives: Lives, tmp_path: Path
+    method: str, lives: Runs, tmp_path: Path
 ) -> None:
     """Each life dies at the count of its own writes: behind one in train mode, in the midst of one
     in eval mode, and the other way round."""
@@ -122,7 +88,7 @@ def test_killed_in_a_write_and_behind_one_it_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("method", mortal.METHODS)
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
-    method: str, lives: Lives, tmp_path: Path
+    method: str, lives: Runs, tmp_path: Path
 ) -> None:
     expected = never_stopped(method)
     seed = int(os.environ.get("RBWA_SEED", random.randrange(2**32)))
@@ -136,7 +102,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
         code = -SIGKILL
         while code != 0:
             before = taken(folder)
-            life = lives.begin(method, folder)
+            life = lives.start(method, folder)
             if kills < KILLS:
                 wanted = min(before + rng.randint(1, mortal.STEPS // 4), mortal.STEPS)
                 deadline = time.monotonic() + 60

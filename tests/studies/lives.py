@@ -11,7 +11,6 @@ exit code: until then that id is no other process's, and may be killed.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from forked import fork_lives
 
 from studies.digits import compare, timing
 
@@ -65,14 +66,4 @@ def live(options: list[str], notes: str, death: list[Any] | None) -> int:
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        life = os.fork()
-        if life == 0:
-            code = 70
-            try:
-                code = live(**json.loads(line))
-            finally:
-                os._exit(code)
-        print(life, flush=True)
-        sys.stdin.readline()
-        print(os.waitstatus_to_exitcode(os.waitpid(life, 0)[1]), flush=True)
+    fork_lives(live)

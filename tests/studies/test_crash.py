@@ -9,8 +9,6 @@ import json
 import math
 import os
 import random
-import select
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Lives
 from runs import bits
 
 pytest.importorskip("matplotlib")
@@ -32,6 +31,7 @@ if not hasattr(os, "fork"):
     pytest.skip("lives.py forks", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
+LIVES = Path(__file__).with_name("lives.py")
 KILLS = int(os.environ.get("RBWA_KILLS", "5"))
 KILLS_A_CHAIN = 5  # about: then a comparison comes to its end, and another begins
 METHODS = ("rsgdm", "swa", "ema", "rbwa", "rbwa-e")
@@ -52,49 +52,20 @@ COMPARISONS = (
 Death = tuple[str, int, str, int]  # see lives.py
 
 
-class Lives:
-    """A process that has imported everything and forks a life whenever it is asked to."""
+class Comparisons(Lives):
+    """Comparisons of lives.py."""
 
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            (sys.executable, str(Path(__file__).with_name("lives.py"))),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # A shell's background job ignores Ctrl-C, and its children with it.
-            preexec_fn=lambda: signal.signal(SIGINT, signal.default_int_handler),
-        )
-
-    def begin(self, options: tuple[str, ...], folder: Path, death: Death | None = None) -> int:
-        """Starts one that writes into a folder; returns its process id."""
+    def start(self, options: tuple[str, ...], folder: Path, death: Death | None = None) -> int:
+        """Begins one that writes into a folder, and may die by itself; returns its process id."""
         notes = notes_of(folder)
         notes.mkdir(exist_ok=True)
         options = (*options, "--out", str(folder))
-        self.say(json.dumps({"options": options, "notes": str(notes), "death": death}))
-        return self.answer()
-
-    def end(self) -> int:
-        """Waits for it; returns its exit code. Until then it may be killed, also if it is over."""
-        self.say("")
-        return self.answer()
+        return self.begin(options=options, notes=str(notes), death=death)
 
     def live(self, options: tuple[str, ...], folder: Path, death: Death | None = None) -> int:
-        self.begin(options, folder, death)
+        """Returns the exit code of a whole one."""
+        self.start(options, folder, death)
         return self.end()
-
-    def say(self, line: str) -> None:
-        assert self.process.stdin is not None
-        print(line, file=self.process.stdin, flush=True)
-
-    def answer(self) -> int:
-        out = self.process.stdout
-        assert out is not None
-        assert select.select([out], [], [], 120)[0], "no answer for two minutes"
-        return int(out.readline())
-
-    def close(self) -> None:
-        with self.process:  # waits for it, and closes its pipes
-            pass
 
 
 def notes_of(folder: Path) -> Path:
@@ -106,8 +77,8 @@ def printed(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def lives() -> Iterator[Lives]:
-    started = Lives()
+def lives() -> Iterator[Comparisons]:
+    started = Comparisons(LIVES)
     yield started
     started.close()
 
@@ -119,8 +90,8 @@ def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]
     @cache
     def once(options: tuple[str, ...]) -> tuple[dict[str, Any], int]:
         folder = tmp_path_factory.mktemp("never_killed") / "out"
-        own = Lives()  # memory lies elsewhere than in the lives that are killed
-        own.begin(options, folder)
+        own = Comparisons(LIVES)  # memory lies elsewhere than in the lives that are killed
+        own.start(options, folder)
         seen = see_writes(folder, {}, 10**6)
         code = own.end()
         own.close()
@@ -214,7 +185,7 @@ def test_the_last_states_hold_all_that_a_crash_could_lose(never_killed: Any) -> 
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
-    never_killed: Any, lives: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    never_killed: Any, lives: Comparisons, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = int(os.environ.get("RBWA_SEED", random.randrange(2**32)))
     print(f"RBWA_SEED={seed}")  # shown if it fails, as are the kills
@@ -229,7 +200,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
         code = -SIGKILL
         while code != 0:
             known, complete = written(folder), is_complete(folder)
-            life = lives.begin(options, folder)
+            life = lives.start(options, folder)
             if hits["kills"] < KILLS and not complete:
                 if rng.random() < 0.15:  # while it loads what the last one left
                     time.sleep(rng.uniform(0.0, 0.1))
@@ -300,7 +271,7 @@ FIRST: list[tuple[Death, set[str], str | None]] = [
 
 
 def test_stopped_between_two_writes_it_neither_loses_nor_doubles_a_run(
-    never_killed: Any, lives: Lives, tmp_path: Path
+    never_killed: Any, lives: Comparisons, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
     times = {}
@@ -334,7 +305,7 @@ def test_stopped_between_two_writes_it_neither_loses_nor_doubles_a_run(
     assert len(table) > 10 and table == lines[-len(table) :]
 
 
-def test_a_diverged_run_is_still_one_after_a_crash(lives: Lives, tmp_path: Path) -> None:
+def test_a_diverged_run_is_still_one_after_a_crash(lives: Comparisons, tmp_path: Path) -> None:
     """Its nan is null in results.json, and must be known again."""
     folder = tmp_path / "out"
     options = (
