@@ -39,8 +39,13 @@ FLAGS = [
     STABLE_ABI,
 ]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xfatbin", "-compress-all", "--threads", "2"]
-# One of each generation: code for 8.0 runs on 8.6 and 8.9 too, and memory limits these kernels.
-ARCHITECTURES = "7.5 8.0 9.0 10.0 12.0+PTX"
+# One of each generation: code for 8.0 runs on 8.6 and 8.9 too, and memory limits these kernels. The
+# virtual ones take most of the time, so the second serves all that convert bfloat16 by an
+# instruction, and stays in the module for generations to come.
+ARCHITECTURES = {
+    "compute_75": ("sm_75",),
+    "compute_80": ("sm_80", "compute_80", "sm_90", "sm_100", "sm_120"),
+}
 
 
 def told_by(*command: str) -> str:
@@ -65,6 +70,27 @@ def nvcc_flags() -> list[str]:
     """Those of this toolkit: a module a fifth smaller where it knows how."""
     major = int((torch.version.cuda or "0").split(".")[0])
     return [*NVCC_FLAGS, "--compress-mode=size"] if major >= 13 else NVCC_FLAGS
+
+
+def architectures() -> tuple[list[str], str]:
+    """nvcc's flags for those that are compiled for, and their names."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if given:  # torch's build tools have the flags; an empty entry, of a blank too many, stops them
+        os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(given)
+        return [], " ".join(given)
+    nvcc = os.path.join(home or "", "bin", "nvcc")
+    known = re.findall(r"\bsm_\d+\b", told_by(nvcc, "--list-gpu-code"))
+    flags, names = [], ""
+    for virtual, codes in ARCHITECTURES.items():
+        for code in codes:
+            if code == virtual:
+                names += "+PTX"
+            elif code in known or not known:
+                names += f" {code[3:-1]}.{code[-1]}"
+            else:
+                continue
+            flags.append(f"-gencode=arch={virtual},code={code}")
+    return flags, names.strip()
 
 
 def without_cuda() -> str | None:
@@ -127,10 +153,7 @@ def extensions() -> list:
     if why is not None:
         print(f"rbwa_fused: without CUDA kernels: {why}")
     else:
-        given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-        # torch fails on an empty list, and on an empty entry, which a blank too many is.
-        architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(given) or ARCHITECTURES
-        told = f'-DRBWA_ARCHITECTURES="{architectures}"'
+        flags, named = architectures()
         names = [
             "cuda/ops_cuda.cpp",
             "tables.cpp",
@@ -147,7 +170,10 @@ def extensions() -> list:
                 [f"csrc/{name}" for name in names],
                 depends=depends,
                 include_dirs=include_dirs,
-                extra_compile_args={"cxx": [*FLAGS, told], "nvcc": nvcc_flags()},
+                extra_compile_args={
+                    "cxx": [*FLAGS, f'-DRBWA_ARCHITECTURES="{named}"'],
+                    "nvcc": [*nvcc_flags(), *flags],
+                },
             )
         )
     return found

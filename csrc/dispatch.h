@@ -64,7 +64,7 @@ constexpr bool keeps_wide(Kind kind) { return decouples(served_by(kind)); }
 // Whether a CUDA kernel reads numbers that the device prepared for a group (schedule.h): those of
 // the kinds that only schedule-free groups have, and, for schedule-free SGD, those of explicit
 // RSGDM. All others of kDecoupled would hold registers for it that momentum does not need.
-constexpr bool reads_schedules(Kind most, bool keeps_wider) {
+RBWA_INLINE constexpr bool reads_schedules(Kind most, bool keeps_wider) {
   return most == Kind::kDifference || most == Kind::kScheduleFree ||
          (most == Kind::kDecoupled && keeps_wider);
 }

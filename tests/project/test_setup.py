@@ -41,8 +41,17 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def extensions() -> dict[str, Any]:
+    """What setup.py has decided last, by name."""
+    return {}
+
+
+@pytest.fixture
 def decide(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    extensions: dict[str, Any],
 ) -> Decide:
     """What setup.py builds, by name, and the lines that it prints."""
     program(tmp_path / "bin" / "c++", "#!/bin/sh\n")
@@ -60,7 +69,9 @@ def decide(
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(setuptools, "setup", lambda **given: found.append(given["ext_modules"]))
         runpy.run_path("setup.py", run_name="__main__")
-        return [{extension.name for extension in found[0]}, *capsys.readouterr().out.splitlines()]
+        extensions.clear()
+        extensions.update((extension.name, extension) for extension in found[0])
+        return [{*extensions}, *capsys.readouterr().out.splitlines()]
 
     return decided
 
@@ -117,16 +128,42 @@ def test_without_a_toolkit_or_torchs_cuda_or_a_wish_the_reason_is_told(
     assert decide(RBWA_CUDA="1") == [CPU, f"{WITHOUT}torch {torch.__version__} is no CUDA build"]
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"), [("", None), ("  ", None), (";", None), (" 8.0;9.0  9.0+PTX ", 3)]
-)
+def compiled_for(extensions: dict[str, Any]) -> tuple[list[str], str]:
+    """nvcc's flags, those that torch adds among them, and the names that the module says."""
+    given = extensions["rbwa_fused._C_cuda"].extra_compile_args
+    flags = [*given["nvcc"], *cpp_extension._get_cuda_arch_flags(given["nvcc"])]
+    (told,) = [flag for flag in given["cxx"] if "ARCHITECTURES" in flag]
+    return [flag for flag in flags if "gencode" in flag], told.split('"')[1]
+
+
 def test_blanks_in_the_list_of_architectures_are_no_architectures(
-    decide: Decide, home: Path, given: str, wanted: int | None
+    decide: Decide, home: Path, extensions: dict[str, Any]
 ) -> None:
-    assert decide(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=given) == [BOTH]
-    found = os.environ["TORCH_CUDA_ARCH_LIST"].split(" ")
-    assert len(found) == wanted if wanted else len(found) > 4
-    assert cpp_extension._get_cuda_arch_flags()
+    assert decide(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=" 8.0;9.0  9.0+PTX ") == [BOTH]
+    flags, told = compiled_for(extensions)
+    assert {flag.rpartition("code=")[2] for flag in flags} == {"sm_80", "sm_90", "compute_90"}
+    assert told == "8.0 9.0 9.0+PTX"
+    for blank in ("", "  ", ";"):
+        assert decide(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=blank) == [BOTH]
+        assert compiled_for(extensions)[1] == "7.5 8.0+PTX 9.0 10.0 12.0"
+
+
+def test_a_toolkit_compiles_for_the_architectures_that_it_knows(
+    decide: Decide, home: Path, extensions: dict[str, Any]
+) -> None:
+    """CUDA 12.6 knows no Blackwell."""
+    known = '#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo "sm_75 sm_80 sm_86 sm_90" && exit\n'
+    listing = NVCC.format(release="12.6", home=home).replace("#!/bin/sh\n", known)
+    program(home / "bin" / "nvcc", listing)
+    assert decide(CUDA_HOME=str(home)) == [BOTH]
+    flags, told = compiled_for(extensions)
+    assert told == "7.5 8.0+PTX 9.0"
+    assert [flag.removeprefix("-gencode=arch=") for flag in flags] == [
+        "compute_75,code=sm_75",
+        "compute_80,code=sm_80",
+        "compute_80,code=compute_80",
+        "compute_80,code=sm_90",
+    ]
 
 
 def test_a_compiler_that_is_empty_is_the_usual_one(decide: Decide) -> None:
