@@ -83,6 +83,6 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         rf.rules,
         "lr_on_device",
-        lambda group: group["lr"] if isinstance(group["lr"], torch.Tensor) else None,
+        lambda group: group["lr"] if isinstance(group.get("lr"), torch.Tensor) else None,
     )
     return emulated()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import math
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,7 +20,7 @@ from test_update import assert_same_bits, state_of
 from torch import Tensor, nn
 
 import rbwa_fused as rf
-from rbwa_fused.engine import checks, doors
+from rbwa_fused.engine import checks, doors, schedules
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -187,6 +190,33 @@ def test_a_replay_has_the_numbers_of_its_capture_whatever_came_between(
     assert told(opt)[0][3] == 0.125
 
 
+def test_what_is_sent_in_a_capture_is_the_replays_and_stays_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy that is captured happens at the replays: until then its memory says nothing."""
+    opt, ps = made(rf.SGDScheduleFree, lr=0.5)
+    take(opt, ps, range(2))
+    sent, references = schedules._sent, []
+
+    def captured_copy(rows: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        staging, table = sent(rows, device)[0], torch.full((len(rows), len(rows[0])), math.nan)
+        table = table.to(device, torch.float64)
+        references.extend((weakref.ref(staging), weakref.ref(table)))
+        return staging, table
+
+    opt.param_groups[0]["lr"] = 0.25
+    with captured(monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(schedules, "_sent", captured_copy)
+        patch.setattr(doors, "in_turn", lambda calls: None)  # nothing runs in a capture
+        take(opt, ps, range(2, 3))
+    take(opt, ps, range(2, 3))  # the same numbers, and no replay before
+    assert (told(opt)[0][0], told(opt)[0][3]) == (3, 0.25)
+    opt.param_groups[0]["lr"] = 0.125
+    take(opt, ps, range(3, 4))
+    gc.collect()
+    assert len(references) == 2 and all(reference() is not None for reference in references)
+
+
 def by_load(opt: Any, ps: list[nn.Parameter], backend: str) -> Any:
     again, others = made(type(opt), backend)
     saved = io.BytesIO()
@@ -309,11 +339,36 @@ def test_z_goes_on_where_gradients_are_looked_at_each_time() -> None:
 
 
 def test_launches_are_one_more_than_of_momentum(emulated_cuda: Any) -> None:
-    opt, ps = made(rf.SGDScheduleFree)
-    take(opt, ps, range(2))
-    emulated_cuda.launches()
-    take(opt, ps, range(2, 3))
-    assert emulated_cuda.launches() == 2
+    for cls, launches in ((rf.FusedSGD, 1), (rf.SGDScheduleFree, 2)):
+        ps = params(torch.float32)
+        opt = cls(ps, lr=0.1, momentum=0.9, backend="cuda", capturable=True)
+        if cls is rf.SGDScheduleFree:
+            opt.train()
+        take(opt, ps, range(2))
+        assert counting(opt)
+        emulated_cuda.launches()
+        take(opt, ps, range(2, 3))
+        assert emulated_cuda.launches() == launches
+
+
+def test_of_buffers_nothing_is_counted() -> None:
+    """They are a group of the engine's, with an average and no rule."""
+    ends = []
+    for backend in BACKENDS:
+        norm = nn.BatchNorm1d(5)
+        options: dict[str, Any] = {"average": rf.ema(0.5), "buffers": norm}
+        opt = rf.SGDScheduleFree(
+            norm.parameters(), lr=0.1, backend=backend, capturable=backend == "cuda", **options
+        )
+        opt.train()
+        for step in range(4):
+            norm.running_mean.fill_(step)  # type: ignore[union-attr, operator]
+            take(opt, [*norm.parameters()], range(step, step + 1))
+        assert counting(opt) == (backend == "cuda")
+        averages = opt.averaged_state_dict(norm, which="average")
+        ends.append(([*averages.values()], told(opt)))
+    assert_same_bits(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
 
 
 @pytest.mark.parametrize(
