@@ -237,8 +237,37 @@ def test_all_groups_have_one_mode_and_a_new_one_gets_it() -> None:
     opt.add_param_group({"params": [ps[2]]})
     assert [group["train_mode"] for group in opt.param_groups] == [True] * 3
     opt.eval()
+    assert [group["train_mode"] for group in opt.param_groups] == [False] * 3
     opt.add_param_group({"params": [ps[3]], "train_mode": True})
     assert [group["train_mode"] for group in opt.param_groups] == [False] * 4
+
+
+def test_a_mode_that_somebody_writes_to_a_group_is_none_of_a_copys() -> None:
+    opt, _ = trained(rf.SGDScheduleFree)
+    opt.eval()
+    opt.param_groups[0]["train_mode"] = True
+    for again in (deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert again.param_groups[0]["train_mode"] is False
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_masters_say_what_x_is_and_what_y_was(cls: Any) -> None:
+    opt, ps = trained(cls, 4, torch.bfloat16, master_weights=True)
+    y, z = values(ps), [opt.state[p]["z"].clone() for p in ps]
+    masters = [opt.state[p]["master_param"].clone() for p in ps]
+
+    def derived(weights: list[Tensor]) -> list[Tensor]:
+        pairs = zip(weights, z, strict=True)
+        return [(w + (1 - 1 / 0.9) * (own - w)).bfloat16() for w, own in pairs]
+
+    x, of_weights = derived(masters), derived([w.float() for w in y])
+    opt.eval()
+    assert same(values(ps), x) and not same(x, of_weights)
+    for p in ps:
+        del opt.state[p]["y"]  # as older checkpoints have none
+    opt.train()
+    assert same(values(ps), y)
+    assert same([opt.state[p]["master_param"] for p in ps], masters)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -624,6 +653,40 @@ def test_checkpoints_go_to_the_package_and_back(cls: Any, mode: str) -> None:
     assert apart(ps, own) <= 1e-13 and counts(back) == pytest.approx(counts(opt))
     if cls is rf.AdamWScheduleFree:  # which the package does not count
         assert [int(back.state[p]["step"]) for p in own] == [12] * len(own)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_run_of_the_packages_is_taken_over(cls: Any, mode: str) -> None:
+    """A group that was added to it while it trained says that it evaluates."""
+    theirs = params()
+    groups: list[dict[str, Any]] = [{"params": theirs[:2]}, {"params": theirs[2:]}]
+    there = packages(cls)(groups, lr=LR[cls], weight_decay=0.1)
+    there.train()
+    take(there, theirs, range(5))
+    getattr(there, mode)()
+    there.param_groups[1]["train_mode"] = False
+    own = [nn.Parameter(p.detach().clone()) for p in theirs]
+    opt = cls([{"params": own[:2]}, {"params": own[2:]}], lr=LR[cls], weight_decay=0.1)
+    opt.load_state_dict(there.state_dict())
+    assert [g["train_mode"] for g in opt.param_groups] == [mode == "train"] * 2
+    there.param_groups[1]["train_mode"] = mode == "train"
+    for one, ps in ((opt, own), (there, theirs)):
+        one.train()
+        take(one, ps, range(5, 9))
+    assert apart(own, theirs) <= 1e-13
+    assert counts(opt) == pytest.approx(counts(there))
+
+
+def test_y_of_a_checkpoint_that_trains_is_nobodys() -> None:
+    """The package carries the state that it does not know."""
+    opt, ps = trained(rf.SGDScheduleFree)
+    opt.eval()
+    saved = deepcopy(opt.state_dict())
+    for group in saved["param_groups"]:
+        group["train_mode"] = True
+    opt.load_state_dict(saved)
+    assert all(opt.state[p].keys() == {"z"} for p in ps)
 
 
 def test_the_package_leaves_the_averages_of_y_behind() -> None:
