@@ -37,7 +37,10 @@ TESTS = (
     "update/test_cuda.py",
     "update/test_launch_forms.py",
     "update/test_replicas.py",
+    "update/test_norm.py",
+    "optimizer/test_schedule_free_on_devices.py",
 )
+PATIENCE = 3600.0  # seconds for one of them, on a slow machine that does other things
 
 
 class Canary(NamedTuple):
@@ -123,7 +126,9 @@ def environment() -> dict[str, str]:
 
 def run(workspace: Workspace, tests: tuple[str, ...]) -> tuple[bool, str]:
     """Whether the tests pass, and the first of what the sanitizers or else pytest say."""
-    done = workspace.pytest("-s", *tests, environment=environment())  # -s, or a report is lost
+    done = workspace.pytest(  # -s, or a report is lost
+        "-s", *tests, environment=environment(), timeout=PATIENCE
+    )
     said = done.stdout + done.stderr
     report = re.search(r"[^\n]*(ERROR: AddressSanitizer|runtime error: )", said)
     said = said[report.start() :][:3000] if report else said[-3000:]
