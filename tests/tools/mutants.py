@@ -938,4 +938,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("csrc/tables.cpp", "dims <= shape_count / 2 &&", ""): (
         "the product overflows then, and wraps to what is refused; `make sanitize` finds it"
     ),
+    (
+        "csrc/cpu/norm_cpu.cpp",
+        "std::min(end, work.first_chunk[i + 1])",
+        "work.first_chunk[i + 1]",
+    ): ("two threads compute the same sums of a gradient, which takes longer"),
 }

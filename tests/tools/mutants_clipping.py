@@ -59,7 +59,6 @@ NORM_LOOP: Mutants = [
     ("sums[chunk + k * apart] =", "sums[kTogether * chunk + k] ="),
 ]
 NORM_CPU: Mutants = [
-    ("std::min(end, work.first_chunk[i + 1])", "work.first_chunk[i + 1]"),
     ("begin - work.first_chunk[i], stop", "begin, stop"),
     ("work.sums + begin", "work.sums"),
 ]
