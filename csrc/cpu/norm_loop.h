@@ -6,7 +6,7 @@ struct Lanes {
 
   template <typename S>
   void add_squares(const S* g, int64_t n) {
-#pragma GCC unroll 4  // else a third of the instructions are the loop's own
+#pragma GCC unroll 4  // a fifth less time or more, see docs/benchmarks.md
     for (int64_t i = 0; i < n; ++i) at[i] += squared(g[i]);
   }
   void add(const double* sums, int64_t n) {
