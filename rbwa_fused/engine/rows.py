@@ -193,41 +193,35 @@ class Plan:
         counts there is not packed. A learning rate on a device is not read if the kernel reads it
         there."""
         for plan in self.groups:
-            if plan.group["average"] is False and plan.policy is None:
-                # torch's ZeroRedundancyOptimizer copies the groups that it was given over ours.
-                plan.group["average"] = None
-            if plan.group["average"] is not plan.policy:
-                raise ValueError(
-                    f"Invalid average: {plan.group['average']!r} was assigned to a group that was "
-                    f"added with {plan.policy!r}"
-                )
-            inputs = (*plan.rule.inputs(plan.group), plan.group.get(rules.DECOUPLED), scale)
+            group, rule, known = plan.group, plan.rule, plan.rule_inputs
+            if group["average"] is not plan.policy:
+                _check_policy(plan)
+            inputs = (*rule.inputs(group), group.get(rules.DECOUPLED), scale)
             try:
-                changed = inputs != plan.rule_inputs
+                changed = inputs != known
             except RuntimeError:  # a tensor of several elements; the check will say so
                 changed = True
             if changed:
-                lr, known = inputs[0], plan.rule_inputs
+                lr = inputs[0]
                 if (
                     known is not None
                     and type(lr) is float
                     and lr >= 0.0
                     and inputs[1:] == known[1:]
                 ):
-                    self._pack_lr(plan, inputs)  # as schedulers change it, each at every step
+                    self._pack_lr(plan, lr, known)  # as schedulers change it, each at every step
                 else:
                     self._pack(plan, inputs, lr_on_device)
-            if plan.rule.scheduled is not None and not on_device:
+            if rule.scheduled is not None and not on_device:
                 self._pack_scheduled(plan)
 
-    def _pack_lr(self, plan: GroupPlan, inputs: tuple[Any, ...]) -> None:
+    def _pack_lr(self, plan: GroupPlan, lr: float, known: tuple[Any, ...]) -> None:
         """Another learning rate alone, without a check of all the rest."""
-        known = plan.rule_inputs or ()
         plan.rule_inputs = None  # until both rows hold it
         if plan.rule.scheduled is None:
-            for first in (False, True):
-                self._rows.pack_last(plan.row + first, inputs[0])
-        plan.rule_inputs = inputs[:1] + known[1:]
+            self._rows.pack_last(plan.row, lr)
+            self._rows.pack_last(plan.row + 1, lr)
+        plan.rule_inputs = (lr, *known[1:])
 
     def _pack_scheduled(self, plan: GroupPlan) -> None:
         """What is another number at each step."""
@@ -260,3 +254,15 @@ class Plan:
         )
         changes = any(not isinstance(value, Number | None) for value in values)
         plan.rule_inputs = None if changes else copies
+
+
+def _check_policy(plan: GroupPlan) -> None:
+    """Of a group that has another one than it had."""
+    group = plan.group
+    if group["average"] is not False or plan.policy is not None:
+        raise ValueError(
+            f"Invalid average: {group['average']!r} was assigned to a group that was added with "
+            f"{plan.policy!r}"
+        )
+    # torch's ZeroRedundancyOptimizer copies the groups that it was given over ours.
+    group["average"] = None

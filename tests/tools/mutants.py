@@ -232,7 +232,7 @@ PLAN: Mutants = [
 ]
 IN_PLACE: Mutants = [
     ("list(value) if type(value) is list else value", "value"),
-    ("inputs[:1] + known[1:]", "inputs"),
+    ("self._pack_lr(plan, lr, known)", "self._pack_lr(plan, lr, inputs)"),
     ("not isinstance(value, Number | None)", "isinstance(value, Tensor)"),
 ]
 OWN_STATE: Mutants = [

@@ -50,7 +50,7 @@ STATE: Mutants = [
 ]
 ROWS: Mutants = [
     (
-        "            if plan.rule.scheduled is not None and not on_device:\n",
+        "            if rule.scheduled is not None and not on_device:\n",
         "            if False:\n",
     ),
     ("self._rows.pack_from(plan.row + first, RHO, rho)", "pass"),
