@@ -257,7 +257,7 @@ class Plan:
 
 
 def _check_policy(plan: GroupPlan) -> None:
-    """Of a group that has another one than it had."""
+    """Refuses a group that has another average than it was added with."""
     group = plan.group
     if group["average"] is not False or plan.policy is not None:
         raise ValueError(

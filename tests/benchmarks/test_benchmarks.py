@@ -24,7 +24,7 @@ pytest.importorskip("torchvision")
 
 import rbwa_fused as rf
 from benchmarks import __main__ as suite
-from benchmarks import gpu, instructions, replicas, sizes, step, training
+from benchmarks import gpu, instructions, ratios, replicas, sizes, step, training
 from benchmarks.measure import bandwidth, clock, machine, process, progress, proof, runner
 from benchmarks.measure.check import check
 from benchmarks.measure.timing import LEAST_ROUNDS, Samples, on_device, on_host
@@ -1064,3 +1064,29 @@ def test_instructions_without_valgrind_are_told_in_a_line(monkeypatch: Any) -> N
     monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
     with pytest.raises(SystemExit, match="valgrind is not installed"):
         instructions.main()
+
+
+def test_quotients_are_medians_over_processes_of_times_and_of_what_a_row_adds(
+    tmp_path: Path,
+) -> None:
+    def process(**step: float) -> dict[str, Any]:
+        return {"step": {name.replace("_", " "): {"ms": ms} for name, ms in step.items()}}
+
+    measured = [process(a=3.0, b=2.0, c=5.0, d=1.0), process(a=6.0, b=2.0, c=3.0, d=1.0)]
+    assert ratios.of_processes(measured, ratios.Quotient("step", ("a",), ("b",))) == [1.5, 3.0]
+    added = ratios.Quotient("step", ("a", "b"), ("c", "d"))
+    assert ratios.of_processes(measured, added) == [0.25, 2.0]
+    assert ratios.of_processes(measured, ratios.Quotient("step", ("a",), ("e",))) == []
+    file = tmp_path / "made.json"
+    one = {"torch AdamW fused": {"ms": 4.0}, "AdamW": {"ms": 3.0}}
+    file.write_text(json.dumps({"processes": [{"step": one, "host": {}}]}))
+    first, *others = ratios.report([file]).splitlines()[2:]
+    assert first.startswith("| step: AdamW, over torch AdamW fused ")
+    assert first.endswith(" 0.75 (0.75-0.75) |")
+    assert all(line.endswith(" - |") for line in others)
+
+
+def test_quotients_are_of_rows_that_there_are() -> None:
+    known = {row.name for row in ROWS}
+    for _, over, under in ratios.QUOTIENTS:
+        assert known.issuperset(over + under)

@@ -531,11 +531,14 @@ class TestInterpreted:
         for ours, theirs in zip(*ends, strict=True):
             assert_same(ours, theirs, rule)
 
-    def test_exponents_of_no_half_differ_in_the_last_places_alone(self) -> None:
+    @pytest.mark.parametrize(("r", "power"), [(1.3, 2.7), (20, 17)])
+    def test_exponents_of_no_half_or_large_ones_differ_in_the_last_places_alone(
+        self, r: float, power: float
+    ) -> None:
         counted = []
         for backend in ("triton", "cpu"):
             p = nn.Parameter(torch.ones(3))
-            opt = RULES["free sgd"].made([p], r=1.3, weight_lr_power=2.7, backend=backend)
+            opt = RULES["free sgd"].made([p], r=r, weight_lr_power=power, backend=backend)
             for step in range(1, 60):
                 opt.param_groups[0]["lr"] = 0.3 * step
                 p.grad = torch.ones(3)
