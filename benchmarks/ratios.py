@@ -81,7 +81,7 @@ def main() -> None:
         "python -m benchmarks.ratios",
         description="Quotients of rows in a step's results.",
     )
-    parser.add_argument("file", nargs="+", type=Path, help="as python -m benchmarks.step writes it")
+    parser.add_argument("file", nargs="*", type=Path, help="as python -m benchmarks.step writes it")
     print(report(parser.parse_args().file))
 
 
