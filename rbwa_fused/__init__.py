@@ -1,14 +1,28 @@
 """The optimizer step and the weight average in one pass over memory. See README.md."""
 
+from rbwa_fused import ramp
 from rbwa_fused.adam import FusedAdam, FusedAdamW
-from rbwa_fused.average import Algorithm2, Average, Ema, Mean
+from rbwa_fused.average import Average
 from rbwa_fused.averager import Averager
 from rbwa_fused.clipping import clip_grad_norm_
 from rbwa_fused.estimate import averaged_model
 from rbwa_fused.optimizer import RSGDM, FusedSGD
-from rbwa_fused.policies import ema, lookahead, mean, rbwa, rbwa_e, rswa, swa, switch_ema
+from rbwa_fused.policies import (
+    ema,
+    lookahead,
+    mean,
+    merge,
+    power_ema,
+    rbwa,
+    rbwa_e,
+    rswa,
+    swa,
+    switch_ema,
+    table,
+)
 from rbwa_fused.replicas import Elastic, pull_
 from rbwa_fused.schedule_free import AdamWScheduleFree, SGDScheduleFree
+from rbwa_fused.weights import Algorithm2, Ema, Mean
 
 __version__ = "0.1.0"
 
@@ -30,10 +44,14 @@ __all__ = [
     "ema",
     "lookahead",
     "mean",
+    "merge",
+    "power_ema",
     "pull_",
+    "ramp",
     "rbwa",
     "rbwa_e",
     "rswa",
     "swa",
     "switch_ema",
+    "table",
 ]

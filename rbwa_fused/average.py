@@ -1,7 +1,8 @@
 """Averaging policies: which weight a sample gets, when it is taken, whether it is written back.
 
 Pure Python on ints and floats, no tensors. Steps are counted from 1 and only when taken. ``start =
-s`` means that the first s steps are not averaged. policies.py names the usual ones.
+s`` means that the first s steps are not averaged. weights.py has the weights, policies.py names the
+usual policies.
 """
 
 from __future__ import annotations
@@ -19,90 +20,12 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import torch
 
 from rbwa_fused.fingerprint import alike, fingerprint, where
-from rbwa_fused.numbers import fraction, integer, number
+from rbwa_fused.numbers import integer, number
+from rbwa_fused.ramp import Ramp
 from rbwa_fused.streams import DTYPES, NARROW
+from rbwa_fused.weights import Algorithm2, Ema, Mean, Named, Weight
 
-
-@dataclass(frozen=True)
-class Mean:
-    """Weight 1/(n+1): the average of all samples so far."""
-
-    on_device: ClassVar[int] = 1  # enum class Weight of csrc/policy.h
-
-    def of(self, n: int, step: int) -> float:
-        """Weight of the sample taken after ``step`` when n >= 1 samples are averaged already."""
-        return 1.0 / (n + 1)
-
-    def numbers(self) -> tuple[float, ...]:
-        """What a device needs to know of it (struct Policy of csrc/policy.h)."""
-        return ()
-
-
-@dataclass(frozen=True)
-class Ema:
-    """Weight 1 - decay: an exponential moving average."""
-
-    on_device: ClassVar[int] = 2
-
-    decay: float
-
-    def __post_init__(self) -> None:
-        fraction("decay", self.decay)
-
-    def of(self, n: int, step: int) -> float:
-        """See Mean.of."""
-        return 1.0 - self.decay
-
-    def numbers(self) -> tuple[float, ...]:
-        """See Mean.numbers."""
-        return (self.decay,)
-
-
-@dataclass(frozen=True)
-class Algorithm2:
-    """Weight 1/(k+1) with the count that Algorithm 2 of the RBWA paper prints, k = (e - c) j.
-
-    e is the epoch counted from 1, c the start epoch, j the batch within the epoch counted from 0.
-    k is 0 at each epoch's first batch, so the average restarts there.
-    """
-
-    on_device: ClassVar[int] = 3
-
-    steps_per_epoch: int
-    start_epoch: int
-
-    def __post_init__(self) -> None:
-        integer("steps_per_epoch", self.steps_per_epoch, least=1)
-        integer("start_epoch", self.start_epoch, least=0)
-
-    def of(self, n: int, step: int) -> float:
-        """See Mean.of."""
-        epochs, batch = divmod(step - 1, self.steps_per_epoch)
-        return 1.0 / ((epochs + 1 - self.start_epoch) * batch + 1)
-
-    def numbers(self) -> tuple[float, ...]:
-        """See Mean.numbers."""
-        return float(self.steps_per_epoch), float(self.start_epoch)
-
-
-Named = Mean | Ema | Algorithm2
-Weight = Named | Callable[[int, int], float]
 Initial = Literal["first_sample", "current", "now"]
-
-
-def weight_of(weight: Weight, n: int, step: int) -> float:
-    """Weight of the sample taken after ``step`` when ``n`` samples are averaged already.
-
-    The first sample has weight 1, whatever the policy: an average starts as a copy.
-    """
-    if n == 0:
-        return 1.0
-    if isinstance(weight, Named):
-        return weight.of(n, step)
-    value = number(f"weight(n={n}, step={step})", weight(n, step))
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"Invalid weight(n={n}, step={step}): {value} (expected 0 <= weight <= 1)")
-    return value
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,7 +33,7 @@ class Average:
     """One averaging policy; frozen, printable, picklable. policies.py names the usual ones.
 
     Args:
-        weight: :class:`Mean`, :class:`Ema`, :class:`Algorithm2`, or a function
+        weight: one of weights.py (:class:`Mean`, :class:`Ema`, …), or a function
             ``weight(n, step) -> float`` in [0, 1] of the samples so far (n >= 1) and the step,
             called on the host, which under AMP on a GPU waits for the device then; it must depend
             on these two alone, as it may be asked again for the same step. The first sample is
@@ -127,6 +50,8 @@ class Average:
             ``"first_sample"``).
         offset (int, steps, 0 to ``every``): if not 0, samples are taken after steps start + offset,
             start + offset + every, … (default: 0).
+        stop (int, steps, optional): no sample is taken after later steps, and the average stays
+            what it is then; not where it is written back. None is never (default: None).
         dtype (torch.dtype, optional): of the average; None is the parameter's own for float32 and
             float64 and float32 for bfloat16 and float16 (default: None).
         name (str, optional): of the function, by which a checkpoint knows it again wherever it is
@@ -149,6 +74,7 @@ class Average:
     dtype: torch.dtype | None = None
     name: str | None = None
     offset: int = 0
+    stop: int | None = None
     _written: ClassVar[str | None] = None  # of an instance, by the function that made it
 
     def __init__(
@@ -162,6 +88,7 @@ class Average:
         dtype: torch.dtype | None = None,
         name: str | None = None,
         offset: int = 0,
+        stop: int | None = None,
     ) -> None:
         named = isinstance(weight, Named)
         if isinstance(weight, type) or not (named or callable(weight)):
@@ -194,6 +121,13 @@ class Average:
                 "Invalid initial: 'now' (expected 'current' where the average is written back at "
                 "each step after start: it is the parameter itself)"
             )
+        first = start + (offset or every)
+        if stop is not None and integer("stop", stop, least=0) < first:
+            raise ValueError(
+                f"Invalid stop: {stop} (expected at least {first}, the step of the first sample)"
+            )
+        if stop is not None and write_back_every > 0:
+            raise ValueError(f"Invalid stop: {stop} (expected None where it is written back)")
         if isinstance(weight, Algorithm2) and start < weight.steps_per_epoch * weight.start_epoch:
             raise ValueError(f"Invalid start: {start} (expected no sample before {weight} starts)")
         if name is not None and not isinstance(name, str):
@@ -211,6 +145,7 @@ class Average:
             "dtype": dtype,
             "name": name,
             "offset": offset,
+            "stop": None if stop is None else integer("stop", stop, least=0),
         }
         for field, value in values.items():
             object.__setattr__(self, field, value)
@@ -225,7 +160,25 @@ class Average:
         """Whether it makes a difference after which step a sample is taken, and not only how many
         there were before."""
         every = self.start == 0 and self.every == 1 and self.write_back_every <= 1
-        return not (every and isinstance(self.weight, Mean | Ema))
+        named = isinstance(self.weight, Named) and not self.weight.by_step
+        return not (every and named and self.stop is None)
+
+    def weight_of(self, n: int, step: int) -> float:
+        """Weight of the sample taken after ``step`` when ``n`` samples are averaged already.
+
+        The first sample has weight 1, whatever the policy: an average starts as a copy.
+        """
+        if n == 0:
+            return 1.0
+        weight = self.weight
+        if isinstance(weight, Named):
+            return weight.of(n, step, self)
+        value = number(f"weight(n={n}, step={step})", weight(n, step))
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(
+                f"Invalid weight(n={n}, step={step}): {value} (expected 0 <= weight <= 1)"
+            )
+        return value
 
     def __repr__(self) -> str:
         """As it is written: by a function of policies.py, or with what is not the default."""
@@ -243,10 +196,11 @@ class Average:
             digest = fingerprint(cast(Callable[..., Any], self.weight))
             code = f", code={digest}" if digest else ""
         offset = f", offset={self.offset}" if self.offset else ""  # older checkpoints have none
+        stop = "" if self.stop is None else f", stop={self.stop}"
         return (
             f"Average({self._weight_text(named=True)}, start={self.start}, every={self.every}, "
             f"write_back_every={self.write_back_every}, initial={self.initial!r}, "
-            f"dtype={self.dtype}{offset}{code})"
+            f"dtype={self.dtype}{offset}{stop}{code})"
         )
 
     def _weight_text(self, named: bool) -> str:
@@ -302,7 +256,7 @@ class Average:
     def due(self, step: int) -> bool:
         """Whether a sample is taken after this step."""
         past = step - self.origin
-        return past > 0 and past % self.every == 0
+        return past > 0 and past % self.every == 0 and (self.stop is None or step <= self.stop)
 
     def written_back(self, step: int) -> bool:
         """Whether the live weights become the average after this step."""
@@ -367,4 +321,7 @@ def same(saved: str, policy: str) -> bool:
 
 # Frozen numbers and names: torch.load(weights_only=True) may make them, as where a trainer saves a
 # policy among its hyperparameters.
-torch.serialization.add_safe_globals([Average, Mean, Ema, Algorithm2])
+torch.serialization.add_safe_globals([Average, *get_args(Named), *get_args(Ramp)])
+# Older ones name them by this module.
+OLDER = (Mean, Ema, Algorithm2)
+torch.serialization.add_safe_globals([(kind, f"{__name__}.{kind.__name__}") for kind in OLDER])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -35,6 +36,14 @@ def fraction(name: str, value: float) -> float:
     if not 0.0 <= fraction < 1.0:
         raise ValueError(f"Invalid {name}: {value} (expected 0 <= {name} < 1)")
     return fraction
+
+
+def positive(name: str, value: float) -> float:
+    """A finite number above 0, or TypeError or ValueError with the argument's name."""
+    known = number(name, value)
+    if not 0.0 < known < math.inf:
+        raise ValueError(f"Invalid {name}: {value} (expected 0 < {name} < inf)")
+    return known
 
 
 def power(base: float, exponent: int) -> float:

@@ -1,12 +1,15 @@
 """The papers' algorithms as they are printed, one function each, to be read beside the paper.
 
 They take ``gradient(weights, t) -> Tensor`` for batch t = 1, 2, … and return the weights after each
-batch. Nothing of the package uses them: they are what its tests compare it with.
+batch; those at the end take these weights and return their average. Nothing of the package uses
+them: they are what its tests compare it with.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -195,3 +198,66 @@ def elastic(
             models = [w + alpha * (average - w) for w in models]
         path.append(models)
     return path
+
+
+def half_life_ema(path: Sequence[Tensor], half_life: float, every: int) -> Tensor:
+    """The mean of the samples, each half as heavy as one that is half_life steps younger."""
+    average = path[every - 1]
+    for t in range(2 * every, len(path) + 1, every):
+        beta = 0.5 ** (every / half_life)
+        average = beta * average + (1 - beta) * path[t - 1]
+    return average
+
+
+def power_ema(path: Sequence[Tensor], gamma: float, start: int, every: int) -> Tensor:
+    """Karras et al. 2024, eq. 1 and 2: beta(t) = (1 - 1/t)^(gamma + 1), where the 1 is the time
+    between samples."""
+    average = path[start + every - 1]
+    sampled = start + every
+    for step in range(start + 2 * every, len(path) + 1, every):
+        t = step - start
+        beta = (1 - (step - sampled) / t) ** (gamma + 1)
+        average = beta * average + (1 - beta) * path[step - 1]
+        sampled = step
+    return average
+
+
+def decays(samples: int, decay: str) -> list[float]:
+    """What a learning rate is multiplied by behind each of so many steps, 1 before the first."""
+    f = {
+        "linear": lambda x: 1 - x,
+        "sqrt": lambda x: 1 - math.sqrt(x),
+        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    }[decay]
+    return [f(i / samples) for i in range(samples + 1)]
+
+
+def merged(path: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """Checkpoints merged in place of a decay (WSM, Tian et al. 2025): theta_j has the weight
+    c_j = f_(j-1) - f_j, where f are the factors of the learning rate."""
+    weights = [before - behind for before, behind in pairwise(factors)]
+    return sum((c * w for c, w in zip(weights[1:], path[1:], strict=True)), weights[0] * path[0])
+
+
+def decayed(w: Tensor, gradients: Sequence[Tensor], lr: float, factors: Sequence[float]) -> Tensor:
+    """SGD on given gradients, with a learning rate that decays."""
+    for g, f in zip(gradients, factors, strict=True):
+        w = w - lr * f * g
+    return w
+
+
+def tabled(path: Sequence[Tensor], weights: Sequence[float], initial: Tensor | None) -> Tensor:
+    """Samples with given weights; the last one is that of all later ones."""
+    average = path[0] if initial is None else initial + weights[0] * (path[0] - initial)
+    for i, w in enumerate(path[1:], start=1):
+        average = average + weights[min(i, len(weights) - 1)] * (w - average)
+    return average
+
+
+def yolo_ema(path: Sequence[Tensor], initial: Tensor, decay: float, tau: float) -> Tensor:
+    """ModelEMA of YOLOv5: a copy of the model, averaged with decay (1 - e^(-updates / tau))."""
+    average = initial
+    for updates, w in enumerate(path, start=1):
+        d = decay * (1 - math.exp(-updates / tau))
+        average = d * average + (1 - d) * w
+    return average

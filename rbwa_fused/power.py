@@ -1,9 +1,9 @@
 """Power-function EMAs: how long an average is, and which power makes it so.
 
-At time t the average weights the past by its profile (gamma + 1) tau^gamma / t^(gamma + 1), 0 <= tau
-<= t: its length grows with the run. ``sigma_rel`` is the profile's standard deviation, relative to
-t. Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
-section 3.1 and appendix C.
+At time t the average weights the past by its profile (gamma + 1) tau^gamma / t^(gamma + 1) of times
+tau <= t: its length grows with the run. ``sigma_rel`` is the profile's standard deviation, relative
+to t. Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion
+Models", section 3.1 and appendix C.
 """
 
 from __future__ import annotations

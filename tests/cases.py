@@ -30,13 +30,30 @@ AVERAGES: dict[str, rf.Average | None] = {
     "same-dtype": None,  # replaced by `policy_for`: an average in the parameter's own dtype
 }
 
+# Policies that differ in the weights of their samples alone, for what counts and weighs them.
+SCHEDULES: dict[str, rf.Average] = {
+    "half-life": rf.ema(half_life=5, start=1, every=2),
+    "count": rf.ema(0.9, ramp=rf.ramp.count(floor=0.2), initial="current"),
+    "inverse": rf.ema(0.97, every=2, ramp=rf.ramp.inverse(1.5, 0.75)),
+    "exponential": rf.ema(half_life=30, ramp=rf.ramp.exponential(4)),
+    "both": rf.ema(0.9, half_life=30, ramp=rf.ramp.inverse()),
+    "power": rf.power_ema(0.1, start=2, every=3),
+    "power-now": rf.power_ema(gamma=0.5, start=1, every=3, offset=2, initial="now"),
+    "linear": rf.merge(3, 9),
+    "sqrt": rf.merge(2, 11, "sqrt", every=2),
+    "cosine": rf.merge(1, 14, "cosine", every=2),
+    "weights": rf.merge(2, decay=[1, 0, 2, 5], every=2),
+    "table": rf.table([0.9, 0.5, 0.25], every=2, write_back_every=4, initial="current"),
+    "table-first": rf.table([0.9, 0.5, 0.25], start=1),
+}
+
 STEPS = 8
 
 
 def policy_for(name: str, rule: str, dtype: torch.dtype) -> rf.Average | None:
     if name == "same-dtype":
         return rf.Average(rf.Ema(0.5), start=1, dtype=RULES[rule].kept(dtype))
-    return AVERAGES[name]
+    return SCHEDULES.get(name) or AVERAGES[name]
 
 
 def products(

@@ -26,6 +26,7 @@ import mutants
 import mutants_clipping
 import mutants_distributed
 import mutants_schedule_free
+import mutants_weights
 from workspace import ROOT, Workspace
 
 from rbwa_fused.command import Parser
@@ -132,8 +133,8 @@ BODY = [
     ),
 ]
 AVERAGE_H = [
-    ("static_cast<double>(n + 1)", "static_cast<double>(n)"),
-    ("1.0 - policy.numbers[0]", "policy.numbers[0]"),
+    ("1.0 / (count + 1)", "1.0 / count"),
+    ("return 1.0 - numbers[0]", "return numbers[0]"),
     ("(step - 1) / steps_per_epoch + 1", "step / steps_per_epoch + 1"),
     ("(step - 1) % steps_per_epoch", "step % steps_per_epoch"),
     ("past <= 0 ||", ""),
@@ -143,7 +144,7 @@ AVERAGE_H = [
     ("return n + 1;", "return n;"),
     ("d.marks[2 * i] += d.marks[2 * i + 1];", ""),
     ("d.marks[2 * i + 1] = 0;", ""),
-    ("sampling_of(policy, n, step + 1, rows[0], rows[1])", "0"),
+    ("sampling_of(policy, n, step + 1, d.policies, rows[0], rows[1])", "0"),
 ]
 LAUNCHES = [
     ("group = s.row / kRowsPerGroup;", "group = s.row;"),
@@ -197,11 +198,13 @@ RULES = [
     ("kappa=0.0 if first else 1.0 - beta", "kappa=1.0 - beta"),
     ("gamma=1.0, delta=beta", "gamma=1.0, delta=1.0"),
 ]
-AVERAGE = [
+WEIGHTS = [
     ("return 1.0 / (n + 1)", "return 1.0 / n"),
     ("return 1.0 - self.decay", "return self.decay"),
     ("divmod(step - 1, self.steps_per_epoch)", "divmod(step, self.steps_per_epoch)"),
     ("(epochs + 1 - self.start_epoch)", "(epochs - self.start_epoch)"),
+]
+AVERAGE = [
     ("past > 0 and past % self.every == 0", "past >= 0 and past % self.every == 0"),
     ("(step - self.origin) % self.write_back_every == 0", "step % self.write_back_every == 0"),
     ("self.start + (self.offset - self.every if self.offset else 0)", "self.start"),
@@ -252,8 +255,8 @@ UPLOADS = [
 ]
 COUNTERS = [
     ("& (step.to(tl.float64) > begins)", "& (begins < 1e300)"),
-    ("1.0 / tl.where(due, k + 1, 1)", "1.0 / tl.where(due, k + 2, 1)"),
-    ("1.0 - decay", "decay"),
+    ("1.0 / (k + 1)", "1.0 / (k + 2)"),
+    ("1.0 - first", "first"),
     ("(step - 1) % steps_per_epoch", "step % steps_per_epoch"),
     ("n + due.to(tl.int64)", "n"),
     ("tl.store(marks + 2 * segment, age, mask=mask)", "pass"),
@@ -282,6 +285,7 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     ("rbwa_fused/reference.py", REFERENCE, PYTHON, False),
     ("rbwa_fused/reference.py", PULL_REFERENCE, REPLICAS, False),
     ("rbwa_fused/rules.py", RULES, PYTHON, False),
+    ("rbwa_fused/weights.py", WEIGHTS, PYTHON, False),
     ("rbwa_fused/average.py", AVERAGE, PYTHON, False),
     ("rbwa_fused/engine/rows.py", PLAN, PYTHON, False),
     ("rbwa_fused/engine/samplers.py", SAMPLER, PYTHON, False),
@@ -289,6 +293,7 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     *mutants_distributed.CASES,
     *mutants_clipping.CASES,
     *mutants_schedule_free.CASES,
+    *mutants_weights.CASES,
 ]
 PATIENCE = 600  # seconds; a test that hangs has noticed
 

@@ -1,7 +1,8 @@
 """A second optimizer, in float64: rules as rules.py has them, averages as README.md prints them.
 
-One parameter at a time; nothing is shared with rbwa_fused but the policies' fields. bounds.py says
-how far the kernels may be from it, agreement.py compares them.
+One parameter at a time; nothing is shared with rbwa_fused but the policies' fields, and weights
+that have literal loops of their own (averages/test_weights.py). bounds.py says how far the kernels
+may be from it, agreement.py compares them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rules import NOT_STARTED, Rule
 from torch import Tensor
 
 import rbwa_fused as rf
+from rbwa_fused.weights import Named
 
 AVERAGE, MASTER = "average", "master_param"
 Z, Y = "z", "y"  # of a rule with modes: what it keeps, and the weights of training in eval mode
@@ -169,7 +171,8 @@ class Group:
         # Samples follow steps start + every, start + 2 every; or begin `offset` behind start.
         sample, between = divmod(step - policy.start - policy.offset, policy.every)
         sample += policy.offset > 0
-        if between != 0 or sample < 1:
+        over = policy.stop is not None and step > policy.stop
+        if between != 0 or sample < 1 or over:
             return current, None, False
         weight = self._weight(policy.weight, step)
         self.samples += 1
@@ -187,6 +190,9 @@ class Group:
             epoch = (step - 1) // weight.steps_per_epoch + 1
             batch = (step - 1) % weight.steps_per_epoch
             return 1.0 / ((epoch - weight.start_epoch) * batch + 1)
+        if isinstance(weight, Named):  # averages/test_weights.py has their literal loops
+            assert self.policy is not None
+            return weight.of(self.samples, step, self.policy)
         return float(weight(self.samples, step))
 
 

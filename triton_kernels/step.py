@@ -161,7 +161,7 @@ def advance_triton(counters: DeviceCounters) -> None:
     """
     from . import advance
 
-    samplers, segments = counters.policies.shape[0], counters.marks.shape[0]
+    samplers, segments = counters.counts.shape[0] - 1, counters.marks.shape[0]
     groups = 0 if counters.schedules is None else counters.schedules.shape[0]
     with _on(counters.counts.device):
         advance.advance_kernel[(1 + -(-max(segments, groups) // MARKS_BLOCK),)](

@@ -79,13 +79,14 @@ void sum_squares_on(const std::vector<View>& grads, const View& sums, DLDevice d
 }
 
 void advance_on(const CountTables& tables, DLDevice device, void* stream) {
-  const int64_t samplers = numel_of(tables.policies) / kPolicyColumns;
+  const int64_t samplers = numel_of(tables.counts) - 1;
   const int64_t samplings = 2 * samplers * kSamplingColumns;
   DeviceCounters d{};
   d.samplers = samplers;
   d.segments = numel_of(tables.marks) / 2;
-  d.counts = on_device<int64_t>(tables.counts, device, kInt64, 1 + samplers, "counts");
-  d.policies = on_device<const Policy>(tables.policies, device, kDouble, 0, "policies");
+  d.counts = on_device<int64_t>(tables.counts, device, kInt64, 1, "counts");
+  d.policies = on_device<const Policy>(tables.policies, device, kDouble, samplers * kPolicyColumns,
+                                       "policies");
   d.samplings = on_device<double>(tables.samplings, device, kDouble, samplings, "samplings64");
   d.samplings_float =
       on_device<float>(tables.samplings_float, device, kFloat, samplings, "samplings32");

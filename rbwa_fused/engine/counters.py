@@ -7,18 +7,21 @@ kernel advances behind the step (csrc/policy.h). The host reads them back only w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from rbwa_fused.average import Average, Named
+from rbwa_fused.average import Average
 from rbwa_fused.engine.samplers import Sampler
 from rbwa_fused.rules import Aging
+from rbwa_fused.weights import Named, Table
 
-WEIGHT_NUMBERS = 2  # of a policy row, at most
-POLICY_COLUMNS = 5 + WEIGHT_NUMBERS
+WEIGHT_NUMBERS = 4  # of a policy row, at most
+POLICY_COLUMNS = 6 + WEIGHT_NUMBERS
 
 
 @dataclass
@@ -27,7 +30,7 @@ class DeviceCounters:
 
     Attributes:
         counts: (1 + samplers,) int64, steps taken and the samples of each sampler.
-        policies: (samplers, 7) float64, see `policy_row`.
+        policies: vector of float64, see `policy_table`.
         samplings64: (2 samplers, 5) float64, rules.Sampling of the step to come.
         samplings32: the same in float32.
         marks: (segments, 2) int32: a segment's age (segments.Table), and what the step under way
@@ -61,7 +64,7 @@ class DeviceCounters:
         device: torch.device,
     ) -> DeviceCounters:
         """Moves the host's counters to a device. `samplings` are those of the step to come."""
-        policies = [policy_row(sampler.policy) for sampler in samplers]
+        policies = policy_table([sampler.policy for sampler in samplers])
         marks = torch.tensor(ages, dtype=torch.int32, device=device).reshape(-1, 1)
         return cls(
             counts=torch.tensor(counts, device=device),
@@ -93,19 +96,21 @@ class DeviceCounters:
         return replace(self, marks=self.marks[own], agings=self.agings[own])
 
 
-def policy_row(policy: Average | None) -> list[float]:
-    """A named policy as struct Policy of csrc/policy.h has it."""
-    if policy is None:
-        return [0.0] * POLICY_COLUMNS
-    weight = policy.weight
-    assert isinstance(weight, Named)
-    numbers = weight.numbers()
-    return [
-        weight.on_device,
-        policy.origin,
-        policy.every,
-        policy.write_back_every,
-        policy.begins,
-        *numbers,
-        *[0.0] * (WEIGHT_NUMBERS - len(numbers)),
-    ]
+def policy_table(policies: Sequence[Average | None]) -> list[float]:
+    """A row for each of some named policies, struct Policy of csrc/policy.h; behind all rows what
+    they have in tables."""
+    rows: list[list[float]] = []
+    tables: list[float] = []
+    for policy in policies:
+        row: list[float] = []
+        if policy is not None:
+            weight = policy.weight
+            assert isinstance(weight, Named)
+            stop = math.inf if policy.stop is None else policy.stop
+            row = [weight.on_device, policy.origin, policy.every, policy.write_back_every]
+            row += [policy.begins, stop, *weight.numbers(policy)]
+            if isinstance(weight, Table):
+                row.append(len(policies) * POLICY_COLUMNS + len(tables))
+                tables += weight.weights
+        rows.append(row + [0.0] * (POLICY_COLUMNS - len(row)))
+    return [*chain.from_iterable(rows), *tables]

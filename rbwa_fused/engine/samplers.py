@@ -7,7 +7,7 @@ groups that share the policy and have averaged as many samples.
 from __future__ import annotations
 
 from rbwa_fused import rules
-from rbwa_fused.average import Average, weight_of
+from rbwa_fused.average import Average
 from rbwa_fused.engine.packed import RowTable
 
 ROWS_PER_SAMPLER = 2  # averages in a buffer, and averages that are the parameter itself
@@ -43,7 +43,7 @@ class Sampler:
                 n = 1
             due = policy.due(step)
             if due:
-                w = weight_of(policy.weight, n, step)
+                w = policy.weight_of(n, step)
                 self.written_back = policy.written_back(step)
                 n += 1
         self.due = due

@@ -154,6 +154,65 @@ def test_a_bad_hyperparameter_names_itself(
 
 # (what is made, error, what it must say)
 POLICIES: dict[str, tuple[Call, type[Exception], str]] = {
+    "a decay and a half-life": (
+        lambda: rf.ema(0.9, half_life=5),
+        TypeError,
+        "half_life.*5.*decay=0.9",
+    ),
+    "a half-life of 0": (lambda: rf.ema(half_life=0), ValueError, "half_life.*0"),
+    "a half-life of nan": (lambda: rf.ema(half_life=NAN), ValueError, "half_life.*nan"),
+    "an endless half-life": (
+        lambda: rf.ema(half_life=float("inf")),
+        ValueError,
+        "half_life.*inf",
+    ),
+    "a half-life by name": (lambda: rf.ema(half_life="long"), TypeError, "half_life.*'long'"),  # type: ignore[arg-type]
+    "a ramp by name": (lambda: rf.ema(ramp="count"), TypeError, "ramp.*'count'"),  # type: ignore[arg-type]
+    "a ramp of nothing": (lambda: rf.ramp.inverse(0), ValueError, "gamma.*0"),
+    "a ramp that does not fall": (lambda: rf.ramp.inverse(power=-1), ValueError, "power.*-1"),
+    "a ramp with a floor of 1": (lambda: rf.ramp.count(floor=1), ValueError, "floor.*1"),
+    "a ramp without a time": (lambda: rf.ramp.exponential(-2), ValueError, "tau.*-2"),
+    "a length of 0": (lambda: rf.power_ema(0), ValueError, "sigma_rel.*0"),
+    "a length below 0": (lambda: rf.power_ema(-0.1), ValueError, "sigma_rel.*-0.1"),
+    "a length beyond the mean's": (lambda: rf.power_ema(0.289), ValueError, "sigma_rel.*0.289"),
+    "a length of nan": (lambda: rf.power_ema(NAN), ValueError, "sigma_rel.*nan"),
+    "a length and a power": (lambda: rf.power_ema(0.1, gamma=7), TypeError, "gamma.*7.*0.1"),
+    "a power of -1": (lambda: rf.power_ema(gamma=-1), ValueError, "gamma.*-1"),
+    "a window without samples": (lambda: rf.merge(5, 7, every=3), ValueError, "stop.*7.*8"),
+    "a window that ends before it begins": (lambda: rf.merge(5, 4), ValueError, "stop.*4"),
+    "a cosine window without an end": (
+        lambda: rf.merge(5, None, "cosine"),
+        TypeError,
+        "stop.*None",
+    ),
+    "a window of another shape": (lambda: rf.merge(5, 9, "step"), ValueError, "decay.*'step'"),  # type: ignore[arg-type]
+    "a window of too few weights": (
+        lambda: rf.merge(5, 9, [1, 2, 3]),
+        ValueError,
+        "decay.*3 weights.*4.*stop=9",
+    ),
+    "a window of negative weights": (
+        lambda: rf.merge(0, 2, [1, -1]),
+        ValueError,
+        r"weights\[1\].*-1",
+    ),
+    "a window of no weight": (lambda: rf.merge(0, 2, [0, 0]), ValueError, "weights.*positive"),
+    "a table without weights": (lambda: rf.table([]), ValueError, "weights"),
+    "a table of a number": (lambda: rf.table(0.5), TypeError, "weights.*0.5"),  # type: ignore[arg-type]
+    "a table of a text": (lambda: rf.table("0.5"), TypeError, "weights.*'0.5'"),  # type: ignore[arg-type]
+    "a table beyond 1": (lambda: rf.table([0.5, 1.5]), ValueError, r"weights\[1\].*1.5"),
+    "a table of nan": (lambda: rf.table([NAN]), ValueError, r"weights\[0\].*nan"),
+    "a stop before the first sample": (
+        lambda: rf.Average(rf.Mean(), start=5, every=2, stop=6),
+        ValueError,
+        "stop.*6.*7",
+    ),
+    "a stop where it is written back": (
+        lambda: rf.Average(rf.Mean(), write_back_every=1, stop=6),
+        ValueError,
+        "stop.*6.*written back",
+    ),
+    "a stop that is no integer": (lambda: rf.Average(rf.Mean(), stop=6.5), TypeError, "stop.*6.5"),  # type: ignore[arg-type]
     "weight is a number": (lambda: rf.Average(0.5), TypeError, "weight.*0.5"),  # type: ignore[arg-type]
     "weight is a name": (lambda: rf.Average("ema"), TypeError, "weight.*'ema'"),  # type: ignore[arg-type]
     "weight is a class": (lambda: rf.Average(rf.Ema), TypeError, "weight.*Ema"),  # type: ignore[arg-type]

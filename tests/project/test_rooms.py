@@ -22,6 +22,9 @@ FLOORS: dict[str, Sequence[str]] = {
             for name in (
                 "compiled",
                 "papers",
+                "power",
+                "ramp",
+                "weights",
                 "average",
                 "policies",
                 "progress",

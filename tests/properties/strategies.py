@@ -67,7 +67,13 @@ def _average(
     )
 
 
+def _window(start: int, samples: int, decay: Any, every: int) -> rf.Average:
+    return rf.merge(start, start + every * (samples + 1), decay, every)
+
+
 initial = st.sampled_from(["first_sample", "current", "now"])
+ramps = st.builds(rf.ramp.count) | st.builds(rf.ramp.inverse) | st.just(rf.ramp.exponential(3))
+shares = st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=4)
 own_dtype = dtypes | st.none()
 named = st.builds(rf.Mean) | st.builds(rf.Ema, decays)
 custom = st.sampled_from(CUSTOM)
@@ -81,6 +87,10 @@ NAMED: tuple[SearchStrategy[rf.Average], ...] = (
     st.builds(rf.rbwa_e, decays, steps_per_epoch=lengths, start_epoch=counts),
     st.builds(rf.lookahead, lengths, st.sampled_from([0.5, 0.3, 1.0])),
     st.builds(rf.switch_ema, decays, steps_per_epoch=lengths),
+    st.builds(rf.ema, start=counts, every=lengths, half_life=st.just(3.0), ramp=ramps | st.none()),
+    st.builds(rf.power_ema, st.sampled_from([0.05, 0.2]), counts, lengths, initial=initial),
+    st.builds(rf.table, shares, counts, lengths, initial=initial),
+    st.builds(_window, counts, counts, st.sampled_from(["linear", "sqrt", "cosine"]), lengths),
     st.builds(_average, named, counts, lengths, counts, initial, counts),
     *[st.builds(_average, named, counts, lengths, counts, initial, counts, dtypes)] * 3,
 )
