@@ -90,8 +90,8 @@ def cosine(kind, policy, n, mask):
     samples = tl.where(kind == COSINE, samples, 1.0)
     j = tl.minimum(n + 1.0, samples)
     twice = 2.0 * samples
-    whole = tl.sin(PI * (j / twice))
-    return tl.sin(PI * ((2.0 * j - 1.0) / twice)) * tl.sin(PI * (1.0 / twice)) / (whole * whole)
+    whole = tl.sin(j / twice * PI)
+    return tl.sin((2.0 * j - 1.0) / twice * PI) * tl.sin(1.0 / twice * PI) / (whole * whole)
 
 
 @triton.jit
