@@ -278,3 +278,17 @@ def test_weights_may_come_as_an_array_or_a_tensor() -> None:
     numpy = pytest.importorskip("numpy")
     for given in (TABLE, tuple(TABLE), numpy.array(TABLE), torch.tensor(TABLE, dtype=F64)):
         assert rf.table(given) == rf.table(TABLE)
+
+
+def test_a_table_is_airbenchs_lookahead() -> None:
+    """Every 5 steps the weights become their EMA, of decay 0.95^5 (t / T)^3."""
+    decays = [0.95**5 * (t / STEPS) ** 3 for t in range(5, STEPS + 1, 5)]
+    opt, path = run(
+        rf.table([1 - d for d in decays], every=5, write_back_every=5, initial="current")
+    )
+    slow = w = ZERO
+    for t, g in enumerate(walk(), start=1):
+        w = w - g
+        if t % 5 == 0:
+            slow = w = decays[t // 5 - 1] * slow + (1 - decays[t // 5 - 1]) * w
+    assert (path[-1] - w).abs().max() <= 1e-12 and (average_of(opt) - slow).abs().max() <= 1e-12

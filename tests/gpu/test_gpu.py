@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, gradients, moved, params, policy_for, products
+from cases import AVERAGES, DTYPES, SCHEDULES, gradients, moved, params, policy_for, products
 from rules import ALGORITHMS, RULES
 from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
@@ -129,7 +129,10 @@ def test_grad_scaler_trains_through_an_overflow(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("rule", "average"),
-    [*(("momentum", average) for average in NAMED), ("free sgd", "ema"), ("free adamw", "none")],
+    [
+        *(("momentum", average) for average in (*NAMED, *SCHEDULES)),
+        *[("free sgd", "ema"), ("free adamw", "none")],
+    ],
 )
 def test_a_captured_step_replays_under_a_schedule(rule: str, average: str, backend: str) -> None:
     ends = []
@@ -138,7 +141,8 @@ def test_a_captured_step_replays_under_a_schedule(rule: str, average: str, backe
         ps = [nn.Parameter(moved(p, device)) for p in params(torch.float32)]
         lr = torch.tensor(0.1, device=device)
         options = {"backend": backend if captured else "cpu", "capturable": captured}
-        opt = RULES[rule].made(ps, lr=lr, average=AVERAGES[average], **options)
+        policy = policy_for(average, rule, torch.float32)
+        opt = RULES[rule].made(ps, lr=lr, average=policy, **options)
         for p in ps:
             p.grad = torch.empty_like(p)
         graph = torch.cuda.CUDAGraph()
