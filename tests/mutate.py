@@ -365,8 +365,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     survivors = 0
     with ThreadPoolExecutor(max_workers=count) as pool:
-        needed = sorted({test for edit in edits for test in edit[3]})
-        shares = [tuple(needed[i::count]) for i in range(count)]
+        selected = {
+            edit[3] for edit in edits if "-k" in edit[3]
+        }  # an expression is of its own files
+        needed = sorted({test for *_, tests, _ in edits if tests not in selected for test in tests})
+        shares = [*(tuple(needed[i::count]) for i in range(count)), *sorted(selected)]
         for share, passed in zip(shares, pool.map(unbroken, shares), strict=True):
             if not passed:
                 raise SystemExit(f"some of {' '.join(share)} fail without a mutant")
