@@ -96,6 +96,14 @@ def awaited(rule: Rule, group: Group, param: Tensor, held: Mapping[str, Any]) ->
     return {**step, **zeros}
 
 
+def unstepped(rule: Rule, held: Mapping[str, Any]) -> frozenset[str]:
+    """The keys that `awaited` has given a parameter before its first step: it begins without."""
+    count = held.get(STEP)
+    if isinstance(count, Tensor) and count.numel() == 1:
+        count = count.item()
+    return frozenset((STEP, *rule.streams) if rule.name == ADAM.name and count == 0 else ())
+
+
 def read(
     engine: Engine,
     groups: Sequence[Group],
@@ -145,11 +153,13 @@ def read(
     state: defaultdict[Any, Any] = defaultdict(dict)
     for key, held in state_dict["state"].items():
         if key in param_of:
+            gone = unstepped(engine.rule, held)
             state[param_of[key]] = {
                 name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
                 for name, value in held.items()
                 if not (name in (STEP, *STREAMS, *engine.rule.aside) and _absent(value))
                 and not (name == "average" and key in left_out)
+                and name not in gone
             }
         else:
             state[key] = held

@@ -293,3 +293,21 @@ def test_betas_in_tensors_are_read_at_every_step() -> None:
         betas[0].fill_(0.875)
         plain.param_groups[0]["betas"] = (0.875, 0.75)
     assert torch.equal(p, q)
+
+
+def test_a_parameter_without_a_gradient_so_far_is_still_that_behind_a_checkpoint() -> None:
+    """Its zeros in the checkpoint are for torch, and no moments that a master would go on with."""
+    ends = []
+    for saves in (False, True):
+        ps = [nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
+        opt = rf.FusedAdamW(ps, master_weights=True, average=rf.ema(0.5))
+        for step in range(3):
+            ps[0].grad = torch.ones_like(ps[0])
+            opt.step()
+            if saves and step == 1:
+                saved = opt.state_dict()
+                assert float(saved["state"][1]["step"]) == 0 and "exp_avg" in saved["state"][1]
+                opt = rf.FusedAdamW(ps, master_weights=True, average=rf.ema(0.5))
+                opt.load_state_dict(saved)
+        ends.append([{k: v.tolist() for k, v in opt.state[p].items()} for p in ps])
+    assert ends[0] == ends[1] and ends[1][1].keys() == {"average"}

@@ -1,0 +1,1 @@
+"""What the mean of a window gives in place of a learning-rate decay over it."""
