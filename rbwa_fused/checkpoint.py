@@ -99,8 +99,8 @@ def awaited(rule: Rule, group: Group, param: Tensor, held: Mapping[str, Any]) ->
 def unstepped(rule: Rule, held: Mapping[str, Any]) -> frozenset[str]:
     """The keys that `awaited` has given a parameter before its first step: it begins without."""
     count = held.get(STEP)
-    if isinstance(count, Tensor) and count.numel() == 1:
-        count = count.item()
+    if isinstance(count, Tensor):
+        count = count.item() if count.numel() == 1 else None
     return frozenset((STEP, *rule.streams) if rule.name == ADAM.name and count == 0 else ())
 
 
