@@ -6,7 +6,7 @@ Mutants = list[tuple[str, str]]
 
 HOST = ("averages/test_weights.py",)
 CUDA = ("update/test_cuda.py::test_a_skipped_step_skips_everything_and_costs_no_look",)
-TRITON = ("update/test_triton.py", "-k", "counts_and_weighs or many_policies")
+TRITON = ("update/test_triton.py",)
 
 WEIGHTS: Mutants = [
     (
