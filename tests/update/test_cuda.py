@@ -33,6 +33,23 @@ def test_every_case_has_the_bits_of_the_cpu(dtype: torch.dtype, rule: str, avera
     )
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_no_number_spreads_as_far_as_on_the_cpu(rule: str) -> None:
+    dtype = torch.bfloat16 if RULES[rule].master else torch.float32
+    ends = []
+    for backend in ("cuda", "cpu"):
+        p = nn.Parameter(torch.ones(6, dtype=dtype))
+        opt = RULES[rule].made([p], backend=backend)
+        for step in range(4):
+            p.grad = torch.ones_like(p)
+            if step == 1:
+                p.grad[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+            opt.step()
+        state = state_of(opt, p)
+        ends.append({key: t.isfinite().tolist() for key, t in {"": p, **state}.items()})
+    assert ends[0] == ends[1] and not all(ends[0][""])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_not_flattened_it_has_the_same_bits(dtype: torch.dtype) -> None:
     for rule, average in (("momentum", "ema"), ("rsgdm explicit", "same-dtype")):
