@@ -1,0 +1,60 @@
+"""Trains a small network at a constant rate, and averages a window in place of a decay.
+
+    python examples/merge_window.py
+
+The mean of the last third of a run stands for a run whose learning rate fell over that third, and
+training may go on from its weights as if nothing had been. Needs scikit-learn, with which the
+images come, and a few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+try:
+    from sklearn.datasets import load_digits
+
+    import rbwa_fused as rf
+except ImportError as error:
+    sys.exit(f"{error}: pip install scikit-learn, and rbwa_fused as its README says")
+
+EPOCHS = 15
+
+
+@torch.no_grad()
+def loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    model.eval()
+    return cross_entropy(model(images), labels).item()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    pixels, digits = load_digits(return_X_y=True)
+    images, labels = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(digits)
+    train, test = TensorDataset(images[:1437], labels[:1437]), (images[1437:], labels[1437:])
+    loader = DataLoader(train, batch_size=32, shuffle=True)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+
+    steps = EPOCHS * len(loader)
+    window = rf.merge(start=2 * steps // 3, stop=steps, decay="sqrt")  # or "linear", "cosine"
+    opt = rf.FusedAdamW(model.parameters(), lr=0.01, average=window)
+    for epoch in range(1, EPOCHS + 1):
+        model.train()
+        for x, y in loader:
+            cross_entropy(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+        line = f"epoch {epoch:2}: loss {loss(model, *test):.3f}"
+        if opt.n_averaged > 0:
+            with opt.averaged():
+                line += f", of the window so far {loss(model, *test):.3f}"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
