@@ -263,6 +263,13 @@ def test_another_length_warns_and_another_kind_is_refused() -> None:
         rf.FusedSGD([nn.Parameter(path[-1])], 1.0, average=rf.ema(0.2)).load_state_dict(saved)
 
 
+def test_a_checkpoint_knows_where_its_window_ends() -> None:
+    opt, path = run(rf.merge(2, 20), steps=9)
+    with pytest.warns(UserWarning, match="stop=20"):
+        again = rf.FusedSGD([nn.Parameter(path[-1])], 1.0, average=rf.merge(2, 30))
+        again.load_state_dict(opt.state_dict())
+
+
 def test_a_power_that_goes_by_steps_asks_where_torchs_run_stands() -> None:
     assert rf.power_ema().by_step and rf.merge(0, 5).by_step and rf.merge(0, decay="sqrt").by_step
     assert not rf.ema(half_life=5).by_step and not rf.table([0.5]).by_step
