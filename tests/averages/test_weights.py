@@ -120,9 +120,23 @@ def test_a_power_ema_is_as_long_as_it_was_asked_to_be(sigma_rel: float, every: i
 def test_the_weight_of_a_long_run_is_no_difference_of_near_numbers() -> None:
     """1 - (1 - 1/t)^(gamma + 1) at t = 1e7 loses nine digits, and so does 1 - decay."""
     w = rf.power_ema(gamma=0.5).weight_of(10**7 - 1, 10**7)
-    assert w == pytest.approx(1.5e-7 - 0.375e-14, rel=1e-15)  # its series
+    assert w == pytest.approx(1.5e-7 - 0.375e-14, rel=1e-15, abs=0)  # its series
     w = rf.ema(half_life=1e12).weight_of(1, 1)
-    assert w == pytest.approx(math.log(2) * 1e-12, rel=1e-12)
+    assert w == pytest.approx(math.log(2) * 1e-12, rel=1e-12, abs=0)
+
+
+def test_the_time_of_a_power_begins_with_its_start_wherever_samples_lie() -> None:
+    policy = rf.power_ema(gamma=1, start=5, every=3, offset=1)  # samples behind steps 6, 9, 12
+    weights = [policy.weight_of(n, step) for n, step in ((0, 6), (1, 9), (2, 12))]
+    assert weights == pytest.approx([1, 1 - (1 - 3 / 4) ** 2, 1 - (1 - 3 / 7) ** 2])
+
+
+def test_of_a_decay_and_a_half_life_a_ramp_ends_at_the_larger_weight() -> None:
+    ramp = rf.ramp.inverse()
+    for decay, half_life in ((0.9, 30.0), (0.99, 3.0)):
+        alone = [1 - decay, 1 - 0.5 ** (1 / half_life)]
+        w = rf.ema(decay, half_life=half_life, ramp=ramp).weight_of(10**9, 10**9)
+        assert w == pytest.approx(max(alone))
 
 
 @pytest.mark.parametrize("decay", ["linear", "sqrt", "cosine"])
