@@ -279,8 +279,8 @@ def test_another_length_warns_and_another_kind_is_refused() -> None:
 
 def test_a_checkpoint_knows_where_its_window_ends() -> None:
     opt, path = run(rf.merge(2, 20), steps=9)
+    again = rf.FusedSGD([nn.Parameter(path[-1])], 1.0, average=rf.merge(2, 30))
     with pytest.warns(UserWarning, match="stop=20"):
-        again = rf.FusedSGD([nn.Parameter(path[-1])], 1.0, average=rf.merge(2, 30))
         again.load_state_dict(opt.state_dict())
 
 
