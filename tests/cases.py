@@ -33,7 +33,7 @@ AVERAGES: dict[str, rf.Average | None] = {
 # Policies that differ in the weights of their samples alone, for what counts and weighs them.
 SCHEDULES: dict[str, rf.Average] = {
     "half-life": rf.ema(half_life=5, start=1, every=2),
-    "count": rf.ema(0.9, ramp=rf.ramp.count(floor=0.2), initial="current"),
+    "count": rf.ema(0.4, ramp=rf.ramp.count(floor=0.3), initial="current"),
     "inverse": rf.ema(0.97, every=2, ramp=rf.ramp.inverse(1.5, 0.75)),
     "exponential": rf.ema(half_life=30, ramp=rf.ramp.exponential(4)),
     "both": rf.ema(0.9, half_life=30, ramp=rf.ramp.inverse()),
