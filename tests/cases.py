@@ -39,7 +39,7 @@ SCHEDULES: dict[str, rf.Average] = {
     "both": rf.ema(0.9, half_life=30, ramp=rf.ramp.inverse()),
     "power": rf.power_ema(0.1, start=2, every=3),
     "power-now": rf.power_ema(gamma=0.5, start=1, every=3, offset=2, initial="now"),
-    "linear": rf.merge(3, 9),
+    "linear": rf.merge(3, 6),
     "sqrt": rf.merge(2, 11, "sqrt", every=2),
     "cosine": rf.merge(1, 14, "cosine", every=2),
     "weights": rf.merge(2, decay=[1, 0, 2, 5], every=2),

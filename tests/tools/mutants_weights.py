@@ -71,7 +71,6 @@ ON_DEVICE: Mutants = [
     ("if (static_cast<double>(step) > policy.stop) return n;", ""),
 ]
 IN_TRITON: Mutants = [
-    ("tl.where(loses, x, tl.log(u)", "tl.where(loses, 0.0, tl.log(u)"),
     ("w = tl.where(w < cap, cap, w)", ""),
     ("return tl.where(most < w, most, w)", "return w"),
     ("log1p(n / third)), w)", "log1p(n)), w)"),
