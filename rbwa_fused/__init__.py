@@ -1,6 +1,6 @@
 """The optimizer step and the weight average in one pass over memory. See README.md."""
 
-from rbwa_fused import ramp
+from rbwa_fused import posthoc, ramp
 from rbwa_fused.adam import FusedAdam, FusedAdamW
 from rbwa_fused.average import Average
 from rbwa_fused.averager import Averager
@@ -44,8 +44,12 @@ __all__ = [
     "ema",
     "lookahead",
     "mean",
+<<<<<<< HEAD
     "merge",
     "power_ema",
+=======
+    "posthoc",
+>>>>>>> 392bb93 (Averages of a length could not be had after training: snapshots on the way, synthesis, and merges of checkpoints)
     "pull_",
     "ramp",
     "rbwa",

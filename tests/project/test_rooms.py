@@ -51,6 +51,7 @@ FLOORS: dict[str, Sequence[str]] = {
             f"rbwa_fused.{name}"
             for name in ("into", "foreign", "steppers", "following", "averager")
         ),
+        "rbwa_fused.posthoc",
         *(f"rbwa_fused.{name}" for name in ("distributed", "integrations")),
         "rbwa_fused",
     ),

@@ -1,0 +1,129 @@
+"""What an owner of averages keeps that is worth a snapshot: the one place that asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from rbwa_fused.average import Average
+from rbwa_fused.averages import Averages
+from rbwa_fused.posthoc.profiles import LEAST
+from rbwa_fused.weights import Mean, PowerEma
+
+
+class Kept(NamedTuple):
+    """An average that has samples.
+
+    Attributes:
+        policy: by which it is taken.
+        tensors: the live averages, by the model's names.
+        weights: the parameters that it is of.
+        step: behind which its last sample was taken.
+        steps: that its owner has taken.
+    """
+
+    policy: Average
+    tensors: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    step: int
+    steps: int
+
+    @property
+    def t(self) -> int:
+        """Steps of the last sample since the average's start."""
+        return self.step - self.policy.start
+
+    @property
+    def over(self) -> bool:
+        """Whether no sample is to come."""
+        return self.policy.stop is not None and self.steps >= self.policy.stop
+
+
+def gamma_of_policy(policy: Average) -> float | None:
+    """The power of an average's profile, above -1/2; None for one that has no such profile. A mean
+    of all is of power 0."""
+    if policy.write_back_every > 0 or policy.stop is not None:
+        return None
+    if isinstance(policy.weight, Mean):
+        return 0.0 if policy.initial == "first_sample" else None
+    gamma = policy.weight.gamma if isinstance(policy.weight, PowerEma) else LEAST
+    return gamma if gamma > LEAST else None
+
+
+def owners_of(opt: Averages | Sequence[Averages]) -> list[Averages]:
+    """One or several.
+
+    Raises:
+        TypeError: for what has no averages.
+    """
+    owners: list[Any] = [*opt] if isinstance(opt, list | tuple) else [opt]
+    for owner in owners:
+        if not isinstance(owner, Averages):
+            raise TypeError(
+                f"Invalid opt: {type(owner).__name__} (expected an optimizer of rbwa_fused, an "
+                "Averager, or a list of them)"
+            )
+    if not owners:
+        raise ValueError("Invalid opt: [] (expected at least one)")
+    return owners
+
+
+def policies_of(owner: Averages) -> list[Average]:
+    """The policies of an owner's averages, also of those that have not begun.
+
+    Raises:
+        ValueError: for param groups that are averaged by different ones.
+    """
+    found = {repr(g["average"]): g["average"] for g in owner.param_groups if g["average"]}
+    if len(found) > 1:
+        raise ValueError(
+            f"Invalid averages: the param groups have {' and '.join(found)} (expected one policy "
+            "for all)"
+        )
+    return list(found.values())
+
+
+def weights_of(owner: Averages, model: nn.Module | None) -> dict[str, Tensor]:
+    """The parameters that an owner averages, by name, whether their averages have begun or not.
+
+    Raises:
+        TypeError: without a model, for parameters that have no names.
+    """
+    groups = [group for group in owner.param_groups if group["average"]]
+    if model is not None:
+        averaged = {p for group in groups for p in group["params"]}
+        return {name: p for name, p in model.named_parameters() if p in averaged}
+    if not all("param_names" in group for group in groups):
+        raise TypeError("Invalid model: None (expected that by whose names averages are kept)")
+    return {
+        name: p
+        for group in groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def kept_of(owner: Averages, model: nn.Module | None) -> list[Kept]:
+    """The averages of an owner that have samples.
+
+    Args:
+        model: by whose names they are known; None for the module that an Averager follows.
+
+    Raises:
+        TypeError, ValueError: as ``owner.averages`` and ``policies_of``.
+    """
+    named = owner.averages() if model is None else owner.averages(model)  # type: ignore[call-arg]
+    steps, weights = owner.engine.steps, weights_of(owner, model)
+    found = []
+    for policy in policies_of(owner):
+        last = _last_sample(policy, steps)
+        if named and last > policy.start:
+            found.append(Kept(policy, named, weights, last, steps))
+    return found
+
+
+def _last_sample(policy: Average, steps: int) -> int:
+    """The last step until now that a sample was taken behind."""
+    until = steps if policy.stop is None else min(steps, policy.stop)
+    return until - (until - policy.origin) % policy.every
