@@ -44,12 +44,9 @@ __all__ = [
     "ema",
     "lookahead",
     "mean",
-<<<<<<< HEAD
     "merge",
-    "power_ema",
-=======
     "posthoc",
->>>>>>> 392bb93 (Averages of a length could not be had after training: snapshots on the way, synthesis, and merges of checkpoints)
+    "power_ema",
     "pull_",
     "ramp",
     "rbwa",
