@@ -84,8 +84,8 @@ class Snapshot:
 
 
 def snapshots_in(folder: Path) -> list[Snapshot]:
-    """The snapshots of a folder by step. What is being written, or was when a run was killed, has
-    another name.
+    """The snapshots of a folder by step, power and rank. What is being written, or was when a run
+    was killed, has another name.
 
     Raises:
         ValueError: naming a file that is not whole.
@@ -98,7 +98,7 @@ def snapshots_in(folder: Path) -> list[Snapshot]:
             told = about(reader.metadata)
             if told is not None:
                 found.append(Snapshot(told, reader))
-    return sorted(found, key=lambda s: (s.about.step, s.about.name))
+    return sorted(found, key=lambda s: (s.about.step, s.about.gamma or 0.0, s.about.rank))
 
 
 def agreeing(found: list[Snapshot], folder: Path) -> list[Snapshot]:

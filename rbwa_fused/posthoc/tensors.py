@@ -94,9 +94,7 @@ class Reader:
             raise self._torn()
 
     def _torn(self) -> ValueError:
-        return ValueError(
-            f"Invalid file: {self.file} (expected a whole file of tensors; it is torn)"
-        )
+        return ValueError(f"Invalid file: {self.file} (expected a whole safetensors file)")
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """Elements of a tensor in logical order, 1-dim: ``count`` from the ``first`` on, or all."""

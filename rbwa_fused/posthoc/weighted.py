@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rbwa_fused.posthoc.tensors import Kind, Writer
 
-PIECE = 1 << 20  # elements
+PIECE = 1 << 19  # elements
 
 
 class Source(Protocol):

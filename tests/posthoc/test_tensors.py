@@ -95,9 +95,8 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     write(file, {"a": torch.ones(3)})
     before = file.read_bytes()
     kinds = {"a": Kind(torch.float32, (3,))}
-    with pytest.raises(KeyboardInterrupt), Writer(file, kinds, {}) as writer:
-        writer.append(torch.zeros(2))
-        raise KeyboardInterrupt
+    with pytest.raises(AttributeError), Writer(file, kinds, {}) as writer:
+        writer.append(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="4 bytes are missing"), Writer(file, kinds, {}) as writer:
         writer.append(torch.zeros(2))
     with pytest.raises(TypeError, match=r"Invalid dtype: torch.complex128 of a"):

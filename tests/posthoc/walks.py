@@ -75,4 +75,10 @@ def literal(
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
-    return math.hypot(*(float((a[n].double() - b[n].double()).norm()) for n in a if a[n].numel()))
+    return math.hypot(
+        *(
+            float((a[n].detach().double() - b[n].detach().double()).norm())
+            for n in a
+            if a[n].numel()
+        )
+    )
