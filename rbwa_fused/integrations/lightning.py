@@ -21,6 +21,7 @@ from rbwa_fused.averages import Averages
 from rbwa_fused.estimate import averaged_estimated, has_statistics
 from rbwa_fused.fused import FusedOptimizer
 from rbwa_fused.model_state import copied
+from rbwa_fused.posthoc.snapshots import Snapshots
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -77,6 +78,8 @@ class AveragedEvaluation(Callback):
         save_averaged (bool): put the averaged weights into each checkpoint, under the key
             ``averaged_state_dict`` beside ``state_dict``, also with ``save_weights_only``; with a
             ``loader`` each costs a pass over it (default: False).
+        snapshots (rbwa_fused.posthoc.Snapshots, optional): written behind the steps that are due,
+            of all averages (default: None).
 
     Raises:
         ValueError: at the start of ``fit``, if no optimizer is one of ours and there is no
@@ -97,6 +100,7 @@ class AveragedEvaluation(Callback):
         buffers: bool = False,
         loader: Iterable[Any] | None = None,
         save_averaged: bool = False,
+        snapshots: Snapshots | None = None,
     ) -> None:
         super().__init__()
         if buffers and average is None:
@@ -106,6 +110,7 @@ class AveragedEvaluation(Callback):
         self._resumed: dict[str, Any] | None = None  # the averager's state in a checkpoint
         self._loader = loader
         self._save_averaged = save_averaged
+        self._snapshots = snapshots
         self._loaded = False  # the averaged weights out of a checkpoint, outside fit
         self._live: ExitStack | None = None  # brings the training weights back
         self._parts: list[nn.Module] = []
@@ -165,6 +170,8 @@ class AveragedEvaluation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._note_frozen()  # before an evaluation Lightning puts all modules in eval mode
+        if self._snapshots is not None:
+            self._snapshots.update(self._averaging(trainer), pl_module)
 
     def _note_frozen(self) -> None:
         self._frozen = [module for module in self._parts if not module.training]

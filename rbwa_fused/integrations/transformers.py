@@ -26,6 +26,7 @@ from rbwa_fused.averager import Averager
 from rbwa_fused.averages import Averages
 from rbwa_fused.engine.sharded import kind_of_shard
 from rbwa_fused.fused import FusedOptimizer
+from rbwa_fused.posthoc.snapshots import Snapshots
 
 try:
     from transformers import TrainerCallback
@@ -65,6 +66,8 @@ class AveragedWeights(TrainerCallback):
         buffers (bool): average floating buffers too, with ``average`` (default: False).
         exclude (sequence of str): patterns of names that are left out, as ``Averager`` has them;
             for frozen weights their own names do (default: ()).
+        snapshots (rbwa_fused.posthoc.Snapshots, optional): written behind the steps that are due;
+            a ``train()`` that resumes from a checkpoint goes on with its folder (default: None).
 
     Attributes:
         averager (Averager or None): of the last ``train()``.
@@ -93,6 +96,7 @@ class AveragedWeights(TrainerCallback):
         *,
         buffers: bool = False,
         exclude: Sequence[str] = (),
+        snapshots: Snapshots | None = None,
     ) -> None:
         for name, value in (("buffers", buffers), ("exclude", exclude)):
             if value and average is None:
@@ -100,6 +104,7 @@ class AveragedWeights(TrainerCallback):
         if average is not None and not isinstance(average, Average):
             raise TypeError(f"Invalid average: {average!r} (expected an rbwa_fused.Average)")
         self._average, self._buffers_too, self._exclude = average, buffers, exclude
+        self._snapshots = snapshots
         self.averager: Averager | None = None
         self._averages: Averages | None = None  # the averager, or an optimizer of ours
         self._model = nn.Module()
@@ -205,6 +210,8 @@ class AveragedWeights(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._control = control  # another callback may have exchanged it
+        if self._snapshots is not None and self._averages is not None:
+            self._snapshots.update(self._averages, self._model)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._control = control
