@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,12 +93,13 @@ def snapshots_in(folder: Path) -> list[Snapshot]:
         OSError: for a folder that cannot be read.
     """
     found = []
-    for file in sorted(folder.iterdir()):
+    for file in folder.iterdir():
         if file.name.endswith(END):
-            reader = Reader(file)
-            told = about(reader.metadata)
-            if told is not None:
-                found.append(Snapshot(told, reader))
+            with suppress(FileNotFoundError):  # another rank has removed it meanwhile
+                reader = Reader(file)
+                told = about(reader.metadata)
+                if told is not None:
+                    found.append(Snapshot(told, reader))
     return sorted(found, key=lambda s: (s.about.step, s.about.gamma or 0.0, s.about.rank))
 
 

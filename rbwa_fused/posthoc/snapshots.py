@@ -160,14 +160,20 @@ class Snapshots:
         owners[0].engine.read_back()
         steps = owners[0].engine.steps
         there = snapshots_in(self.folder) if self._writes else []
+        for snapshot in there:
+            if snapshot.about.world != world:
+                raise ValueError(
+                    f"Invalid folder: {snapshot.reader.file} is one of {snapshot.about.world} "
+                    f"shards, and this run has {world} (expected an empty folder)"
+                )
         there = [s for s in there if s.about.rank == rank]
-        run = self._gone_on_with(there, digest, world, fresh=steps <= 1)
+        run = self._gone_on_with(there, digest, fresh=steps <= 1)
         self._about = (run, digest, rank, world)
         self._stops = stops
         self._say_cost(self.bytes_of(owners, model), there)
         self._steps = max(0, steps - 1)
 
-    def _gone_on_with(self, there: list[Snapshot], digest: str, world: int, *, fresh: bool) -> str:
+    def _gone_on_with(self, there: list[Snapshot], digest: str, *, fresh: bool) -> str:
         """The id of the run whose snapshots are there already."""
         if not there:
             return uuid4().hex
@@ -177,10 +183,10 @@ class Snapshots:
                 "(expected an empty one, or the run gone on with from a checkpoint)"
             )
         for snapshot in there:
-            if (snapshot.about.model, snapshot.about.world) != (digest, world):
+            if snapshot.about.model != digest:
                 raise ValueError(
-                    f"Invalid folder: {snapshot.reader.file} is of another model or number of "
-                    f"shards than this run's {world} (expected an empty one)"
+                    f"Invalid folder: {snapshot.reader.file} is of another model (expected an "
+                    "empty folder)"
                 )
         return there[-1].about.run
 
