@@ -82,7 +82,8 @@ def policies_of(owner: Averages) -> list[Average]:
             f"Invalid averages: the param groups have {' and '.join(found)} (expected one policy "
             "for all)"
         )
-    return list(found.values())
+    (average,) = found.values() or [None]
+    return [] if average is None else list(getattr(average, "policies", [average]))
 
 
 def weights_of(owner: Averages, model: nn.Module | None) -> dict[str, Tensor]:
@@ -113,13 +114,16 @@ def kept_of(owner: Averages, model: nn.Module | None) -> list[Kept]:
     Raises:
         TypeError, ValueError: as ``owner.averages`` and ``policies_of``.
     """
-    named = owner.averages() if model is None else owner.averages(model)  # type: ignore[call-arg]
-    steps, weights = owner.engine.steps, weights_of(owner, model)
+    readable: Any = owner  # the model is an argument that an Averager can do without
+    models = [] if model is None else [model]
+    policies, steps, weights = policies_of(owner), owner.engine.steps, weights_of(owner, model)
     found = []
-    for policy in policies_of(owner):
+    for number, policy in enumerate(policies):
+        which = {"which": number} if number > 0 else {}
         last = _last_sample(policy, steps)
-        if named and last > policy.start:
-            found.append(Kept(policy, named, weights, last, steps))
+        tensors = readable.averages(*models, **which) if last > policy.start else {}
+        if tensors:
+            found.append(Kept(policy, tensors, weights, last, steps))
     return found
 
 
