@@ -30,8 +30,8 @@ class Synthesis:
 
     Attributes:
         residual: the distance of its profile from the one asked for, relative to that one's norm.
-            Of weights that wander without aim it is the error; on trained ones the error, relative
-            to the average's distance from the weights, was 0.02 to 2.4 times it.
+            Errors, relative to the true average's distance from the weights, were 0.15 to 2.4 times
+            it where it was not 0 (docs/posthoc.md).
         sigma_rel, gamma: asked for.
         realised: the sigma_rel of the profile that was made.
         rounding: the error that 16-bit snapshots add, relative to the average's distance from the
@@ -107,7 +107,7 @@ def members_of(
         above = [s for s in steps if s > chosen][:1]
         raise ValueError(
             f"Invalid step: {chosen} (expected a snapshot's, such as "
-            f"{' or '.join(map(str, below + above))}: between two the error is 30 % and more)"
+            f"{' or '.join(map(str, below + above))}: between two the error is large)"
         )
     keys = [key for key in sorted(whole) if key[0] <= chosen]
     if keep is not None:

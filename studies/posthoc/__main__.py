@@ -8,6 +8,7 @@ matplotlib for the picture.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,11 +94,14 @@ def draw(results: dict[str, Any], file: Path) -> None:
         left.plot(times.tolist(), made.tolist(), "--", color=f"C{number}")
     left.set(xlabel="share of the run", ylabel="share of the average", ylim=(0, 8), xlim=(0.2, 1))
     left.legend(title="asked (lines), made (dashed)")
-    lengths, percent = results["lengths"], [100 * r for r in results["residuals"]["10"]]
-    inner = slice(1, None)  # what is kept is made exactly
-    right.semilogy(lengths[inner], percent[inner], "k.-", label="residual")
-    for path, errors in results["errors"].items():
-        right.semilogy(lengths[inner], [100 * e for e in errors["10"]][inner], ".-", label=path)
+    lengths, residuals = results["lengths"], results["residuals"]["10"]
+    curves = {"residual": residuals, **{p: e["10"] for p, e in results["errors"].items()}}
+    for name, curve in curves.items():
+        shown = [
+            100 * value if residual > 1e-6 else math.nan  # what is kept is made exactly
+            for value, residual in zip(curve, residuals, strict=True)
+        ]
+        right.semilogy(lengths, shown, "k.-" if curve is residuals else ".-", label=name)
     right.set(xlabel="length asked for, sigma_rel", ylabel="percent", ylim=(0.01, 30))
     right.legend(title="10 snapshots of 0.05 and 0.10")
     figure.savefig(file, dpi=100, metadata={"Software": None})
