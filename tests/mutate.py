@@ -25,6 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent / "tools"))
 import mutants
 import mutants_clipping
 import mutants_distributed
+import mutants_posthoc
 import mutants_schedule_free
 import mutants_weights
 from workspace import ROOT, Workspace
@@ -293,6 +294,7 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     *mutants_distributed.CASES,
     *mutants_clipping.CASES,
     *mutants_schedule_free.CASES,
+    *mutants_posthoc.CASES,
     *mutants_weights.CASES,
 ]
 PATIENCE = 600  # seconds; a test that hangs has noticed

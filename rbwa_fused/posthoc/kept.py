@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from rbwa_fused.average import Average
 from rbwa_fused.averages import Averages
+from rbwa_fused.engine.sharded import local
 from rbwa_fused.posthoc.profiles import LEAST
 from rbwa_fused.weights import Mean, PowerEma
 
@@ -39,6 +42,18 @@ class Kept(NamedTuple):
     def over(self) -> bool:
         """Whether no sample is to come."""
         return self.policy.stop is not None and self.steps >= self.policy.stop
+
+    def lengths(self) -> tuple[float, float]:
+        """The norm of the average, and its distance from the weights, of this process's shards, in
+        float64."""
+        norms, distances = [], []
+        for name, average in self.tensors.items():
+            a = local(average).detach().double()
+            norms.append(torch.linalg.vector_norm(a).item())
+            if name in self.weights:
+                x = local(self.weights[name]).detach().double()
+                distances.append(torch.linalg.vector_norm(a - x).item())
+        return math.hypot(*norms), math.hypot(*distances)
 
 
 def gamma_of_policy(policy: Average) -> float | None:
@@ -125,6 +140,17 @@ def kept_of(owner: Averages, model: nn.Module | None) -> list[Kept]:
         if tensors:
             found.append(Kept(policy, tensors, weights, last, steps))
     return found
+
+
+def all_kept(owners: Sequence[Averages], model: nn.Module | None) -> list[Kept]:
+    """The averages of several owners; those of one policy are parts of one average."""
+    found: dict[str, Kept] = {}
+    for kept in (kept for owner in owners for kept in kept_of(owner, model)):
+        before = found.setdefault(repr(kept.policy), kept)
+        found[repr(kept.policy)] = kept._replace(
+            tensors=before.tensors | kept.tensors, weights=before.weights | kept.weights
+        )
+    return list(found.values())
 
 
 def _last_sample(policy: Average, steps: int) -> int:

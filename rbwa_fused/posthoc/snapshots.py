@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -21,8 +21,8 @@ from rbwa_fused.numbers import integer
 from rbwa_fused.posthoc.folder import About, Snapshot, model_digest, rank_text, snapshots_in
 from rbwa_fused.posthoc.kept import (
     Kept,
+    all_kept,
     gamma_of_policy,
-    kept_of,
     owners_of,
     policies_of,
     weights_of,
@@ -101,8 +101,8 @@ class Snapshots:
         """Writes what is due behind a step; most calls only look at the step.
 
         Args:
-            opt: one of this package's optimizers, an Averager, or several of one model's, whose
-                steps the first counts.
+            opt: one of this package's optimizers, an Averager, or several of one model, whose steps
+                the first counts. Those of one policy have parts of one average.
             model: whose parameters have the averages; an Averager of a module knows it.
 
         Returns:
@@ -128,7 +128,7 @@ class Snapshots:
         ended = any(before < stop <= steps for stop in self._stops)
         if not self._writes or not (passed or ended):
             return []
-        return self._write([kept for owner in owners for kept in kept_of(owner, model)], passed)
+        return self._write(all_kept(owners, model), passed)
 
     def bytes_of(self, opt: Averages | Sequence[Averages], model: nn.Module | None = None) -> int:
         """What one snapshot of all averages with a profile takes on this process's disk."""
@@ -142,7 +142,7 @@ class Snapshots:
     # ---- the first call ------------------------------------------------------------------------
 
     def _begin(self, owners: Sequence[Averages], model: nn.Module | None) -> None:
-        policies = [policy for owner in owners for policy in policies_of(owner)]
+        policies = list({repr(p): p for owner in owners for p in policies_of(owner)}.values())
         stops = [policy.stop for policy in policies if policy.stop is not None]
         profiles = [p for p in policies if gamma_of_policy(p) is not None]
         if not (profiles or stops):
@@ -235,7 +235,7 @@ class Snapshots:
 
     def _describe(self, average: Kept, gamma: float | None) -> About:
         run, digest, rank, world = self._about
-        norm, distance = _lengths(average.tensors, average.weights)
+        norm, distance = average.lengths()
         return About(
             step=average.step,
             origin=average.policy.start,
@@ -299,20 +299,3 @@ def _shard(weights: list[Tensor]) -> tuple[int, int, bool]:
     if kind_of_shard(weights) is None:
         return 0, 1, rank == 0
     return rank, world, True
-
-
-def _lengths(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[float, float]:
-    """The norm of averages, and their distance from the weights, in float64, of this process."""
-    norms, distances = [], []
-    for name, average in averages.items():
-        a = local(average).detach().double()
-        norms.append(torch.linalg.vector_norm(a))
-        if name in weights:
-            distances.append(torch.linalg.vector_norm(a - local(weights[name]).detach().double()))
-    return _together(norms), _together(distances)
-
-
-def _together(norms: list[Tensor]) -> float:
-    if not norms:
-        return 0.0
-    return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms])))

@@ -104,6 +104,41 @@ def test_a_fused_optimizer_with_a_mean_has_snapshots_of_power_0(tmp_path: Path) 
     assert same(held(snapshots_in(tmp_path)[-1]), opt.averages(model))
 
 
+def test_two_optimizers_with_one_policy_have_parts_of_one_average(tmp_path: Path) -> None:
+    model = walks.Small()
+    average = rf.power_ema(0.1)
+    opts = [
+        rf.FusedSGD([model.matrix, model.none], lr=0.1, average=average),
+        rf.FusedAdamW([model.conv, model.scalar], average=average),
+    ]
+    snapshots = Snapshots(tmp_path, every=10)
+    for _ in range(10):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        for opt in opts:
+            opt.step()
+        snapshots.update(opts, model)
+    (snapshot,) = snapshots_in(tmp_path)
+    assert same(held(snapshot), {**opts[0].averages(model), **opts[1].averages(model)})
+    assert held(snapshot).keys() == {name for name, _ in model.named_parameters()}
+
+
+def test_several_averages_of_one_optimizer_are_each_a_snapshot(tmp_path: Path) -> None:
+    pytest.importorskip("rbwa_fused.several")
+    model = walks.Small()
+    averages = {"short": rf.power_ema(0.05), "ema": rf.ema(0.9), "long": rf.power_ema(0.1)}
+    opt: Any = rf.FusedSGD(model.parameters(), lr=0.1, average=averages)  # type: ignore[arg-type]
+    snapshots = Snapshots(tmp_path, every=10)
+    for _ in range(10):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+        snapshots.update(opt, model)
+    long, short = snapshots_in(tmp_path)
+    assert same(held(short), opt.averages(model, which="short"))
+    assert same(held(long), opt.averages(model, which="long"))
+
+
 def test_no_second_file_says_the_same(tmp_path: Path) -> None:
     """Between two samples an average stays what it is."""
     trained(tmp_path, rf.power_ema(0.1, every=25), last=60)
@@ -120,6 +155,30 @@ def test_a_call_that_comes_seldom_misses_no_snapshot(tmp_path: Path) -> None:
         if step % 7 == 1:
             snapshots.update(owner)
     assert steps(tmp_path) == [15, 22]  # behind 10 and 20, at the next call
+
+
+def test_a_device_that_counts_is_read_only_when_a_snapshot_may_be_due(
+    tmp_path: Path, emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read waits for a GPU. Every third step is skipped, as by a scaler: calls are no steps."""
+    model = nn.Linear(3, 2)
+    options: Any = {"backend": "cuda", "capturable": True}
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.power_ema(0.1), **options)
+    snapshots, reads = Snapshots(tmp_path, every=10), []
+    real = type(opt.engine).read_back
+    monkeypatch.setattr(type(opt.engine), "read_back", lambda self: (reads.append(1), real(self)))
+    read_by_call = []
+    for call in range(1, 46):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        opt.found_inf = torch.tensor(float(call % 3 == 0))  # type: ignore[attr-defined]
+        opt.step()
+        del reads[:]
+        snapshots.update(opt, model)
+        read_by_call.append(bool(reads))
+    assert opt.engine.device_counters is not None
+    assert steps(tmp_path) == [10, 20, 30]
+    assert sum(read_by_call) < 20
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -296,7 +355,7 @@ def test_bad_arguments_are_named(options: Any, said: str, tmp_path: Path) -> Non
         ([rf.ema(0.9)], r"Invalid averages: \[ema\(0.9\)\] \(expected one with a profile"),
         ([rf.power_ema(gamma=-0.5)], "expected one with a profile"),
         ([rf.power_ema(0.1), rf.power_ema(0.05, start=5)], "expected all to start at one step"),
-        ([rf.power_ema(0.1), rf.power_ema(0.1)], "expected one for each profile"),
+        ([rf.power_ema(0.1), rf.power_ema(0.1, every=2)], "expected one for each profile"),
     ],
 )
 def test_averages_without_a_use_are_refused_at_the_first_step(

@@ -1,0 +1,92 @@
+"""Mutants of posthoc/ for mutate.py: the mathematics of profiles, what is written when, which files
+belong together, and what is made of them."""
+
+from __future__ import annotations
+
+Mutants = list[tuple[str, str]]
+
+PROFILES: Mutants = [
+    ("gamma = torch.where(t_a < t_b, gamma_b, gamma_a)", "gamma = torch.minimum(gamma_a, gamma_b)"),
+    ("(gamma_a + gamma_b + 1) * latest", "(gamma_a + gamma_b + 2) * latest"),
+    ("weights = weights / weights.sum()", "weights = weights / 1.0"),
+    ("2 * weights @ wanted).item() + whole", "weights @ wanted).item() + whole"),
+    ("square - mean**2", "square"),
+    ("(times > 0) & (times <= t)", "times > 0"),
+]
+TENSORS: Mutants = [
+    ("if 8 + length + at != size:", "if 8 + length + at > size:"),
+    ("[at, at + kind.elements * kind.dtype.itemsize]", "offsets[name]"),
+    ("opened.seek(self._begins[name] + first * dtype.itemsize)", "opened.seek(self._begins[name])"),
+    ("        if kind is not None:\n            return self._give_up()\n", ""),
+    ("            self._part.unlink()", "            pass"),
+    ("if self._left != 0:", "if False:"),
+]
+SNAPSHOTS: Mutants = [
+    ("passed = steps // self.every > before // self.every", "passed = steps % self.every == 0"),
+    ("before < stop <= steps", "before < stop < steps"),
+    ("not (gamma is None and average.over)", "gamma is not None"),
+    ("self._unread < wait", "self._unread < 1"),
+    (
+        "            if about.name in self._written:\n                continue",
+        "            if False:\n                continue",
+    ),
+    ("about.step > (self._steps or 0)", "False"),
+    ("fresh=steps <= 1", "fresh=False"),
+    ("return 0, 1, rank == 0", "return 0, 1, True"),
+    ("[: -self.keep]", "[: -self.keep - 1]"),
+    ("                self._warn(error)\n                continue", "                raise"),
+    ("            self._failed = True\n", "            pass\n"),
+    ("{**average.weights, **average.tensors}", "{**average.tensors, **average.weights}"),
+]
+KEPT: Mutants = [
+    ("return 0.0 if policy.initial", "return 1.0 if policy.initial"),
+    ("return self.step - self.policy.start", "return self.step"),
+    ("until - (until - policy.origin) % policy.every", "until"),
+    ("if last > policy.start", "if True"),
+]
+FOLDER: Mutants = [
+    (
+        "return Profile(self.step - self.origin, self.gamma)",
+        "return Profile(self.step, self.gamma)",
+    ),
+    ('for what in ("run", "model"):', 'for what in ("model",):'),
+    ('for what in ("run", "model"):', 'for what in ("run",):'),
+    ('        ("origin", "of averages that start at another step"),\n', ""),
+]
+SYNTHESIS: Mutants = [
+    ("if key[0] <= chosen]", "]"),
+    ("chosen - found[0].about.origin", "chosen"),
+    ("if len(row) == world", ""),
+    ("if not value <= most", "if False"),
+    ("off = math.hypot(*(w * norm", "off = sum((w * norm"),
+    ("[-keep:]", "[:keep]"),
+]
+WEIGHTED: Mutants = [
+    ("source.read(name, first, count)", "source.read(name, 0, count)"),
+    ("sources[-1].read(name, first, count)", "sources[0].read(name, first, count)"),
+    ("else torch.float64", "else torch.float32"),
+]
+MERGING: Mutants = [
+    ("(math.sqrt(j) - math.sqrt(j - 1))", "(math.sqrt(count - j + 1) - math.sqrt(count - j))"),
+    ("math.sin((2 * j - 1) * half)", "math.sin(2 * j * half)"),
+    ("row = [weight / total for weight in row]", "row = list(row)"),
+    ("    refuse_differences(paths, sources)\n", ""),
+]
+WHOLE = ("posthoc/test_synthesis.py",)
+WRITTEN = ("posthoc/test_snapshots.py", "posthoc/test_killed_snapshots.py")
+RANKS = ("distributed/test_snapshots_on_ranks.py",)
+CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
+    ("rbwa_fused/posthoc/profiles.py", PROFILES, ("posthoc/test_profiles.py",), False),
+    ("rbwa_fused/posthoc/tensors.py", TENSORS, ("posthoc/test_tensors.py",), False),
+    ("rbwa_fused/posthoc/snapshots.py", SNAPSHOTS, (*WRITTEN, *RANKS), False),
+    ("rbwa_fused/posthoc/kept.py", KEPT, (*WRITTEN, *WHOLE), False),
+    ("rbwa_fused/posthoc/folder.py", FOLDER, WHOLE, False),
+    ("rbwa_fused/posthoc/synthesis.py", SYNTHESIS, (*WHOLE, *RANKS), False),
+    (
+        "rbwa_fused/posthoc/weighted.py",
+        WEIGHTED,
+        ("posthoc/test_merging.py", *WHOLE),
+        False,
+    ),
+    ("rbwa_fused/posthoc/merging.py", MERGING, ("posthoc/test_merging.py",), False),
+]
