@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rbwa_fused.posthoc.joined import Place
 from rbwa_fused.posthoc.profiles import Profile
 from rbwa_fused.posthoc.tensors import Kind, Reader
 
@@ -28,6 +29,7 @@ class About:
         rank, world: which of how many shards it is; 0 of 1 where every process has all.
         run, model: a run's id, and a digest of the names and shapes of what is averaged.
         norm, distance: of the average, and between it and the weights at that step.
+        places: where a rank's shards are in the whole tensors; empty where all is whole.
     """
 
     step: int
@@ -40,6 +42,7 @@ class About:
     model: str
     norm: float
     distance: float
+    places: dict[str, Place] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

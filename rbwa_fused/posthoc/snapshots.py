@@ -19,6 +19,7 @@ from rbwa_fused.engine.backends import user_level
 from rbwa_fused.engine.sharded import kind_of_shard, local
 from rbwa_fused.numbers import integer
 from rbwa_fused.posthoc.folder import About, Snapshot, model_digest, rank_text, snapshots_in
+from rbwa_fused.posthoc.joined import places_of
 from rbwa_fused.posthoc.kept import (
     Kept,
     all_kept,
@@ -247,6 +248,7 @@ class Snapshots:
             model=digest,
             norm=norm,
             distance=distance,
+            places={} if world == 1 else places_of(average.weights),
         )
 
     def _save(self, average: Kept, about: About) -> None:

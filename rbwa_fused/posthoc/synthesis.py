@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rbwa_fused.numbers import number
 from rbwa_fused.posthoc.folder import Snapshot, agreeing, rank_text, snapshots_in
+from rbwa_fused.posthoc.joined import join, whole_kinds
 from rbwa_fused.posthoc.profiles import Profile, Solution, solve
 from rbwa_fused.posthoc.tensors import Reader
 from rbwa_fused.posthoc.weighted import sums_in_memory, write_sums
@@ -38,7 +39,7 @@ class Synthesis:
             weights; 0 of wider ones.
         step: behind which the average would have taken its last sample.
         profiles, weights: of the snapshots that make it, whose sum is 1.
-        files: that were written, one for each rank.
+        files: that were written: one, or of flat shards one for each rank.
         state_dict: the average by name, where no file was asked for.
     """
 
@@ -163,8 +164,9 @@ def synthesize(
             relative to the steps since the averages' start.
         gamma (float): its power instead, above -1/2.
         step (int, optional): a snapshot's; later ones are left out (default: the last).
-        out (optional): the safetensors file to write; of sharded ones a file for each rank, with
-            ``.rank-0-of-4`` before its ending. Without it the average is in the memory (default:
+        out (optional): the safetensors file to write; it has whole tensors, also of
+            FSDP2's and tensor parallel shards. FSDP1's flat shards make a file for each rank, with
+            ``.rank-0-of-4`` before the ending. Without it the average is in the memory (default:
             None).
         most (float): the largest residual, and error by rounding, to go on with (default: 0.1).
 
@@ -243,7 +245,21 @@ def written(
         write_sums(sources, rows, own, [_metadata(plan) for plan in plans], done)
         for paths, file in zip(made, own, strict=True):
             paths.append(file)
+    if world > 1:
+        made = [_whole(members, paths, file) for paths, file in zip(made, files, strict=True)]
     return [replace(plan, files=tuple(paths)) for plan, paths in zip(plans, made, strict=True)]
+
+
+def _whole(members: Members, parts: list[Path], out: Path) -> list[Path]:
+    """One file in the place of one for each rank, where it is known how they belong together."""
+    places = [snapshot.about.places for snapshot in members.ranks[-1]]
+    kinds = whole_kinds([Reader(part).kinds for part in parts], places)
+    if kinds is None:
+        return parts
+    join(parts, places, kinds, out)
+    for part in parts:
+        part.unlink()
+    return [out]
 
 
 def _metadata(plan: Synthesis) -> dict[str, str]:

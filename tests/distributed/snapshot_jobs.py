@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsdp1_jobs
 import fsdp_jobs
+import shards
+import tensor_parallel_jobs
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -67,3 +70,31 @@ def refused(folder: Path) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def tensor_parallel(folder: Path, data: int, across: int) -> dict[str, Tensor]:
+    """Tensor parallel layers, also under FSDP2; the whole averages at the end."""
+    model = tensor_parallel_jobs.parallel(data, across)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
+    owner = rf.Averager(model, rf.power_ema(0.1), optimizer=opt)
+    snapshots = Snapshots(folder, every=2)
+    for step in range(1, 5):
+        tensor_parallel_jobs.backward(model, step, across)
+        opt.step()
+        opt.zero_grad()
+        snapshots.update(owner)
+    return {
+        name: shards.whole(owner.state[p]["average"]).clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def flat(folder: Path) -> dict[str, Tensor]:
+    """FSDP1's flat parameters; this rank's shards of the averages."""
+    model = fsdp1_jobs.sharded_network(use_orig_params=False)
+    opt = rf.FusedSGD(model.parameters(), lr=0.1, average=rf.power_ema(0.1))
+    snapshots = Snapshots(folder, every=2)
+    for step in range(1, 5):
+        fsdp_jobs.train(model, opt, step, step)
+        snapshots.update(opt, model)
+    return {name: a.clone() for name, a in opt.averages(model).items()}

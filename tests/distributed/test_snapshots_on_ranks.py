@@ -33,15 +33,37 @@ def test_each_rank_writes_its_shards_and_what_is_made_is_that_of_a_plain_model(
         assert read.keys() == expected.keys()
         assert all(read[n].equal(expected[n]) for n in read)
     made = synthesize(tmp_path / "shards", sigma_rel=0.075, out=tmp_path / "made.safetensors")
-    first, second = made.files
-    assert [first.name, second.name] == [f"made.rank-{r}-of-2.safetensors" for r in range(2)]
+    assert made.files == (tmp_path / "made.safetensors",)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["made.safetensors", "plain", "shards"]
     whole = synthesize(tmp_path / "plain", sigma_rel=0.075)
     assert whole.residual == made.residual and whole.state_dict is not None
-    parts = [safetensors.load_file(file) for file in (first, second)]
-    for name, tensor in whole.state_dict.items():  # FSDP2 shards along the first dimension
-        assert torch.cat([part[name] for part in parts]).equal(tensor), name
+    read = safetensors.load_file(made.files[0])
+    assert read.keys() == whole.state_dict.keys()
+    for name, tensor in whole.state_dict.items():
+        assert read[name].equal(tensor), name
     with pytest.raises(ValueError, match=r"Invalid out: None .* sharded"):
         synthesize(tmp_path / "shards", sigma_rel=0.075)
+
+
+@pytest.mark.parametrize(("data", "across"), [(1, 2), (2, 2)])
+def test_tensor_parallel_shards_make_whole_tensors(data: int, across: int, tmp_path: Path) -> None:
+    expected, *_ = ranks(data * across).run(jobs.tensor_parallel, tmp_path, data, across)
+    made = synthesize(tmp_path, sigma_rel=0.1, out=tmp_path / "made.safetensors")
+    read = safetensors.load_file(*made.files)
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert read[name].shape == tensor.shape
+        assert torch.allclose(read[name], tensor, rtol=0, atol=1e-6), name
+
+
+def test_flat_shards_make_a_file_for_each_rank(tmp_path: Path) -> None:
+    shards = ranks(2).run(jobs.flat, tmp_path)
+    made = synthesize(tmp_path, sigma_rel=0.1, out=tmp_path / "made.safetensors")
+    assert [f.name for f in made.files] == [f"made.rank-{r}-of-2.safetensors" for r in range(2)]
+    for file, expected in zip(made.files, shards, strict=True):
+        read = safetensors.load_file(file)
+        assert read.keys() == expected.keys()
+        assert all(torch.allclose(read[n], expected[n], rtol=0, atol=1e-6) for n in read)
 
 
 def test_a_snapshot_that_a_rank_did_not_write_before_it_was_killed_is_left_out(
