@@ -115,15 +115,16 @@ class Snapshots:
                 folder with snapshots of another run, model or number of shards.
         """
         owners = owners_of(opt)
-        if self._steps is None:
-            self._begin(owners, model)
-        before, engine = self._steps or 0, owners[0].engine
+        before, engine = self._steps, owners[0].engine
         self._unread += 1
-        wait = min(self.every - before % self.every, self._next_stop())
-        if engine.device_counters is not None and self._unread < wait:
+        counting = before is not None and engine.device_counters is not None
+        if counting and self._unread < self._until_due():
             return []  # so many steps were not taken, whatever the device has counted
         engine.read_back()
         steps, self._unread = engine.steps, 0
+        if before is None or steps < before:  # an earlier checkpoint was loaded
+            self._begin(owners, model, steps)
+            before = max(0, steps - 1)
         self._steps = steps
         passed = steps // self.every > before // self.every
         ended = any(before < stop <= steps for stop in self._stops)
@@ -142,7 +143,7 @@ class Snapshots:
 
     # ---- the first call ------------------------------------------------------------------------
 
-    def _begin(self, owners: Sequence[Averages], model: nn.Module | None) -> None:
+    def _begin(self, owners: Sequence[Averages], model: nn.Module | None, steps: int) -> None:
         policies = list({repr(p): p for owner in owners for p in policies_of(owner)}.values())
         stops = [policy.stop for policy in policies if policy.stop is not None]
         profiles = [p for p in policies if gamma_of_policy(p) is not None]
@@ -158,8 +159,6 @@ class Snapshots:
         weights = {n: p for owner in owners for n, p in weights_of(owner, model).items()}
         digest = model_digest({n: Kind(self.dtype, tuple(p.shape)) for n, p in weights.items()})
         rank, world, self._writes = _shard(list(weights.values()))
-        owners[0].engine.read_back()
-        steps = owners[0].engine.steps
         there = snapshots_in(self.folder) if self._writes else []
         for snapshot in there:
             if snapshot.about.world != world:
@@ -171,8 +170,8 @@ class Snapshots:
         run = self._gone_on_with(there, digest, fresh=steps <= 1)
         self._about = (run, digest, rank, world)
         self._stops = stops
+        self._written.clear()
         self._say_cost(self.bytes_of(owners, model), there)
-        self._steps = max(0, steps - 1)
 
     def _gone_on_with(self, there: list[Snapshot], digest: str, *, fresh: bool) -> str:
         """The id of the run whose snapshots are there already."""
@@ -205,10 +204,11 @@ class Snapshots:
         if self._writes and whole > free + held:
             warnings.warn(f"the disk is too small for snapshots: {said}", stacklevel=user_level())
 
-    def _next_stop(self) -> int:
-        """Steps until the next window ends, or more than there are."""
-        before = self._steps or 0
-        return min((stop - before for stop in self._stops if stop > before), default=self.every)
+    def _until_due(self) -> int:
+        """Steps from those that are known until something is due."""
+        known = self._steps or 0
+        stops = [stop - known for stop in self._stops if stop > known]
+        return min([self.every - known % self.every, *stops])
 
     # ---- writing -------------------------------------------------------------------------------
 
@@ -248,7 +248,7 @@ class Snapshots:
             model=digest,
             norm=norm,
             distance=distance,
-            places={} if world == 1 else places_of(average.weights),
+            places={} if world == 1 else places_of({**average.weights, **average.tensors}),
         )
 
     def _save(self, average: Kept, about: About) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,20 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert said in line and not captured.out and not out.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        assert told(folder, "--sigma-rel", "0.05", "0.1", "--out", tmp_path) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "elements" not in line]
+    assert len(lines) == 1 and "File too large" in lines[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_most_lets_a_far_one_be_written(folder: Path, tmp_path: Path) -> None:

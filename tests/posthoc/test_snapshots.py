@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import warnings
 from collections.abc import Iterator
@@ -319,6 +320,24 @@ def test_a_new_run_does_not_mix_with_the_snapshots_of_another(tmp_path: Path) ->
     with pytest.raises(ValueError, match="has snapshots, and this run has only begun"):
         trained(tmp_path, rf.power_ema(0.1))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_an_earlier_checkpoint_may_be_loaded_under_the_same_snapshots(tmp_path: Path) -> None:
+    model = walks.Small()
+    (owner,) = owners = [rf.Averager(model, rf.power_ema(0.1))]
+    snapshots = Snapshots(tmp_path, every=10)
+    walks.walked(model, owners, snapshots, last=15)
+    saved = copy.deepcopy((model.state_dict(), owner.state_dict()))
+    walks.walked(model, owners, snapshots, 16, 39)
+    expected = {s.about.name: held(s) for s in snapshots_in(tmp_path)}
+    model.load_state_dict(saved[0])
+    owner.load_state_dict(saved[1])
+    walks.walked(model, owners, snapshots, 16, 25)
+    assert steps(tmp_path) == [10, 20]
+    assert all(same(held(s), expected[s.about.name]) for s in snapshots_in(tmp_path))
+    other = walks.Small()
+    with pytest.raises(ValueError, match="this run has only begun"):
+        walks.walked(other, [rf.Averager(other, rf.power_ema(0.1))], snapshots)
 
 
 def test_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ SNAPSHOTS: Mutants = [
     ("passed = steps // self.every > before // self.every", "passed = steps % self.every == 0"),
     ("before < stop <= steps", "before < stop < steps"),
     ("not (gamma is None and average.over)", "gamma is not None"),
-    ("self._unread < wait", "self._unread < 1"),
+    ("self._unread < self._until_due()", "self._unread < 1"),
     (
         "            if about.name in self._written:\n                continue",
         "            if False:\n                continue",
