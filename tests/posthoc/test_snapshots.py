@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import resource
 import warnings
 from collections.abc import Iterator
@@ -414,3 +415,20 @@ def test_a_file_of_others_in_the_folder_is_no_snapshot(tmp_path: Path) -> None:
     trained(tmp_path, rf.power_ema(0.1))
     assert steps(tmp_path) == [10, 20, 30]
     assert Reader(tmp_path / "model.safetensors").kinds.keys() == {"a"}
+
+
+def test_what_the_page_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "posthoc.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    model = walks.Small()
+
+    def train(model: nn.Module, opt: Any, batch: int) -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "model": model, "loader": range(20), "train": train}
+    exec(block.replace("every=1000", "every=2"), names)
+    assert len(list((tmp_path / "averages").iterdir())) == 20
+    assert rf.posthoc.synthesize("averages", sigma_rel=0.075).residual < 0.02
