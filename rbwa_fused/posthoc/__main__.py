@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rbwa_fused.command import Parser, run
 from rbwa_fused.posthoc import report
-from rbwa_fused.posthoc.synthesis import MOST, members_of, name_of, planned, refuse_too_far, written
+from rbwa_fused.posthoc.members import members_of
+from rbwa_fused.posthoc.synthesis import MOST, name_of, planned, refuse_too_far, written
 
 NAME = "python -m rbwa_fused.posthoc"
 

@@ -82,13 +82,14 @@ def merge_files(
     row = [weight / total for weight in row]
     sources: list[Source] = [opened(path, key) for path in paths]
     refuse_differences(paths, sources)
+    kinds = sources[-1].kinds
     out = Path(out)
     if out.suffix == SAFE:
-        write_sums(sources, [row], [out], [{"format": "pt"}], done)
+        write_sums(sources, [row], [out], [{"format": "pt"}], kinds, done)
     else:
         part = out.with_name(f"{out.name}{PART}")
         try:
-            torch.save(sums_in_memory(sources, row, done), part)
+            torch.save(sums_in_memory(sources, row, kinds, done), part)
             os.replace(part, out)
         except RuntimeError as error:  # as torch.save says that a disk is full
             raise OSError(f"{part} cannot be written: {str(error).splitlines()[0]}") from error

@@ -248,7 +248,7 @@ class Snapshots:
             model=digest,
             norm=norm,
             distance=distance,
-            places={} if world == 1 else places_of({**average.weights, **average.tensors}),
+            places={} if world == 1 else places_of({**average.tensors, **average.weights}),
         )
 
     def _save(self, average: Kept, about: About) -> None:

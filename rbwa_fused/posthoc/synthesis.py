@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.numbers import number
-from rbwa_fused.posthoc.folder import Snapshot, agreeing, rank_text, snapshots_in
+from rbwa_fused.posthoc.folder import rank_text
 from rbwa_fused.posthoc.joined import join, whole_kinds
+from rbwa_fused.posthoc.members import Members, members_of
 from rbwa_fused.posthoc.profiles import Profile, Solution, solve
-from rbwa_fused.posthoc.tensors import Reader
+from rbwa_fused.posthoc.tensors import Kind, Reader
 from rbwa_fused.posthoc.weighted import sums_in_memory, write_sums
 from rbwa_fused.power import gamma_of, sigma_rel_of
 
@@ -53,69 +53,6 @@ class Synthesis:
     weights: tuple[float, ...]
     files: tuple[Path, ...] = ()
     state_dict: dict[str, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Members:
-    """The snapshots that count at a step, by profile, and of each the files by rank."""
-
-    step: int
-    t: int
-    ranks: tuple[tuple[Snapshot, ...], ...]  # a row for each member
-
-    @property
-    def profiles(self) -> list[Profile]:
-        return [row[0].about.profile for row in self.ranks]
-
-    @property
-    def elements(self) -> int:
-        """In all files together."""
-        readers = [snapshot.reader for row in self.ranks for snapshot in row]
-        return sum(kind.elements for reader in readers for kind in reader.kinds.values())
-
-
-def members_of(
-    folder: str | PathLike[str], step: int | None = None, keep: int | None = None
-) -> Members:
-    """The members of a synthesis: snapshots of a folder until a step, which all ranks have.
-
-    Args:
-        step (int, optional): a snapshot's (default: the last).
-        keep (int, optional): as if ``Snapshots`` had held so many (default: all there are).
-
-    Raises:
-        ValueError: for a folder of snapshots that do not belong together or are torn, a rank of
-            which there are none, and a step without one, naming its neighbours.
-        OSError: for a folder that cannot be read.
-    """
-    found = agreeing(snapshots_in(Path(folder)), Path(folder))
-    world = found[0].about.world
-    by_profile: dict[tuple[int, float], dict[int, Snapshot]] = defaultdict(dict)
-    for snapshot in found:
-        about = snapshot.about
-        by_profile[about.step, about.gamma or 0.0][about.rank] = snapshot
-    missing = sorted(set(range(world)) - {s.about.rank for s in found})
-    if missing:
-        raise ValueError(f"Invalid folder: {folder} has no snapshots of ranks {missing} of {world}")
-    # A rank may have been killed before it wrote what others had written.
-    whole = {key: row for key, row in by_profile.items() if len(row) == world}
-    steps = sorted({step for step, _ in whole})
-    if not steps:
-        raise ValueError(f"Invalid folder: {folder} has no snapshot that all {world} ranks wrote")
-    chosen = steps[-1] if step is None else step
-    if chosen not in steps:
-        below = [s for s in steps if s < chosen][-1:]
-        above = [s for s in steps if s > chosen][:1]
-        raise ValueError(
-            f"Invalid step: {chosen} (expected a snapshot's, such as "
-            f"{' or '.join(map(str, below + above))}: between two the error is large)"
-        )
-    keys = [key for key in sorted(whole) if key[0] <= chosen]
-    if keep is not None:
-        gammas = {gamma for _, gamma in keys}
-        keys = sorted(key for g in gammas for key in [k for k in keys if k[1] == g][-keep:])
-    rows = tuple(tuple(whole[key][rank] for rank in range(world)) for key in keys)
-    return Members(chosen, chosen - found[0].about.origin, rows)
 
 
 def planned(
@@ -184,7 +121,7 @@ def synthesize(
     if len(members.ranks[0]) > 1:
         raise ValueError("Invalid out: None (expected a file, since the snapshots are sharded)")
     readers = [row[0].reader for row in members.ranks]
-    return replace(plan, state_dict=sums_in_memory(readers, plan.weights))
+    return replace(plan, state_dict=sums_in_memory(readers, plan.weights, made_of(readers[0])))
 
 
 def sweep(
@@ -242,12 +179,21 @@ def written(
         own = [f.with_name(f"{f.stem}{rank_text(rank, world)}{f.suffix}") for f in files]
         sources: list[Reader] = [row[rank].reader for row in members.ranks]
         rows = [plan.weights for plan in plans]
-        write_sums(sources, rows, own, [_metadata(plan) for plan in plans], done)
+        metadata, kinds = [_metadata(plan) for plan in plans], made_of(sources[0])
+        write_sums(sources, rows, own, metadata, kinds, done)
         for paths, file in zip(made, own, strict=True):
             paths.append(file)
     if world > 1:
         made = [_whole(members, paths, file) for paths, file in zip(made, files, strict=True)]
     return [replace(plan, files=tuple(paths)) for plan, paths in zip(plans, made, strict=True)]
+
+
+def made_of(reader: Reader) -> dict[str, Kind]:
+    """What is made of snapshots such as this: float32 of 16 bits, which were rounded enough."""
+    return {
+        name: Kind(torch.float32 if kind.dtype in ROUNDING else kind.dtype, kind.shape)
+        for name, kind in reader.kinds.items()
+    }
 
 
 def _whole(members: Members, parts: list[Path], out: Path) -> list[Path]:

@@ -27,6 +27,7 @@ class Source(Protocol):
 def sums(
     sources: Sequence[Source],
     rows: Sequence[Sequence[float]],
+    kinds: Mapping[str, Kind],
     names: Sequence[str],
     done: Callable[[int], object],
 ) -> Iterator[tuple[str, list[Tensor]]]:
@@ -37,10 +38,11 @@ def sums(
 
     Args:
         rows: weights of the sources.
+        kinds: of the sums, whose dtypes may be others than the sources'.
         done: is told how many elements were read, again and again.
     """
     for name in names:
-        kind = sources[-1].kinds[name]
+        kind = kinds[name]
         wide = torch.complex128 if kind.dtype.is_complex else torch.float64
         averaged = kind.dtype.is_complex or kind.dtype.is_floating_point
         for first in range(0, kind.elements, PIECE):
@@ -66,6 +68,7 @@ def write_sums(
     rows: Sequence[Sequence[float]],
     files: Sequence[Path],
     metadata: Sequence[Mapping[str, str]],
+    kinds: Mapping[str, Kind],
     done: Callable[[int], object] = lambda count: None,
 ) -> None:
     """A safetensors file for each row of weights; each is whole or not there.
@@ -73,13 +76,12 @@ def write_sums(
     Raises:
         OSError: for what cannot be read or written.
     """
-    kinds = sources[-1].kinds
     with ExitStack() as stack:
         writers = [
             stack.enter_context(Writer(file, kinds, texts))
             for file, texts in zip(files, metadata, strict=True)
         ]
-        for _, pieces in sums(sources, rows, writers[0].names, done):
+        for _, pieces in sums(sources, rows, kinds, writers[0].names, done):
             for writer, piece in zip(writers, pieces, strict=True):
                 writer.append(piece)
 
@@ -87,12 +89,12 @@ def write_sums(
 def sums_in_memory(
     sources: Sequence[Source],
     row: Sequence[float],
+    kinds: Mapping[str, Kind],
     done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Tensor]:
     """The sum of one row of weights, by name."""
-    kinds = sources[-1].kinds
     pieces: dict[str, list[Tensor]] = {name: [] for name in kinds}
-    for name, (piece,) in sums(sources, [row], list(kinds), done):
+    for name, (piece,) in sums(sources, [row], kinds, list(kinds), done):
         pieces[name].append(piece)
     return {
         name: torch.cat([torch.empty(0, dtype=kinds[name].dtype), *found]).reshape(

@@ -32,11 +32,15 @@ SNAPSHOTS: Mutants = [
     ),
     ("about.step > (self._steps or 0)", "False"),
     ("fresh=steps <= 1", "fresh=False"),
-    ("return 0, 1, rank == 0", "return 0, 1, True"),
     ("[: -self.keep]", "[: -self.keep - 1]"),
     ("                self._warn(error)\n                continue", "                raise"),
     ("            self._failed = True\n", "            pass\n"),
     ("{**average.weights, **average.tensors}", "{**average.tensors, **average.weights}"),
+]
+PARTS: Mutants = [("                    part.unlink()", "                    pass")]
+REPLICAS: Mutants = [
+    ("return 0, 1, rank == 0", "return 0, 1, True"),
+    ("if snapshot.about.world != world:", "if False:"),
 ]
 KEPT: Mutants = [
     ("return 0.0 if policy.initial", "return 1.0 if policy.initial"),
@@ -53,13 +57,21 @@ FOLDER: Mutants = [
     ('for what in ("run", "model"):', 'for what in ("run",):'),
     ('        ("origin", "of averages that start at another step"),\n', ""),
 ]
-SYNTHESIS: Mutants = [
+MEMBERS: Mutants = [
     ("if key[0] <= chosen]", "]"),
     ("chosen - found[0].about.origin", "chosen"),
-    ("if len(row) == world", ""),
+    ("[-keep:]", "[:keep]"),
+]
+SYNTHESIS: Mutants = [
     ("if not value <= most", "if False"),
     ("off = math.hypot(*(w * norm", "off = sum((w * norm"),
-    ("[-keep:]", "[:keep]"),
+]
+JOINED: Mutants = [
+    ("sum(prod(block) for _, block in blocks) != prod(shape)", "False"),
+    ("whole[block] = reader.read(name).reshape(shape)", "pass"),
+    ("slice(o, o + n)", "slice(0, n)"),
+    ("if None in here:", "if True:"),
+    ("if not is_flattened(tensor):", "if True:"),
 ]
 WEIGHTED: Mutants = [
     ("source.read(name, first, count)", "source.read(name, 0, count)"),
@@ -73,20 +85,22 @@ MERGING: Mutants = [
     ("    refuse_differences(paths, sources)\n", ""),
 ]
 WHOLE = ("posthoc/test_synthesis.py",)
-WRITTEN = ("posthoc/test_snapshots.py", "posthoc/test_killed_snapshots.py")
+WRITTEN = ("posthoc/test_snapshots.py",)
+KILLED = ("posthoc/test_killed_snapshots.py",)
+MERGED = ("posthoc/test_merging.py",)
 RANKS = ("distributed/test_snapshots_on_ranks.py",)
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/posthoc/profiles.py", PROFILES, ("posthoc/test_profiles.py",), False),
     ("rbwa_fused/posthoc/tensors.py", TENSORS, ("posthoc/test_tensors.py",), False),
-    ("rbwa_fused/posthoc/snapshots.py", SNAPSHOTS, (*WRITTEN, *RANKS), False),
+    ("rbwa_fused/posthoc/snapshots.py", SNAPSHOTS, WRITTEN, False),
+    ("rbwa_fused/posthoc/snapshots.py", PARTS, KILLED, False),
+    ("rbwa_fused/posthoc/snapshots.py", REPLICAS, RANKS, False),
     ("rbwa_fused/posthoc/kept.py", KEPT, (*WRITTEN, *WHOLE), False),
     ("rbwa_fused/posthoc/folder.py", FOLDER, WHOLE, False),
-    ("rbwa_fused/posthoc/synthesis.py", SYNTHESIS, (*WHOLE, *RANKS), False),
-    (
-        "rbwa_fused/posthoc/weighted.py",
-        WEIGHTED,
-        ("posthoc/test_merging.py", *WHOLE),
-        False,
-    ),
-    ("rbwa_fused/posthoc/merging.py", MERGING, ("posthoc/test_merging.py",), False),
+    ("rbwa_fused/posthoc/members.py", MEMBERS, WHOLE, False),
+    ("rbwa_fused/posthoc/members.py", [("if len(row) == world", "")], RANKS, False),
+    ("rbwa_fused/posthoc/synthesis.py", SYNTHESIS, WHOLE, False),
+    ("rbwa_fused/posthoc/joined.py", JOINED, RANKS, False),
+    ("rbwa_fused/posthoc/weighted.py", WEIGHTED, (*MERGED, *WHOLE), False),
+    ("rbwa_fused/posthoc/merging.py", MERGING, MERGED, False),
 ]
