@@ -34,11 +34,6 @@ class Kept(NamedTuple):
     steps: int
 
     @property
-    def t(self) -> int:
-        """Steps of the last sample since the average's start."""
-        return self.step - self.policy.start
-
-    @property
     def over(self) -> bool:
         """Whether no sample is to come."""
         return self.policy.stop is not None and self.steps >= self.policy.stop

@@ -141,10 +141,22 @@ def test_several_averages_of_one_optimizer_are_each_a_snapshot(tmp_path: Path) -
     assert same(held(long), opt.averages(model, which="long"))
 
 
-def test_no_second_file_says_the_same(tmp_path: Path) -> None:
-    """Between two samples an average stays what it is."""
-    trained(tmp_path, rf.power_ema(0.1, every=25), last=60)
+def test_what_has_no_new_sample_is_not_written_again(tmp_path: Path) -> None:
+    model = walks.Small()
+    owner = rf.Averager(model, rf.power_ema(0.1, every=25))
+    snapshots = Snapshots(tmp_path, every=10)
+    written = {}
+    for step in range(1, 61):
+        walks.walk(model, step)
+        owner.update()
+        written[step] = len(snapshots.update(owner))
     assert steps(tmp_path) == [25, 50]
+    assert [step for step, files in written.items() if files] == [30, 50]
+
+
+def test_what_an_average_holds_before_its_start_is_no_snapshot(tmp_path: Path) -> None:
+    trained(tmp_path, rf.power_ema(0.1, start=15, initial="now"))
+    assert steps(tmp_path) == [20, 30]
 
 
 def test_a_call_that_comes_seldom_misses_no_snapshot(tmp_path: Path) -> None:
@@ -194,11 +206,14 @@ def test_only_the_newest_are_held_and_windows_in_any_case(keep: int, tmp_path: P
     assert steps(tmp_path)[1:] == expected
 
 
-def test_a_window_is_written_once_it_is_over_whatever_every_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [5, 1000])
+def test_a_window_is_written_once_it_is_over_whatever_every_says(
+    every: int, tmp_path: Path
+) -> None:
     model = walks.Small()
     owner = rf.Averager(model, rf.merge(3, 18, "sqrt", every=4))
     at: list[dict[str, Tensor]] = []
-    snapshots = Snapshots(tmp_path, every=1000)
+    snapshots = Snapshots(tmp_path, every=every)
 
     def look(step: int) -> None:
         assert bool(names(tmp_path)) == (step >= 18)

@@ -44,7 +44,6 @@ REPLICAS: Mutants = [
 ]
 KEPT: Mutants = [
     ("return 0.0 if policy.initial", "return 1.0 if policy.initial"),
-    ("return self.step - self.policy.start", "return self.step"),
     ("until - (until - policy.origin) % policy.every", "until"),
     ("if last > policy.start", "if True"),
 ]
@@ -100,7 +99,7 @@ CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/posthoc/members.py", MEMBERS, WHOLE, False),
     ("rbwa_fused/posthoc/members.py", [("if len(row) == world", "")], RANKS, False),
     ("rbwa_fused/posthoc/synthesis.py", SYNTHESIS, WHOLE, False),
-    ("rbwa_fused/posthoc/joined.py", JOINED, RANKS, False),
+    ("rbwa_fused/posthoc/joined.py", JOINED, ("posthoc/test_joined.py", *RANKS), False),
     ("rbwa_fused/posthoc/weighted.py", WEIGHTED, (*MERGED, *WHOLE), False),
     ("rbwa_fused/posthoc/merging.py", MERGING, MERGED, False),
 ]
