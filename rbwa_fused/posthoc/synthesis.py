@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -49,10 +49,10 @@ class Synthesis:
     realised: float
     rounding: float
     step: int
-    profiles: tuple[Profile, ...]
-    weights: tuple[float, ...]
+    profiles: tuple[Profile, ...] = field(repr=False)
+    weights: tuple[float, ...] = field(repr=False)
     files: tuple[Path, ...] = ()
-    state_dict: dict[str, Tensor] | None = None
+    state_dict: dict[str, Tensor] | None = field(default=None, repr=False)
 
 
 def planned(

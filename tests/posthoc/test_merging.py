@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import rbwa_fused as rf
 from rbwa_fused.command import run
+from rbwa_fused.posthoc import weighted
 from rbwa_fused.posthoc.checkpoints import latest
 from rbwa_fused.posthoc.merge_command import main
 from rbwa_fused.posthoc.merging import DECAYS, decay_weights, merge_files
@@ -108,6 +109,16 @@ def test_files_of_both_formats_are_merged_in_float64(
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(
         [*(f.name for f in files), file.name]
     )
+
+
+@pytest.mark.parametrize("end", [".safetensors", ".pt"])
+def test_tensors_larger_than_a_piece_are_merged_piece_by_piece(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weighted, "PIECE", 5)
+    files, file = three(tmp_path, end), tmp_path / f"out{end}"
+    merge_files(files, file)
+    assert same(read(file), mean([1.0, 1.0, 1.0]))
 
 
 def test_a_state_dict_inside_a_checkpoint_is_named_by_its_keys(tmp_path: Path) -> None:
