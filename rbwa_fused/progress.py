@@ -106,12 +106,12 @@ def check(group: Group) -> None:
             raise ValueError(f"Invalid {name}: {group[name]} (expected at least {least})")
     number("scheduled_lr", group["scheduled_lr"])
     flag("train_mode", group["train_mode"])
-    policy = group.get("average")
-    if policy and policy.write_back_every > 0:
-        raise ValueError(
-            f"Invalid average: {policy} writes back to the weights, which with z say where the "
-            "schedule-free average is (expected one that does not: it averages y, beside x)"
-        )
+    for policy in policies_of(averaging(group.get("average"))):
+        if policy.write_back_every > 0:
+            raise ValueError(
+                f"Invalid average: {policy} writes back to the weights, which with z say where the "
+                "schedule-free average is (expected one that does not: it averages y, beside x)"
+            )
 
 
 def exclusive(name: str, beta: Any, said: str) -> None:
