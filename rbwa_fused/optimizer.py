@@ -11,6 +11,7 @@ from rbwa_fused import hyperparameters, rules
 from rbwa_fused.average import Average
 from rbwa_fused.engine.tables import Options
 from rbwa_fused.fused import FusedOptimizer
+from rbwa_fused.several import Averages
 
 
 class FusedSGD(FusedOptimizer):
@@ -87,7 +88,7 @@ class FusedSGD(FusedOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,
@@ -156,7 +157,7 @@ class RSGDM(FusedOptimizer):
         *,
         difference: Literal["implicit", "explicit"] | None = "implicit",
         maximize: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,

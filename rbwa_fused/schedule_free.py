@@ -9,6 +9,7 @@ from rbwa_fused import hyperparameters, rules
 from rbwa_fused.average import Average
 from rbwa_fused.engine.tables import Options
 from rbwa_fused.modes import ScheduleFree
+from rbwa_fused.several import Averages
 
 
 class SGDScheduleFree(ScheduleFree):
@@ -78,7 +79,7 @@ class SGDScheduleFree(ScheduleFree):
         foreach: bool | None = None,
         *,
         maximize: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,
@@ -139,7 +140,7 @@ class AdamWScheduleFree(ScheduleFree):
         foreach: bool | None = None,
         *,
         maximize: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,

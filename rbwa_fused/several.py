@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class Several:
 
 
 Averaging = Average | Several | None  # of a param group
+Averages = Sequence[Average] | Mapping[str, Average]  # as a user gives several
 
 
 def averaging(value: Any) -> Averaging:
@@ -51,9 +52,11 @@ def averaging(value: Any) -> Averaging:
     if isinstance(value, Average | Several):
         return value
     if not isinstance(value, list | tuple | Mapping):
-        raise TypeError(f"Invalid average: {value!r} (expected an rbwa_fused policy, None or False)")
+        raise TypeError(
+            f"Invalid average: {value!r} (expected an rbwa_fused policy, several, None or False)"
+        )
     names = tuple(value) if isinstance(value, Mapping) else None
-    policies = tuple(value if names is None else value.values())
+    policies = tuple(value.values() if isinstance(value, Mapping) else value)
     for policy in policies:
         if not isinstance(policy, Average):
             raise TypeError(f"Invalid average: {policy!r} among several (expected a policy)")
@@ -82,11 +85,16 @@ def policies_of(average: Any) -> tuple[Average, ...]:
     return (average,) if isinstance(average, Average) else ()
 
 
+def names_of(average: Any) -> tuple[str, ...]:
+    """The names of a param group's averages, where they have some."""
+    return (average.names or ()) if isinstance(average, Several) else ()
+
+
 def number_of(average: Any, which: Which) -> int | None:
     """Which of a group's averages a number or a name means, or None where it has no such."""
     if isinstance(which, str):
-        names = average.names if isinstance(average, Several) else None
-        return names.index(which) if names is not None and which in names else None
+        names = names_of(average)
+        return names.index(which) if which in names else None
     return which if which < len(policies_of(average)) else None
 
 
@@ -102,7 +110,6 @@ def check_which(which: Any, averages: list[Any]) -> None:
     negative = isinstance(which, int) and which < 0
     if which != 0 and (negative or all(number_of(a, which) is None for a in averages)):
         most = max((len(policies_of(a)) for a in averages), default=0)
-        several = [a for a in averages if isinstance(a, Several)]
-        names = dict.fromkeys(name for a in several for name in a.names or ())
+        names = dict.fromkeys(name for average in averages for name in names_of(average))
         known: list[Which] = [*range(max(most, 1)), *names]
         raise ValueError(f"Invalid which: {which!r} (expected one of {known})")

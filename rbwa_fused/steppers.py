@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from rbwa_fused.engine import checks
 from rbwa_fused.engine.tables import Group
+from rbwa_fused.several import policies_of
 
 
 def steppers(

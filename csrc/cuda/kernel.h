@@ -40,6 +40,15 @@ struct CudaSegment {
   uint16_t sampling;  // of the launch's table, or of the device's
   uint8_t kind;       // as in Segment
   uint8_t first;      // whether it takes its first step with this kind (without marks)
+  uint16_t further;   // the first of its own in the launch's table of CudaFurther, from 1; or 0
+};
+static_assert(sizeof(CudaSegment) == 96);
+
+// An average beside a segment's first. A segment's stand one behind the other.
+struct CudaFurther {
+  void* a;
+  uint16_t sampling;  // as CudaSegment's
+  uint16_t last;      // of its segment
 };
 
 // A param group, and one age of its parameters: its usual row, and that of a parameter's first step
@@ -70,6 +79,7 @@ struct Launch {
   int32_t segment_count;
   int32_t groups_at;  // bytes into `tables`; segments stand at 0
   int32_t samplings_at;
+  int32_t further_at;
   int32_t blocks_at;  // uint16_t for each block: its segment; or 0: it is found by bisection
   int32_t end;        // of what stands in `tables`
   alignas(16) unsigned char tables[table_bytes];

@@ -42,6 +42,11 @@ class Packer {
     own.sampling = sampling_at(s.sampling);
     own.kind = static_cast<uint8_t>(served_by(s.kind));
     own.first = static_cast<uint8_t>(s.row % kRowsPerGroup);
+    if (s.further_count > 0) own.further = static_cast<uint16_t>(further_.size() + 1);
+    for (int64_t i = 0; i < s.further_count; ++i) {
+      const Further& f = s.further[i];
+      further_.push_back({f.a, sampling_at(f.sampling), i == s.further_count - 1});
+    }
     segments_.push_back(own);
     chunks_ += chunks;
     return error;
@@ -52,6 +57,8 @@ class Packer {
     if (segments_.empty()) return nullptr;
     unsigned char* at = launch_.tables;
     at = put(at, segments_);
+    launch_.further_at = static_cast<int32_t>(at - launch_.tables);
+    at = put(at, further_);
     launch_.groups_at = static_cast<int32_t>(at - launch_.tables);
     at = put(at, groups_);
     launch_.samplings_at = static_cast<int32_t>(at - launch_.tables);
@@ -63,7 +70,7 @@ class Packer {
     const bool ages = is_adam(key_.most) && launch_.agings != nullptr;
     const char* error = ages ? age_cuda(key_, &launch_, step_.stream) : nullptr;
     if (error == nullptr) error = step_cuda(key_, &launch_, chunks_, step_.stream);
-    segments_.clear(), groups_.clear(), samplings_.clear();
+    segments_.clear(), further_.clear(), groups_.clear(), samplings_.clear();
     group_of_.clear(), sampling_of_.clear();
     chunks_ = 0;
     return error;
@@ -79,10 +86,14 @@ class Packer {
 
   size_t bytes_with(const Segment& s) const {
     const bool new_group = !group_of_.count(group_of(s));
-    const bool new_sampling = !sampling_of_.count(s.sampling) && launch_.samplings == nullptr;
+    int64_t new_samplings = 0;
+    if (launch_.samplings == nullptr) {
+      new_samplings = !sampling_of_.count(s.sampling) + s.further_count;  // at most
+    }
     return (segments_.size() + 1) * sizeof(CudaSegment) +
+           (further_.size() + s.further_count) * sizeof(CudaFurther) +
            (groups_.size() + new_group) * sizeof(CudaGroup<T>) +
-           (samplings_.size() + new_sampling) * sizeof(CudaSampling<T>);
+           (samplings_.size() + new_samplings) * sizeof(CudaSampling<T>);
   }
 
   // A param group, and the age of the segment where the host says what it makes of the row.
@@ -138,6 +149,7 @@ class Packer {
   const CudaStep& step_;
   Launch<T> launch_;
   std::vector<CudaSegment> segments_;
+  std::vector<CudaFurther> further_;
   std::vector<CudaGroup<T>> groups_;
   std::vector<CudaSampling<T>> samplings_;
   std::map<std::pair<int64_t, int64_t>, size_t> group_of_;
@@ -171,7 +183,7 @@ Streams streams_of(const Segment& s) {
   Streams streams{s.dtype, s.theta_dtype, {}, {}, {}};
   if (s.kind != Kind::kSample) streams.kinds = family(s.kind);
   if (keeps_any(s.kind)) streams.kept = s.kept_dtype;
-  if (s.a != nullptr) streams.average = s.a_dtype;
+  if (s.a != nullptr || s.further_count > 0) streams.average = s.a_dtype;
   return streams;
 }
 
@@ -190,7 +202,7 @@ std::vector<Members> launches_of(const std::vector<Segment>& segments) {
     for (size_t i = 0; i < segments.size(); ++i) {
       const Segment& s = segments[i];
       const Streams own = streams_of(s);
-      if (lacking(own) != lacks || (s.kind == Kind::kSample && s.a == nullptr)) continue;
+      if (lacking(own) != lacks || (s.kind == Kind::kSample && !own.average)) continue;
       auto found = std::find_if(launches.begin(), launches.end(), [&](const Members& launch) {
         const Streams& other = launch.streams;
         return own.dtype == other.dtype && own.theta == other.theta &&
@@ -218,7 +230,7 @@ const char* step_in_launches(const std::vector<Segment>& segments, const CudaSte
         streams.dtype, theta, streams.kept.value_or(theta), streams.average.value_or(theta),
         Kind::kPlain,  false};
     for (const int32_t i : own) {
-      key.averaged |= segments[i].a != nullptr;
+      key.averaged |= segments[i].a != nullptr || segments[i].further_count > 0;
       key.most = std::max(key.most, served_by(segments[i].kind));
     }
     const bool wider = key.kept_dtype != key.theta_dtype;

@@ -14,8 +14,9 @@ from rbwa_fused.engine.memory import is_plain, same_layout
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import is_partial, local
 from rbwa_fused.numbers import number
+from rbwa_fused.renumbered import keys_of
 from rbwa_fused.rules import Rule
-from rbwa_fused.several import averaging, policies_of
+from rbwa_fused.several import Several, averaging, policies_of
 from rbwa_fused.streams import AVERAGES, DTYPES, STEP, STREAMS, working_dtype
 
 
@@ -32,8 +33,12 @@ def duplicates(group: dict[str, Any]) -> None:
 def average(group: dict[str, Any], capturable: bool) -> None:
     """Raise for what is no policy, or one that a captured step cannot follow. False is None, and
     a list or a dict becomes `Several`."""
-    group["average"] = averaging(group["average"])
-    for policy in policies_of(group["average"]):
+    given = group["average"] = averaging(group["average"])
+    if isinstance(given, Several):
+        # torch.distributed.checkpoint looks in a state dict for the keys of live groups.
+        for key in keys_of(given):
+            group.setdefault(key, None)
+    for policy in policies_of(given):
         if policy.custom and capturable:
             raise ValueError(
                 f"Invalid average: {policy!r} with capturable=True (a custom weight runs on the "
@@ -106,7 +111,8 @@ def parts(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]], rule: Ru
 def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
     """Raise where averages were assigned before the first step: with no sample counted, the next
     one would replace them."""
-    if any(isinstance(held, dict) and not held.keys().isdisjoint(AVERAGES) for held in state.values()):
+    held = [own for own in state.values() if isinstance(own, dict)]
+    if any(not own.keys().isdisjoint(AVERAGES) for own in held):
         raise ValueError(
             "averages were assigned to an optimizer that has counted no step; load_state_dict "
             "loads the counters, too (torch's ZeroRedundancyOptimizer does not, "

@@ -20,7 +20,7 @@ from rbwa_fused import rules, streams
 from rbwa_fused.average import Average
 from rbwa_fused.engine.packed import RowTable
 from rbwa_fused.engine.samplers import ROWS_PER_SAMPLER, Sampler
-from rbwa_fused.several import policies_of
+from rbwa_fused.several import averaging, policies_of
 
 Group = dict[str, Any]
 
@@ -291,10 +291,11 @@ class Plan:
 def _check_policy(plan: GroupPlan) -> None:
     """Refuses a group that has another average than it was added with."""
     group = plan.group
-    if group["average"] is not False or plan.policy is not None:
+    given = averaging(group["average"])
+    if given != plan.average or isinstance(given, Average):
         raise ValueError(
             f"Invalid average: {group['average']!r} was assigned to a group that was added with "
             f"{plan.average!r}"
         )
     # torch's ZeroRedundancyOptimizer copies the groups that it was given over ours.
-    group["average"] = None
+    group["average"] = plan.average
