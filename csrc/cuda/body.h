@@ -124,44 +124,11 @@ struct Unscale {
   T unscale;
 };
 
-template <typename X>
-RBWA_INLINE X* place(void* stream, int64_t element) {
-  return stream != nullptr ? static_cast<X*>(stream) + element : nullptr;
-}
-
-// The averages beside a segment's first, of one chunk.
-template <typename T>
-struct Others {
-  const CudaFurther* first;  // null: there are none
-  const CudaSampling<T>*host, *device;
-  int64_t begin;  // the chunk's first element in its segment
-
-  // Calls work(f) for each.
-  template <typename Work>
-  RBWA_INLINE void each(const Work& work) const {
-    if (first == nullptr) return;
-    for (const CudaFurther* f = first;; ++f) {
-      work(*f);
-      if (f->last) return;
-    }
-  }
-  RBWA_INLINE CudaSampling<T> sampling(const CudaFurther& f) const {
-    return device != nullptr ? device[f.sampling] : host[f.sampling];
-  }
-};
-
 // A weight before and behind its step, in the arithmetic's dtype.
 template <typename T>
 struct Moved {
   T before, x;
 };
-
-// Line (6) for one element.
-template <typename A, typename T>
-RBWA_INLINE void sample(A& stored, const CudaSampling<T>& sampling, const Moved<T>& theta) {
-  const T a = sampling.current != 0 ? theta.before : widen(stored);
-  narrow(toward(sampling.w, a, theta.x), stored);
-}
 
 template <Kind kind, bool averaged, typename S, typename W, typename M, typename A, typename T>
 RBWA_INLINE Moved<T> one(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k,
@@ -221,10 +188,9 @@ struct Vectors {
 
 // Whole vectors. Two a thread are in flight for 32 and 64 bits; 16-bit types have twice the
 // elements in one, and more would spill.
-template <Kind kind, bool averaged, bool further, typename S, typename W, typename M, typename A,
-          typename T>
+template <Kind kind, bool averaged, typename S, typename W, typename M, typename A, typename T>
 RBWA_INLINE void vectors(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k,
-                         const Unscale<T>& u, const Others<T>& others, int thread) {
+                         const Unscale<T>& u, int thread) {
   constexpr int count = kVectorBytes / sizeof(S);
   constexpr int flight = kNarrow<S> ? 1 : 2;
   using Kept = Vectors<M, sizeof(M) / sizeof(S)>;
@@ -255,7 +221,6 @@ RBWA_INLINE void vectors(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& 
     for (int f = 0; f < flight; ++f) {
       const int64_t vector = first + f * kThreads;
       if (vector >= whole) continue;
-      Moved<T> moved[count];
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         Chunk<S, W, M, A> element;
@@ -264,7 +229,7 @@ RBWA_INLINE void vectors(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& 
 #define RBWA_AT(stream, when) element.stream = stream[f].at(i);
         RBWA_KEPT(RBWA_AT)
 #undef RBWA_AT
-        moved[i] = one<kind, averaged>(element, k, u, 0);
+        one<kind, averaged>(element, k, u, 0);
       }
       if constexpr (kHasMaster<S, W>) {
         theta[f].store(chunk.theta, vector);
@@ -280,28 +245,12 @@ RBWA_INLINE void vectors(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& 
       RBWA_KEPT(RBWA_STORE)
 #undef RBWA_STORE
       if constexpr (averaged) a[f].store(chunk.a, vector);
-      if constexpr (further) {
-        others.each([&](const CudaFurther& other) {
-          const CudaSampling<T> sampling = others.sampling(other);
-          if (sampling.sample == 0) return;
-          A* stream = place<A>(other.a, others.begin);
-          Vectors<A, sizeof(A) / sizeof(S)> own;
-          own.load(stream, vector);
-#pragma unroll
-          for (int i = 0; i < count; ++i) sample(*own.at(i), sampling, moved[i]);
-          own.store(stream, vector);
-        });
-      }
     }
   }
 }
 
-// A chunk goes by vectors if all that is written lies on their boundaries, and its tail, or all of
-// it, element by element.
-template <Kind kind, bool averaged, bool further, typename S, typename W, typename M, typename A,
-          typename T>
-RBWA_INLINE void run(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
-                     const Others<T>& others, int thread) {
+template <Kind kind, bool averaged, typename S, typename W, typename M, typename A>
+RBWA_INLINE bool written_on_boundaries(const Chunk<S, W, M, A>& chunk) {
   auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   uintptr_t all = address(chunk.theta);
   if constexpr (kHasMaster<S, W>) all |= address(chunk.param);
@@ -310,41 +259,42 @@ RBWA_INLINE void run(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, c
   RBWA_KEPT(RBWA_ADDRESS)
 #undef RBWA_ADDRESS
   if constexpr (averaged) all |= address(chunk.a);
-  if constexpr (further) {
-    others.each([&](const CudaFurther& other) { all |= address(place<A>(other.a, others.begin)); });
-  }
+  return all % kVectorBytes == 0;
+}
+
+// A chunk goes by vectors if all that is written lies on their boundaries, and its tail, or all of
+// it, element by element.
+template <Kind kind, bool averaged, typename S, typename W, typename M, typename A, typename T>
+RBWA_INLINE void run(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+                     int thread) {
   constexpr int count = kVectorBytes / sizeof(S);
   int64_t done = 0;
-  if (all % kVectorBytes == 0) {
-    vectors<kind, averaged, further>(chunk, k, u, others, thread);
+  if (written_on_boundaries<kind, averaged>(chunk)) {
+    vectors<kind, averaged>(chunk, k, u, thread);
     done = chunk.n - chunk.n % count;
   }
-  for (int64_t i = done + thread; i < chunk.n; i += kThreads) {
-    const Moved<T> moved = one<kind, averaged>(chunk, k, u, i);
-    if constexpr (further) {
-      others.each([&](const CudaFurther& other) {
-        const CudaSampling<T> sampling = others.sampling(other);
-        if (sampling.sample != 0) sample(place<A>(other.a, others.begin)[i], sampling, moved);
-      });
-    }
-  }
+  for (int64_t i = done + thread; i < chunk.n; i += kThreads) one<kind, averaged>(chunk, k, u, i);
 }
 
 // The branch of a segment's kind, which is the same for a whole block, among those that a launch up
 // to `most` may have. A segment without a gradient is touched only where it is sampled.
-template <Kind most, bool averaged, bool further, typename S, typename W, typename M, typename A,
-          typename T>
+template <Kind most, bool averaged, typename S, typename W, typename M, typename A, typename T>
 RBWA_INLINE void run_kind(Kind kind, const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k,
-                          const Unscale<T>& u, const Others<T>& others, int thread) {
-  if (!averaged && kind == Kind::kSample && others.first == nullptr) return;
+                          const Unscale<T>& u, int thread) {
 #define RBWA_RUN(name)                                                                \
   if constexpr (served_by(Kind::name) == Kind::name && goes_with(Kind::name, most) && \
-                (averaged || further || Kind::name != Kind::kSample)) {               \
-    if (kind == Kind::name)                                                           \
-      return run<Kind::name, averaged, further>(chunk, k, u, others, thread);         \
+                (averaged || Kind::name != Kind::kSample)) {                          \
+    if (kind == Kind::name) return run<Kind::name, averaged>(chunk, k, u, thread);    \
   }
   RBWA_KINDS(RBWA_RUN)
 #undef RBWA_RUN
+}
+
+#include "cuda/several.h"
+
+template <typename X>
+RBWA_INLINE X* place(void* stream, int64_t element) {
+  return stream != nullptr ? static_cast<X*>(stream) + element : nullptr;
 }
 
 // Before the step, where the device counts: what its age makes of a segment's row.
@@ -362,9 +312,10 @@ RBWA_INLINE void age_thread(const Launch<T, bytes>& launch, int64_t segment) {
                             static_cast<T>(aging.rho)};
 }
 
-// The work of one thread. `most` is the last kind among the launch's segments.
-template <typename S, typename W, typename M, typename A, Kind most, bool averaged, typename T,
-          int bytes>
+// The work of one thread. `most` is the last kind among the launch's segments; with `several` each
+// of them has several averages.
+template <typename S, typename W, typename M, typename A, Kind most, bool averaged,
+          bool several = false, typename T, int bytes>
 RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int thread) {
   if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
   const auto* segments = reinterpret_cast<const CudaSegment*>(launch.tables);
@@ -420,19 +371,20 @@ RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int 
   RBWA_KEPT(RBWA_PLACE)
 #undef RBWA_PLACE
   chunk.n = n;
-  Others<T> others{nullptr, host_samplings, device_samplings, begin};
-  if (averaged && s.further != 0) {
-    others.first = reinterpret_cast<const CudaFurther*>(launch.tables + launch.further_at);
-    others.first += s.further - 1;
-  }
   const Kind kind = static_cast<Kind>(s.kind);
   if (keeps_any(kind) && launch.marks != nullptr && begin == 0 && thread == 0) {
     launch.marks[2 * s.index + 1] = 1;
   }
+  if constexpr (several) {
+    const auto* all = reinterpret_cast<const CudaFurther*>(launch.tables + launch.further_at);
+    const Averages<A, T> own{all + s.further, host_samplings, device_samplings, begin};
+    k.write_back = false;  // each average says so itself
+    return run_kind_several<most>(kind, chunk, k, u, own, thread);
+  }
   if constexpr (averaged) {
     if (s.a != nullptr && sampling.sample != 0) {
-      return run_kind<most, true, true>(kind, chunk, k, u, others, thread);
+      return run_kind<most, true>(kind, chunk, k, u, thread);
     }
   }
-  run_kind<most, false, averaged>(kind, chunk, k, u, others, thread);
+  run_kind<most, false>(kind, chunk, k, u, thread);
 }

@@ -40,11 +40,12 @@ struct CudaSegment {
   uint16_t sampling;  // of the launch's table, or of the device's
   uint8_t kind;       // as in Segment
   uint8_t first;      // whether it takes its first step with this kind (without marks)
-  uint16_t further;   // the first of its own in the launch's table of CudaFurther, from 1; or 0
+  uint16_t further;   // where several averages of its own begin in the launch's table of them
 };
 static_assert(sizeof(CudaSegment) == 96);
 
-// An average beside a segment's first. A segment's stand one behind the other.
+// One of a segment's several averages, the first among them where it has a buffer. They stand one
+// behind the other.
 struct CudaFurther {
   void* a;
   uint16_t sampling;  // as CudaSegment's

@@ -42,7 +42,10 @@ class Packer {
     own.sampling = sampling_at(s.sampling);
     own.kind = static_cast<uint8_t>(served_by(s.kind));
     own.first = static_cast<uint8_t>(s.row % kRowsPerGroup);
-    if (s.further_count > 0) own.further = static_cast<uint16_t>(further_.size() + 1);
+    if (s.further_count > 0) {
+      own.further = static_cast<uint16_t>(further_.size());
+      if (s.a != nullptr) further_.push_back({s.a, own.sampling, 0});
+    }
     for (int64_t i = 0; i < s.further_count; ++i) {
       const Further& f = s.further[i];
       further_.push_back({f.a, sampling_at(f.sampling), i == s.further_count - 1});
@@ -91,7 +94,7 @@ class Packer {
       new_samplings = !sampling_of_.count(s.sampling) + s.further_count;  // at most
     }
     return (segments_.size() + 1) * sizeof(CudaSegment) +
-           (further_.size() + s.further_count) * sizeof(CudaFurther) +
+           (further_.size() + 1 + s.further_count) * sizeof(CudaFurther) +
            (groups_.size() + new_group) * sizeof(CudaGroup<T>) +
            (samplings_.size() + new_samplings) * sizeof(CudaSampling<T>);
   }
@@ -171,6 +174,7 @@ const char* pack(const KernelKey& key, const std::vector<Segment>& segments,
 // What the segments of one launch have in common; `kinds` is their family (dispatch.h).
 struct Streams {
   Dtype dtype, theta;
+  bool several;  // averages
   std::optional<int> kinds;
   std::optional<Dtype> kept, average;
 };
@@ -180,7 +184,7 @@ struct Members {
 };
 
 Streams streams_of(const Segment& s) {
-  Streams streams{s.dtype, s.theta_dtype, {}, {}, {}};
+  Streams streams{s.dtype, s.theta_dtype, s.further_count > 0, {}, {}, {}};
   if (s.kind != Kind::kSample) streams.kinds = family(s.kind);
   if (keeps_any(s.kind)) streams.kept = s.kept_dtype;
   if (s.a != nullptr || s.further_count > 0) streams.average = s.a_dtype;
@@ -206,8 +210,8 @@ std::vector<Members> launches_of(const std::vector<Segment>& segments) {
       auto found = std::find_if(launches.begin(), launches.end(), [&](const Members& launch) {
         const Streams& other = launch.streams;
         return own.dtype == other.dtype && own.theta == other.theta &&
-               joins(own.kinds, other.kinds) && joins(own.kept, other.kept) &&
-               joins(own.average, other.average);
+               own.several == other.several && joins(own.kinds, other.kinds) &&
+               joins(own.kept, other.kept) && joins(own.average, other.average);
       });
       if (found == launches.end()) found = launches.insert(found, {own, {}});
       found->own.push_back(static_cast<int32_t>(i));
@@ -226,11 +230,15 @@ const char* step_in_launches(const std::vector<Segment>& segments, const CudaSte
   const int64_t chunk = elements < kLargeModel ? kSmallChunk : kLargeChunk;
   for (const auto& [streams, own] : launches_of(segments)) {
     const Dtype theta = streams.theta;
-    KernelKey key{
-        streams.dtype, theta, streams.kept.value_or(theta), streams.average.value_or(theta),
-        Kind::kPlain,  false};
+    KernelKey key{streams.dtype,
+                  theta,
+                  streams.kept.value_or(theta),
+                  streams.average.value_or(theta),
+                  Kind::kPlain,
+                  false,
+                  streams.several};
     for (const int32_t i : own) {
-      key.averaged |= segments[i].a != nullptr || segments[i].further_count > 0;
+      key.averaged |= segments[i].a != nullptr;
       key.most = std::max(key.most, served_by(segments[i].kind));
     }
     const bool wider = key.kept_dtype != key.theta_dtype;
