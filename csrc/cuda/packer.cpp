@@ -238,7 +238,7 @@ const char* step_in_launches(const std::vector<Segment>& segments, const CudaSte
                   false,
                   streams.several};
     for (const int32_t i : own) {
-      key.averaged |= segments[i].a != nullptr;
+      key.averaged |= segments[i].a != nullptr || streams.several;
       key.most = std::max(key.most, served_by(segments[i].kind));
     }
     const bool wider = key.kept_dtype != key.theta_dtype;

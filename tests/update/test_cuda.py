@@ -9,7 +9,7 @@ from typing import Any
 import beside
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, STEPS, gradients, params, policy_for, products
+from cases import AVERAGES, DTYPES, SEVERAL, STEPS, gradients, params, policy_for, products
 from rules import KERNELS, RULES
 from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from rbwa_fused.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
-BITS = products(DTYPES, RULES, AVERAGES)
+BITS = products(DTYPES, RULES, [*AVERAGES, *SEVERAL])
 
 
 @pytest.mark.parametrize(("dtype", "rule", "average"), BITS, ids=str)
