@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from rules import RULES
 from runs import (
     AVERAGED,
     EPOCH,
@@ -374,7 +373,7 @@ def test_a_converted_model_keeps_its_average_its_count_and_its_momentum(
     for name, p in model.named_parameters():
         state = opt.state.get(p, {})
         for key, value in held.get(name, {}).items():
-            kept = RULES[method].state_dtype(key, after) if method in RULES else after
+            kept = METHODS[method].rule.state_dtype(key, after)
             dtype = wide if key in AVERAGES else kept
             assert state[key].dtype == dtype, (name, key)
             if name != "matrix" and not sampled.get(key):
