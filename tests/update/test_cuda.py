@@ -204,6 +204,7 @@ def scaled_run(
 
 
 NAMED = [name for name, policy in AVERAGES.items() if policy is None or not policy.custom]
+NAMED += [name for name in SEVERAL if name != "custom-behind"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -389,7 +390,7 @@ def test_captured_steps_count_and_read_their_learning_rate_on_the_device(
     for captured in (False, True):
         ps = [p for p in params(torch.float32) if memory.is_dense(p)]  # others cost copies
         lr = torch.tensor(0.1)
-        policy = AVERAGES[average]
+        policy = policy_for(average, "momentum", torch.float32)
         backend = "cuda" if captured else "cpu"
         opt = rf.FusedSGD(
             ps, lr, momentum=0.5, average=policy, backend=backend, capturable=captured
