@@ -24,6 +24,8 @@ FLOORS: dict[str, Sequence[str]] = {
                 "papers",
                 "average",
                 "policies",
+                "several",
+                "renumbered",
                 "progress",
                 "hyperparameters",
                 "rules",
