@@ -40,7 +40,8 @@ class SGDScheduleFree(ScheduleFree):
         r (float): z of step k (from 0) has the weight (k + 1)^r in x, times (default: 0)
         weight_lr_power (float, >= 0): the largest learning rate so far to this power (default: 2).
         average (Average, optional): a policy of averages of y beside x, read by
-            ``averaged(which="average")``; none that writes back (default: None).
+            ``averaged(which="average")``, or several as FusedSGD's, read by number or name; none
+            that writes back (default: None).
         capturable (bool): as FusedSGD's. Where the device counts, so under AMP on a GPU as well,
             ``k``, ``weight_sum``, ``lr_max`` and ``scheduled_lr`` of a group are as of the last
             ``state_dict()``, and read that before you write to them. The bits are the host's where
