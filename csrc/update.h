@@ -164,12 +164,6 @@ RBWA_INLINE T divisor(const Coefficients<T>& k, Element<T>& e, T g) {
   return std::sqrt(v) * k.bias + k.epsilon;
 }
 
-// Lines (4) and (6): an average and its sample.
-template <typename T>
-RBWA_INLINE T toward(T w, T a, T x) {
-  return w == T(1) ? x : w != T(0) ? a + w * (x - a) : a;
-}
-
 // A zero coefficient drops its term instead of multiplying by it, so that an infinite gradient or
 // weight spreads exactly as far as in torch.optim.SGD (0 * inf is NaN). Coefficients are uniform:
 // each choice is a select outside the memory streams, not a branch per element.
@@ -202,8 +196,8 @@ RBWA_INLINE void update(const Coefficients<T>& k, Element<T>& e) {
     x = e.theta - k.eta * direction;  // (3)
   }
   if constexpr (averaged) {
-    e.a = toward(k.w, a, x);     // (4)
-    x = k.write_back ? e.a : x;  // (5)
+    e.a = k.w == T(1) ? x : k.w != T(0) ? a + k.w * (x - a) : a;  // (4)
+    x = k.write_back ? e.a : x;                                   // (5)
   }
   e.theta = x;
 }

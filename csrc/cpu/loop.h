@@ -12,9 +12,6 @@ struct Places {
 #undef RBWA_FIELD
 };
 
-// Elements that are stepped, and then sampled by further averages.
-constexpr int64_t kInCache = 1024;
-
 // The whole of the work for float and double.
 template <Kind kind, bool averaged, typename T>
 inline void loop(const Coefficients<T>& coefficients, const Places<T> at, int64_t n) {
@@ -66,22 +63,6 @@ void range_full(const Segment& s, const Coefficients<T>& k, int64_t begin, int64
   run<kind, averaged, T>(k, at, n);
 }
 
-// Line (6) for the averages beside a segment's first: before the step, for those that begin with
-// the weights then, and behind it. The weights are in the first-level cache, and each average is
-// sampled as that of a parameter without a gradient.
-template <typename T>
-void further_full(const Segment& s, bool before, int64_t begin, int64_t n) {
-  for (const Further* f = s.further; f != s.further + s.further_count; ++f) {
-    if (before ? !f->current : f->w == 0) continue;
-    Coefficients<T> k{};
-    k.w = before ? T(1) : T(f->w);
-    Places<T> at{};
-    at.theta = static_cast<T*>(s.theta) + begin;
-    at.a = static_cast<T*>(f->a) + begin;
-    shared_loop<Kind::kSample, true, T>(k, at, n);
-  }
-}
-
 #include "cpu/narrow_loop.h"
 
 template <Kind kind, typename T>
@@ -118,25 +99,7 @@ void range_of_first(const Segment& s, const Row& row, const Aging<double>& aging
   });
 }
 
-// The same with averages beside the first. 16-bit storage samples them in its tiles, before the
-// weights are rounded.
-void range_of_all(Segment s, const Row& row, const Aging<double>& aging, Sampling sampling,
-                  int64_t begin, int64_t n) {
-  if (s.kind == Kind::kSample && s.a == nullptr) {  // the next one is as good as a first
-    s.a = s.further->a;
-    sampling = {1, s.further->w, 1, static_cast<double>(s.further->current), 0};
-    ++s.further, --s.further_count;
-  }
-  with_storage(s.dtype, [&]<typename S>() {
-    if constexpr (kNarrow<S>) return range_of_first(s, row, aging, sampling, begin, n);
-    for (int64_t at = begin; at < begin + n; at += kInCache) {
-      const int64_t size = begin + n - at < kInCache ? begin + n - at : kInCache;
-      if constexpr (!kNarrow<S>) further_full<S>(s, true, at, size);
-      range_of_first(s, row, aging, sampling, at, size);
-      if constexpr (!kNarrow<S>) further_full<S>(s, false, at, size);
-    }
-  });
-}
+#include "cpu/several.h"
 
 // Takes the step for elements [begin, begin + n) of a segment: which streams there are decides the
 // loop, once per call.

@@ -97,22 +97,6 @@ void follow(float* master, const S* param, int64_t n) {
   for (int64_t i = 0; i < n; ++i) master[i] = followed(master[i], of_master[i], of_param[i]);
 }
 
-// As further_full, for a tile of weights in float32.
-template <typename S>
-void further_narrow(const Segment& s, float* theta, bool before, int64_t begin, int64_t n) {
-  for (const Further* f = s.further; f != s.further + s.further_count; ++f) {
-    if (before ? !f->current : f->w == 0) continue;
-    Coefficients<float> k{};
-    k.w = before ? 1.0f : static_cast<float>(f->w);
-    Stream<S> a(f->a, s.a_dtype, begin);
-    Places<float> at{};
-    at.theta = theta;
-    at.a = a.load(0, n);
-    shared_loop<Kind::kSample, true, float>(k, at, n);
-    a.store(0, n);
-  }
-}
-
 template <Kind kind, bool averaged, typename S>
 void range_narrow(const Segment& s, const Coefficients<float>& k, int64_t begin, int64_t n) {
   Stream<S> theta(s.theta, s.theta_dtype, begin), g(const_cast<void*>(s.g), s.dtype, begin),
@@ -132,9 +116,7 @@ void range_narrow(const Segment& s, const Coefficients<float>& k, int64_t begin,
     RBWA_KEPT(RBWA_LOAD)
 #undef RBWA_LOAD
     if (param != nullptr) follow(places.theta, param + at, size);
-    if (s.further_count > 0) further_narrow<S>(s, places.theta, true, begin + at, size);
     run<kind, averaged, float>(k, places, size);
-    if (s.further_count > 0) further_narrow<S>(s, places.theta, false, begin + at, size);
     if constexpr (averaged) a.store(at, size);
 #define RBWA_STORE(stream, when) \
   if constexpr (keeps_##stream(kind)) stream.store(at, size);

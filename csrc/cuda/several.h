@@ -32,6 +32,18 @@ RBWA_INLINE bool by_vectors(const Averages<A, T>& averages) {
   return all;
 }
 
+// An average `a` that samples the weight x, and what the weight is then. Line (6) is that of a
+// segment without a gradient.
+template <typename T>
+RBWA_INLINE Element<T> sampled(const CudaSampling<T>& sampling, T a, T x) {
+  Coefficients<T> k{};
+  k.w = sampling.w, k.write_back = sampling.write_back != 0;
+  Element<T> e{};
+  e.theta = x, e.a = a;
+  update<Kind::kSample, true>(k, e);
+  return e;
+}
+
 template <Kind kind, typename S, typename W, typename M, typename A, typename T>
 RBWA_INLINE void sample_one(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k,
                             const Unscale<T>& u, const Averages<A, T>& averages, int64_t i) {
@@ -39,9 +51,10 @@ RBWA_INLINE void sample_one(const Chunk<S, W, M, A>& chunk, const Coefficients<T
   bool written = false;
   averages.each([&](A* stream, const CudaSampling<T>& sampling) {
     const T a = sampling.current != 0 ? moved.before : widen(stream[i]);
-    const T sampled = toward(sampling.w, a, moved.x);
-    narrow(sampled, stream[i]);
-    if (sampling.write_back != 0) moved.x = sampled, written = true;
+    const Element<T> e = sampled(sampling, a, moved.x);
+    narrow(e.a, stream[i]);
+    moved.x = e.theta;
+    written |= sampling.write_back != 0;
   });
   if (!written) return;
   if constexpr (kHasMaster<S, W>) narrow(moved.x, chunk.theta[i]);
@@ -91,9 +104,9 @@ RBWA_INLINE void sample_vectors(const Chunk<S, W, M, A>& chunk, const Coefficien
       a.load(stream, vector);
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        const T sampled = toward(sampling.w, widen(*a.at(i)), x[i]);
-        narrow(sampled, *a.at(i));
-        x[i] = sampling.write_back != 0 ? sampled : x[i];
+        const Element<T> e = sampled(sampling, widen(*a.at(i)), x[i]);
+        narrow(e.a, *a.at(i));
+        x[i] = e.theta;
       }
       a.store(stream, vector);
       written |= sampling.write_back != 0;

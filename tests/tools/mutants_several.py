@@ -7,21 +7,21 @@ ALL = ("averages/test_several.py",)
 KERNELS = ("update/test_cuda.py",)
 
 LOOP: Mutants = [
+    ("  if (s.further_count > 0) return range_of_all(", "  if (false) return range_of_all(")
+]
+SEVERAL: Mutants = [
     ("if (before ? !f->current : ", "if (before ? true : "),
     ("k.w = before ? T(1) : T(f->w);", "k.w = T(1);"),
-    ("further_full<S>(s, true, at, size);", ";"),
-    ("further_full<S>(s, false, at, size);", ";"),
-    ("  if (s.further_count > 0) return range_of_all(", "  if (false) return range_of_all("),
+    ("    further_full<T>(s, true, at, size);\n", ""),
+    ("    further_full<T>(s, false, at, size);\n", ""),
+    ("    further_narrow<S>(s, true, theta, at, size);\n", ""),
+    ("    further_narrow<S>(s, false, theta, at, size);\n", ""),
     ("++s.further, --s.further_count;", "--s.further_count;"),
     ("sampling = {1, s.further->w, 1, ", "sampling = {1, sampling.w, 1, "),
-]
-NARROW: Mutants = [
-    ("if (before ? !f->current : ", "if (before ? true : "),
-    ("k.w = before ? 1.0f : static_cast<float>(f->w);", "k.w = 1.0f;"),
-    ("further_narrow<S>(s, places.theta, true, begin + at, size);", ";"),
-    ("further_narrow<S>(s, places.theta, false, begin + at, size);", ";"),
     ("    at.a = a.load(0, n);\n", "    at.a = a.tile;\n"),
     ("    a.store(0, n);\n", ""),
+    ("      follow(theta, param, size);\n", ""),
+    ("      widen(param, theta, size);\n", ""),
 ]
 TABLES: Mutants = [
     ("if (!every_average && own.sample == 0) continue;", ""),
@@ -37,11 +37,10 @@ PACKER: Mutants = [
 BODY: Mutants = [
     ("all &= sampling.current == 0 && widest(a) == kVectorBytes;", "(void)a, (void)sampling;"),
     ("sampling.current != 0 ? moved.before : ", "sampling.current != 0 ? moved.x : "),
-    (
-        "if (sampling.write_back != 0) moved.x = sampled, written = true;",
-        "if (sampling.write_back != 0) written = true;",
-    ),
-    ("x[i] = sampling.write_back != 0 ? sampled : x[i];", ""),
+    ("    moved.x = e.theta;\n", ""),
+    ("    written |= sampling.write_back != 0;\n  });\n  if", "  });\n  if"),
+    ("        x[i] = e.theta;\n", ""),
+    ("k.w = sampling.w, ", "k.w = T(1), "),
     ("if (own->sample != 0) work(", "work("),
     ("      narrow(x[i], *theta.at(i));\n", ""),
     ("static_cast<A*>(f->a) + begin", "static_cast<A*>(f->a)"),
@@ -100,7 +99,7 @@ INTO: Mutants = [('if len(policies_of(group["average"])) > 1:', "if False:")]
 
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("csrc/cpu/loop.h", LOOP, ALL, True),
-    ("csrc/cpu/narrow_loop.h", NARROW, ALL, True),
+    ("csrc/cpu/several.h", SEVERAL, ALL, True),
     ("csrc/tables.cpp", TABLES, ALL, True),
     ("csrc/cuda/packer.cpp", PACKER, KERNELS, False),
     ("csrc/cuda/several.h", BODY, KERNELS, False),
