@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rbwa_fused.average import Average
 from rbwa_fused.engine import checks
 from rbwa_fused.engine.doors import Call
 from rbwa_fused.following import Following
 from rbwa_fused.members import Params
-from rbwa_fused.several import Averages, Which
+from rbwa_fused.several import Averages, Averaging, Which
 from rbwa_fused.steppers import steppers
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -99,7 +98,7 @@ class Averager(Following):
     def __init__(
         self,
         params: nn.Module | Params,
-        average: Average | Averages | None,
+        average: Averaging | Averages,
         *,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         buffers: bool = False,

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rbwa_fused import checkpoint, foreign, form, members, rules
-from rbwa_fused.average import Average
 from rbwa_fused.averages import Averages
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
@@ -25,7 +24,7 @@ from rbwa_fused.into import Into
 from rbwa_fused.members import Followed, Params, grouped
 from rbwa_fused.numbers import flag, integer
 from rbwa_fused.several import Averages as Several
-from rbwa_fused.several import policies_of
+from rbwa_fused.several import Averaging, policies_of
 from rbwa_fused.streams import AVERAGE, AVERAGES
 
 # Who writes averages back to a parameter, by the parameter.
@@ -42,7 +41,7 @@ class Following(Averages):
     def _begin(
         self,
         params: nn.Module | Params,
-        average: Average | Several | None,
+        average: Averaging | Several,
         buffers: bool,
         into: nn.Module | Sequence[Tensor] | None,
         exclude: Sequence[str],
