@@ -211,8 +211,9 @@ class ScheduleFree(FusedOptimizer):
         """
         opt = self._itself
         if which != X:
+            number = opt._of_average(which)
             opt._refuse_in_eval_mode(f"averaged(which={which!r})")
-            return super().averaged(model, blend=blend, which=opt._of_average(which))
+            return super().averaged(model, blend=blend, which=number)
         if blend != 1.0:
             opt._refuse_in_eval_mode(f"averaged(blend={blend})")
         opt.engine.refuse_midway("averaged")

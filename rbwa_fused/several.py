@@ -53,7 +53,7 @@ def averaging(value: Any) -> Averaging:
         return value
     if not isinstance(value, list | tuple | Mapping):
         raise TypeError(
-            f"Invalid average: {value!r} (expected an rbwa_fused policy, several, None or False)"
+            f"Invalid average: {value!r} (expected an rbwa_fused policy, None or False)"
         )
     names = tuple(value) if isinstance(value, Mapping) else None
     policies = tuple(value.values() if isinstance(value, Mapping) else value)

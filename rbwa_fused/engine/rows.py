@@ -20,7 +20,7 @@ from rbwa_fused import rules, streams
 from rbwa_fused.average import Average
 from rbwa_fused.engine.packed import RowTable
 from rbwa_fused.engine.samplers import ROWS_PER_SAMPLER, Sampler
-from rbwa_fused.several import averaging, policies_of
+from rbwa_fused.several import Several, averaging, policies_of
 
 Group = dict[str, Any]
 
@@ -291,7 +291,8 @@ class Plan:
 def _check_policy(plan: GroupPlan) -> None:
     """Refuses a group that has another average than it was added with."""
     group = plan.group
-    given = averaging(group["average"])
+    several = isinstance(group["average"], list | tuple | dict | Several)
+    given = averaging(group["average"]) if several else group["average"] or None
     if given != plan.average or isinstance(given, Average):
         raise ValueError(
             f"Invalid average: {group['average']!r} was assigned to a group that was added with "

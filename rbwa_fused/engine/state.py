@@ -23,7 +23,7 @@ from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import beside, is_sharded_as, local, shard_of
 from rbwa_fused.rules import Rule
-from rbwa_fused.streams import AVERAGES, FROM_THE_WEIGHTS, MASTER, STEP, followed
+from rbwa_fused.streams import AVERAGES, FROM_THE_WEIGHTS, MASTER, STEP, STREAMS, followed
 
 State = MutableMapping[Tensor, Any]
 Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
@@ -262,7 +262,8 @@ class ParameterState:
         return calls
 
     def _put(self, table: Segments, given: Given) -> None:
-        """Puts what was made into the state, and then into the table."""
+        """Puts what was made into the state, in torch's order, and then into the table."""
+        given = {stream: given[stream] for stream in (STEP, *STREAMS) if stream in given}
         for tensors in given.values():
             self._made.update((id(tensor), tensor) for tensor in tensors.values())
         for stream, tensors in given.items():
