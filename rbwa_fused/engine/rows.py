@@ -293,7 +293,7 @@ def _check_policy(plan: GroupPlan) -> None:
     group = plan.group
     several = isinstance(group["average"], list | tuple | dict | Several)
     given = averaging(group["average"]) if several else group["average"] or None
-    if given != plan.average or isinstance(given, Average):
+    if given != plan.average or isinstance(group["average"], Average):
         raise ValueError(
             f"Invalid average: {group['average']!r} was assigned to a group that was added with "
             f"{plan.average!r}"

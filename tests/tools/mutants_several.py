@@ -56,7 +56,7 @@ SEGMENTS: Mutants = [
 ]
 ROWS: Mutants = [
     ("zip(policies, samples, strict=False)]", "zip(policies, repeat(0), strict=False)]"),
-    ("if given != plan.average or isinstance(given, Average):", "if isinstance(given, Average):"),
+    ("if given != plan.average or isinstance(", "if isinstance("),
     ("        if key != streams.AVERAGE:\n", "        if False:\n"),
 ]
 POLICIES: Mutants = [
