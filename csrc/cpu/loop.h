@@ -89,8 +89,10 @@ void range_of_kind(const Segment& s, const Row& row, const Aging<double>& aging,
   });
 }
 
-void range_of_first(const Segment& s, const Row& row, const Aging<double>& aging,
-                    const Sampling& sampling, int64_t begin, int64_t n) {
+// Takes the step for elements [begin, begin + n) of a segment: which streams there are decides the
+// loop, once per call.
+void range(const Segment& s, const Row& row, const Aging<double>& aging, const Sampling& sampling,
+           int64_t begin, int64_t n) {
   with_kind(s.kind, [&]<Kind kind>() {
     if (s.a != nullptr) return range_of_kind<kind, true>(s, row, aging, sampling, begin, n);
     if constexpr (kind != Kind::kSample) {
@@ -100,11 +102,3 @@ void range_of_first(const Segment& s, const Row& row, const Aging<double>& aging
 }
 
 #include "cpu/several.h"
-
-// Takes the step for elements [begin, begin + n) of a segment: which streams there are decides the
-// loop, once per call.
-void range(const Segment& s, const Row& row, const Aging<double>& aging, const Sampling& sampling,
-           int64_t begin, int64_t n) {
-  if (s.further_count > 0) return range_of_all(s, row, aging, sampling, begin, n);
-  range_of_first(s, row, aging, sampling, begin, n);
-}

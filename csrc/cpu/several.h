@@ -46,7 +46,7 @@ void range_full_of_all(const Segment& s, const Row& row, const Aging<double>& ag
   for (int64_t at = begin; at < begin + n; at += kInCache) {
     const int64_t size = begin + n - at < kInCache ? begin + n - at : kInCache;
     further_full<T>(s, true, at, size);
-    range_of_first(s, row, aging, sampling, at, size);
+    range(s, row, aging, sampling, at, size);
     further_full<T>(s, false, at, size);
   }
 }
@@ -74,13 +74,14 @@ void range_narrow_of_all(const Segment& s, const Row& row, const Aging<double>& 
                                           static_cast<uintptr_t>(at) * sizeof(float));
     }
     further_narrow<S>(s, true, theta, at, size);
-    range_of_first(own, row, aging, sampling, at, size);
+    range(own, row, aging, sampling, at, size);
     further_narrow<S>(s, false, theta, at, size);
   }
 }
 
-__attribute__((noinline)) void range_of_all(Segment s, const Row& row, const Aging<double>& aging,
-                                            Sampling sampling, int64_t begin, int64_t n) {
+// As `range`.
+void range_of_all(Segment s, const Row& row, const Aging<double>& aging, Sampling sampling,
+                  int64_t begin, int64_t n) {
   if (s.kind == Kind::kSample && s.a == nullptr) {  // the next one is as good as a first
     s.a = s.further->a;
     sampling = {1, s.further->w, 1, static_cast<double>(s.further->current), 0};

@@ -6,9 +6,7 @@ Mutants = list[tuple[str, str]]
 ALL = ("averages/test_several.py",)
 KERNELS = ("update/test_cuda.py",)
 
-LOOP: Mutants = [
-    ("  if (s.further_count > 0) return range_of_all(", "  if (false) return range_of_all(")
-]
+LOOP: Mutants = [("    if (segment.further_count > 0) {\n", "    if (false) {\n")]
 SEVERAL: Mutants = [
     ("if (before ? !f->current : ", "if (before ? true : "),
     ("k.w = before ? T(1) : T(f->w);", "k.w = T(1);"),
@@ -98,7 +96,7 @@ BUFFERS: Mutants = [
 INTO: Mutants = [('if len(policies_of(group["average"])) > 1:', "if False:")]
 
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
-    ("csrc/cpu/loop.h", LOOP, ALL, True),
+    ("csrc/cpu/step_cpu.cpp", LOOP, ALL, True),
     ("csrc/cpu/several.h", SEVERAL, ALL, True),
     ("csrc/tables.cpp", TABLES, ALL, True),
     ("csrc/cuda/packer.cpp", PACKER, KERNELS, False),
