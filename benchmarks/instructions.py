@@ -23,7 +23,7 @@ TENSORS, SIZE = 62, 20_000
 STEPS = 2
 ROWS = (
     *("torch SGD fused", "torch SGD foreach", "SGD, no momentum", "SGD + momentum", "RBWA"),
-    *("RBWA-E", "RSGDM", "EMA", "SWA", "fused + AveragedModel (EMA)"),
+    *("RBWA-E", "RSGDM", "EMA", "SGD + two EMAs", "SWA", "fused + AveragedModel (EMA)"),
     *("fused + AveragedModel (mean)", "RSGDM, foreach", "SGD + momentum, clipped"),
     *("fused + clip_grad_norm_", "torch AdamW fused", "torch AdamW foreach", "AdamW"),
     *("AdamW + EMA", "AdamW + EMA, clipped", "AdamW fused + AveragedModel (EMA)"),

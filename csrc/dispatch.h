@@ -56,6 +56,7 @@ struct KernelKey {
   Dtype dtype, theta_dtype, kept_dtype, a_dtype;  // as in Segment
   Kind most;                                      // of the segments' kinds, but at least kPlain
   bool averaged;
+  bool several;  // averages, of each segment
 };
 
 // Whether kinds may keep what they keep in float32 beside 16-bit weights.
@@ -101,4 +102,17 @@ auto with_kernel(const KernelKey& key, const Work& work) {
     if (!key.averaged) return with_most.template operator()<S, S, S, false>();
     return with_most.template operator()<S, S, S, true>();
   });
+}
+
+// Calls work<S, W, M, A, most>() for a launch of several averages. Fewer kernels serve those: what
+// a segment's averages cost is more than what a kernel with fewer branches would save.
+template <typename Work>
+auto with_several(const KernelKey& key, const Work& work) {
+  return with_kernel(
+      key, [&]<typename S, typename W, typename M, typename A, Kind most, bool averaged>() {
+        constexpr Kind merged = most == Kind::kPlain  ? Kind::kDecoupled
+                                : most == Kind::kAdam ? Kind::kAmsgrad
+                                                      : most;
+        return work.template operator()<S, W, M, A, merged>();
+      });
 }

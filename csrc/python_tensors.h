@@ -29,10 +29,11 @@ inline std::vector<View> views_of(const pybind11::list& tensors) {
 class PythonTables {
  public:
   PythonTables(pybind11::list state, pybind11::object segments, pybind11::object shapes,
-               pybind11::object ages, pybind11::object rows, pybind11::object samplings)
-      : tables{views_of(state), view_of(segments), view_of(shapes),
-               view_of(ages),   view_of(rows),     view_of(samplings)},
-        kept_(pybind11::make_tuple(state, segments, shapes, ages, rows, samplings)) {}
+               pybind11::object ages, pybind11::object rows, pybind11::object samplings,
+               pybind11::object further)
+      : tables{views_of(state), view_of(segments),  view_of(shapes), view_of(ages),
+               view_of(rows),   view_of(samplings), view_of(further)},
+        kept_(pybind11::make_tuple(state, segments, shapes, ages, rows, samplings, further)) {}
   const Tables tables;
 
  private:

@@ -8,6 +8,15 @@
 #include "convert.h"
 #include "update.h"
 
+// An average beside a segment's first, in a buffer: line (6). All of a segment's averages have one
+// dtype.
+struct Further {
+  void* a;
+  int64_t sampling;
+  double w;      // the sampling's, where the host counts
+  bool current;  // so is this: it starts at the weights before this step
+};
+
 // One parameter tensor. A null pointer is a stream that this segment lacks. A 16-bit parameter may
 // have a float32 master: `theta` is the master then, and `param` what it is rounded to.
 struct Segment {
@@ -28,6 +37,8 @@ struct Segment {
   Dtype theta_dtype;  // the same, or float32 for a master
   Dtype kept_dtype;   // of what is kept: as theta, or float32
   Dtype a_dtype;
+  int64_t further_count;
+  const Further* further;
 };
 
 // The coefficient tables as engine/rows.py packs them. A param group has two rows, the usual one

@@ -14,6 +14,7 @@ template const int64_t* table_of(const View&, DLDataType, const char*);
 template const double* table_of(const View&, DLDataType, const char*);
 template const Row* table_of(const View&, DLDataType, const char*);
 template const Sampling* table_of(const View&, DLDataType, const char*);
+template const FurtherRow* table_of(const View&, DLDataType, const char*);
 
 // `step` is everybody's: where it is not the count's own rounding, somebody has set it.
 static int64_t age_of(int64_t counted, const float* step) {
@@ -22,7 +23,8 @@ static int64_t age_of(int64_t counted, const float* step) {
 }
 
 std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<View>& grads,
-                             const Tables& tables, DLDevice device, bool every_average) {
+                             const Tables& tables, DLDevice device, std::vector<Further>& further,
+                             bool every_average) {
   const int64_t* column = table_of<int64_t>(tables.segments, kInt64, "segments");
   const int64_t* all_shapes = table_of<int64_t>(tables.shapes, kInt64, "shapes");
   const int64_t* ages = table_of<int64_t>(tables.ages, kInt64, "ages");
@@ -38,6 +40,14 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
                   "step_: ", count, " parameters, ", grads.size(), " gradients, ",
                   numel_of(tables.ages), " ages and ", numel_of(tables.segments) / kSegmentColumns,
                   " segments");
+
+  const FurtherRow *next = nullptr, *last = nullptr;
+  if (tables.further.dtype.bits != 0) {
+    next = table_of<FurtherRow>(tables.further, kInt64, "further");
+    last = next + numel_of(tables.further) / 3;
+    STD_TORCH_CHECK(numel_of(tables.further) % 3 == 0, "step_: `further` has three columns");
+    further.reserve(last - next);  // segments point into it
+  }
 
   std::vector<Segment> result(count);
   for (int64_t i = 0; i < count; ++i, column += kSegmentColumns) {
@@ -123,12 +133,25 @@ std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<
                     " must have the dtype of its weights, or float32 for a 16-bit parameter");
     const bool sampled = every_average || samplings[segment.sampling].sample != 0;
     segment.a = sampled ? stream(column[kAverage], &a_type) : nullptr;
-    segment.a_dtype = segment.a ? dtype_of(a_type) : segment.theta_dtype;
+    segment.further = further.data() + further.size();
+    for (; next != last && next->segment == i; ++next) {
+      STD_TORCH_CHECK(next->sampling >= 0 && next->sampling < sampling_count,
+                      "step_: an average of segment ", i, " points outside its tables");
+      const Sampling& own = samplings[next->sampling];
+      if (!every_average && own.sample == 0) continue;
+      void* a = stream(next->state, &a_type);
+      STD_TORCH_CHECK(a != nullptr || segment.length == 0, "step_: an average of segment ", i,
+                      " has no memory");
+      further.push_back({a, next->sampling, own.w, own.current != 0});
+    }
+    segment.further_count = further.data() + further.size() - segment.further;
+    segment.a_dtype = a_type.bits != 0 ? dtype_of(a_type) : segment.theta_dtype;
     STD_TORCH_CHECK(segment.a_dtype == segment.theta_dtype ||
                         (segment.a_dtype == Dtype::kFloat32 && is_narrow(segment.dtype)),
                     "step_: the average of segment ", i,
                     " must have the parameter's dtype, or float32 for a 16-bit parameter");
   }
+  STD_TORCH_CHECK(next == last, "step_: `further` is not sorted by segment");
   return result;
 }
 

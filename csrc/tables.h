@@ -31,6 +31,12 @@ struct Tables {
   View segments, shapes;
   View ages;  // int64 (segments): steps taken with the kept streams, where no `step` says it
   View rows, samplings;
+  View further;  // int64 (m, 3): struct FurtherRow, sorted by segment; or absent
+};
+
+// An average beside a segment's first.
+struct FurtherRow {
+  int64_t segment, state, sampling;
 };
 
 // The memory of a contiguous table on the CPU, or an error that names it.
@@ -39,9 +45,10 @@ const T* table_of(const View& view, DLDataType type, const char* name);
 
 // Segments with the addresses of this very step, on one device, or an error; nothing has been
 // changed then. With `every_average` the average's address is given also where the host's samplings
-// say that it is not touched.
+// say that it is not touched. The segments point to the averages beside their first in `further`.
 std::vector<Segment> resolve(const std::vector<View>& params, const std::vector<View>& grads,
-                             const Tables& tables, DLDevice device, bool every_average = false);
+                             const Tables& tables, DLDevice device, std::vector<Further>& further,
+                             bool every_average = false);
 
 // Counts the step for the segments that took it with their kept streams.
 void grow(const std::vector<Segment>& segments, const Tables& tables);

@@ -11,6 +11,7 @@ from rbwa_fused import hyperparameters, rules
 from rbwa_fused.average import Average
 from rbwa_fused.engine.tables import Options
 from rbwa_fused.fused import FusedOptimizer
+from rbwa_fused.several import Averages
 
 StateDtype = Literal["float32", "param"]
 
@@ -69,7 +70,7 @@ class FusedAdam(FusedOptimizer):
         *,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,
@@ -143,7 +144,7 @@ class FusedAdamW(FusedAdam):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbwa_fused import checkpoint, form
+from rbwa_fused import checkpoint, form, renumbered
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.tables import Counts
-from rbwa_fused.streams import NARROW
+from rbwa_fused.several import policies_of
+from rbwa_fused.streams import AVERAGES, NARROW
 
 Group = dict[str, Any]
 
@@ -74,7 +75,9 @@ def adopt(
     for group, said, full in zip(groups, saved, completed, strict=True):
         theirs = group if said is None else said
         if isinstance(theirs.get("average"), str):
-            checkpoint.check_policy(full["average"], theirs, notes)
+            own = checkpoint.check_averages(full["average"], theirs, notes)
+            for p in theirs["params"]:
+                kept[p] = renumbered.state_of(kept.get(p, {}), own)
         engine.rule.check(full)
         checks.params(full, engine.options.master_weights)
         counts.append(_counted(engine, group, kept) if said is None else checkpoint.counted(said))
@@ -83,10 +86,10 @@ def adopt(
             name = f"parameter {i} of group {group_plan.index}"
             streams = kept.get(p, {})
             _check_not_cast(name, p, streams, group_plan)
-            checkpoint.check_state(name, p, streams, group_plan, counts[-1].n_averaged)
+            checkpoint.check_state(name, p, streams, group_plan, counts[-1])
     steps = engine.steps
     if told:
-        policies = [full["average"] for full in completed]
+        policies = [p for full in completed for p in policies_of(full["average"])]
         steps = checkpoint.steps_taken(policies, told, None, not outdated, notes)
     elif steps == 0:
         checks.refuse_uncounted(held)
@@ -104,7 +107,7 @@ def adopt(
 
 def _kept(held: Mapping[str, Any], outdated: bool) -> dict[str, Any]:
     """A parameter's state without Nones, which older versions of torch kept for momentum."""
-    return {k: v for k, v in held.items() if v is not None and not (k == "average" and outdated)}
+    return {k: v for k, v in held.items() if v is not None and not (k in AVERAGES and outdated)}
 
 
 def _saved(group: Group, loaded: bool) -> Group | None:
@@ -122,7 +125,7 @@ def _is_torchs(group: Group) -> bool:
 
 def _policy(engine: Engine, defaults: Group, group: Group) -> Any:
     known = engine.tables.known(group)
-    return known.policy if known is not None else defaults.get("average")
+    return known.average if known is not None else defaults.get("average")
 
 
 def _counted(engine: Engine, group: Group, kept: Mapping[Any, Any]) -> Counts:
@@ -134,11 +137,15 @@ def _counted(engine: Engine, group: Group, kept: Mapping[Any, Any]) -> Counts:
     buffered = any(map(known.has_buffer, group["params"]))
     averaged = not buffered or any("average" in held for held in streams)
     moved = any(stream in held for held in streams for stream in known.rule.streams[:1])
-    return Counts(known.n_averaged if averaged else 0, dict(known.memory) if moved else None)
+    further = [
+        known.samples(key) * any(key in held for held in streams) for key in [*known.averages][1:]
+    ]
+    n_averaged = known.n_averaged if averaged else 0
+    return Counts(n_averaged, dict(known.memory) if moved else None, tuple(further))
 
 
 def _check_not_cast(name: str, param: Tensor, held: Mapping[str, Any], plan: GroupPlan) -> None:
-    for stream in held.keys() & {"average", "master_param"}:
+    for stream in held.keys() & {*AVERAGES, "master_param"}:
         value = held[stream]
         expected = torch.float32 if stream == "master_param" else plan.dtype_of(stream, param)
         if isinstance(value, Tensor) and value.dtype in NARROW and value.dtype != expected:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rbwa_fused.average import Average
 from rbwa_fused.engine import checks
 from rbwa_fused.engine.doors import Call
 from rbwa_fused.following import Following
 from rbwa_fused.members import Params
+from rbwa_fused.several import Averages, Averaging, Which
 from rbwa_fused.steppers import steppers
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -59,7 +59,8 @@ class Averager(Following):
     Args:
         params: a module; or float32, float64, bfloat16 or float16 tensors, pairs of names and
             tensors, or dicts of them with ``"params"`` and perhaps an ``"average"`` of their own.
-        average (Average or None): a policy such as ``rbwa_fused.ema()``, for groups that have none.
+        average (Average or None): a policy such as ``rbwa_fused.ema()``, for groups that have none;
+            or a list or dict of several (see `FusedSGD`), each 8 bytes a parameter more.
         optimizer (torch.optim.Optimizer or a sequence of them, optional): whose steps are counted;
             of several, those of the last (default: None).
         buffers (bool): average a module's floating buffers as well, such as BatchNorm's statistics,
@@ -68,7 +69,8 @@ class Averager(Following):
         into (module or sequence of tensors, optional): where the averages live, such as a teacher
             or a target network; of a module by names, tensors in the order of the parameters, in
             their shapes, layouts and shards. What it holds is the first sample. Its own state dict
-            is the averages' checkpoint, and it belongs in no optimizer (default: None).
+            is the averages' checkpoint, and it belongs in no optimizer. Not with several averages
+            (default: None).
         exclude (sequence of str): patterns of names, as ``fnmatch`` has them, that are left out
             (default: ()).
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (default: "auto").
@@ -76,7 +78,8 @@ class Averager(Following):
     Attributes:
         param_groups (list of dict): each with ``"params"``, ``"average"`` and perhaps
             ``"param_names"``.
-        state (dict): of each parameter ``{"average": tensor}``, the live average.
+        state (dict): of each parameter ``{"average": tensor}``, the live average; others beside it
+            are ``"average_1"`` and so on.
 
     Raises:
         ValueError, TypeError: for a parameter that cannot be averaged, that requires gradients and
@@ -95,7 +98,7 @@ class Averager(Following):
     def __init__(
         self,
         params: nn.Module | Params,
-        average: Average | None,
+        average: Averaging | Averages,
         *,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         buffers: bool = False,
@@ -211,34 +214,39 @@ class Averager(Following):
     # ---- averaged weights ----------------------------------------------------------------------
 
     def averaged(
-        self, model: nn.Module | None = None, *, blend: float = 1.0
+        self, model: nn.Module | None = None, *, blend: float = 1.0, which: Which = 0
     ) -> AbstractContextManager[None]:
         """As FusedOptimizer's; ``model`` is the averaged module unless another is given."""
-        return super().averaged(self._or_own(model), blend=blend)
+        return super().averaged(self._or_own(model), blend=blend, which=which)
 
     def averaged_state_dict(
-        self, model: nn.Module | None = None, *, blend: float = 1.0
+        self, model: nn.Module | None = None, *, blend: float = 1.0, which: Which = 0
     ) -> dict[str, Any]:
         """As FusedOptimizer's; ``model`` is the averaged module unless another is given.
 
         Raises:
             TypeError: without either.
         """
-        return super().averaged_state_dict(self._model(model), blend=blend)
+        return super().averaged_state_dict(self._model(model), blend=blend, which=which)
 
     def copy_to(
-        self, module: nn.Module, model: nn.Module | None = None, *, blend: float = 1.0
+        self,
+        module: nn.Module,
+        model: nn.Module | None = None,
+        *,
+        blend: float = 1.0,
+        which: Which = 0,
     ) -> None:
         """As FusedOptimizer's; ``model`` is the averaged module unless another is given."""
-        super().copy_to(module, self._model(model), blend=blend)
+        super().copy_to(module, self._model(model), blend=blend, which=which)
 
-    def averages(self, model: nn.Module | None = None) -> dict[str, Tensor]:
+    def averages(self, model: nn.Module | None = None, *, which: Which = 0) -> dict[str, Tensor]:
         """As FusedOptimizer's; ``model`` is the averaged module unless another is given."""
-        return super().averages(self._model(model))
+        return super().averages(self._model(model), which=which)
 
-    def adopt(self, model: nn.Module | None = None) -> None:
+    def adopt(self, model: nn.Module | None = None, *, which: Which = 0) -> None:
         """As FusedOptimizer's; ``model`` is the averaged module unless another is given."""
-        super().adopt(self._or_own(model))
+        super().adopt(self._or_own(model), which=which)
 
     def _model(self, model: nn.Module | None) -> nn.Module:
         model = self._or_own(model)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rbwa_fused import evaluate
-from rbwa_fused.average import Average
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.numbers import number
+from rbwa_fused.several import Which, check_which, number_of, policies_of
 
 
 class Averages:
@@ -33,16 +33,36 @@ class Averages:
 
     @property
     def n_averaged(self) -> int:
-        """Samples in the average, of the group that has most. The weights that an average starts
-        with (``initial``) are one."""
+        """Samples in the average, the first of several, of the group that has most. The weights
+        that an average starts with (``initial``) are one."""
+        return self.n_averaged_of(0)
+
+    def n_averaged_of(self, which: Which) -> int:
+        """``n_averaged`` of one of several averages.
+
+        Args:
+            which (int or str): its number, from 0, or its name.
+
+        Raises:
+            TypeError, ValueError: for what is no number or name of an average.
+        """
         opt = self._itself
+        averages = [group["average"] for group in opt.param_groups]
+        check_which(which, averages)
         opt.engine.read_back()
+        most = 0
         counts = opt.engine.counts(opt.param_groups, opt.state)
-        now = any(g["params"] and _starts_now(g["average"]) for g in opt.param_groups)
-        return max((counted.n_averaged for counted in counts), default=0) or int(now)
+        for group, counted in zip(opt.param_groups, counts, strict=True):
+            number = number_of(group["average"], which)
+            if number is not None:
+                samples = (counted.n_averaged, *counted.further)
+                n = samples[number] if number < len(samples) else 0
+                now = policies_of(group["average"])[number].initial == "now"
+                most = max(most, n, int(now and len(group["params"]) > 0))
+        return most
 
     def averaged(
-        self, model: nn.Module | None = None, *, blend: float = 1.0
+        self, model: nn.Module | None = None, *, blend: float = 1.0, which: Which = 0
     ) -> AbstractContextManager[None]:
         """The averaged weights are live inside the context, the training weights again after it.
 
@@ -65,9 +85,12 @@ class Averages:
                 would see the weights of before. Not needed for plain parameters.
             blend (float, 0 to 1): how much of the average is live, (1 - blend) theta + blend a,
                 where theta is the master of a parameter that has one (default: 1).
+            which (int or str): of several averages, by number, from 0, or by name; parameters of a
+                group that has no such average stay as they are (default: 0).
 
         Raises:
-            ValueError: for DTensor parameters without their model, or another blend.
+            ValueError: for DTensor parameters without their model, another blend, or a ``which``
+                that is no average.
             RuntimeError: on entry, inside FSDP1's summon_full_params or for a parameter that its
                 average does not fit; on exit, for one that cannot take its training weights. An
                 exception that was raised inside comes first, with this one as its context.
@@ -77,9 +100,12 @@ class Averages:
             ...     evaluate(model)
         """
         self._itself.engine.refuse_midway("averaged")
-        return evaluate.averaged(self._itself, model, checked_blend(blend))
+        self._check_which(which)
+        return evaluate.averaged(self._itself, model, checked_blend(blend), which)
 
-    def averaged_state_dict(self, model: nn.Module, *, blend: float = 1.0) -> dict[str, Any]:
+    def averaged_state_dict(
+        self, model: nn.Module, *, blend: float = 1.0, which: Which = 0
+    ) -> dict[str, Any]:
         """A plain state dict of the model holding the averaged weights, in the weights' dtypes.
 
         Buffers are the model's own; every tensor is a copy. Where ``model.state_dict()`` returns
@@ -87,65 +113,83 @@ class Averages:
         weights are live while it is asked, as in ``averaged()``.
 
         Args:
-            blend (float, 0 to 1): as in ``averaged``.
+            blend (float, 0 to 1), which (int or str): as in ``averaged``.
 
         Raises:
-            ValueError: for a model none of whose parameters is the optimizer's, or another blend.
+            ValueError: for a model none of whose parameters is the optimizer's, another blend, or a
+                ``which`` that is no average.
         """
         self._itself.engine.refuse_midway("averaged_state_dict")
-        return evaluate.averaged_state_dict(self._itself, model, checked_blend(blend))
+        self._check_which(which)
+        return evaluate.averaged_state_dict(self._itself, model, checked_blend(blend), which)
 
-    def copy_to(self, module: nn.Module, model: nn.Module, *, blend: float = 1.0) -> None:
+    def copy_to(
+        self, module: nn.Module, model: nn.Module, *, blend: float = 1.0, which: Which = 0
+    ) -> None:
         """Loads ``averaged_state_dict(model)`` into another module of its kind, such as one that is
         kept for evaluation.
 
         Raises:
             RuntimeError: for other names or shapes, in the words of ``load_state_dict``.
         """
-        module.load_state_dict(self.averaged_state_dict(model, blend=blend))
+        module.load_state_dict(self.averaged_state_dict(model, blend=blend, which=which))
 
-    def averages(self, model: nn.Module) -> dict[str, Tensor]:
+    def averages(self, model: nn.Module, *, which: Which = 0) -> dict[str, Tensor]:
         """The live averages by the model's names: the same tensors for as long as a run lasts, also
         across ``load_state_dict``. Not those without a sample. An average that is the parameter
         itself (RBWA) is the parameter, or its master. One with ``initial="now"`` starts here, if
         there was no step before.
 
+        Args:
+            which (int or str): as in ``averaged``.
+
         Raises:
-            ValueError: for a model none of whose parameters is the optimizer's.
+            ValueError: for a model none of whose parameters is the optimizer's, or a ``which`` that
+                is no average.
         """
         if self is not self._itself:
-            found: dict[str, Tensor] = self._itself.averages(model)
+            found: dict[str, Tensor] = self._itself.averages(model, which=which)
             return found
         self.engine.refuse_midway("averages")
+        self._check_which(which)
         engine = self.engine
         if engine.swapped is None and any(_starts_now(g["average"]) for g in self.param_groups):
             if not engine.tables.describes(self.param_groups, self.state):
                 self._rebuild()
-            starting = [plan for plan in engine.starting() if _starts_now(plan.policy)]
+            starting = [
+                (plan, key)
+                for plan, key in engine.starting()
+                if _starts_now(plan.averages[key].policy)
+            ]
             if starting:
                 engine.prepare(starting)
-        return evaluate.averages_by_name(self, model)
+        return evaluate.averages_by_name(self, model, which)
 
-    def adopt(self, model: nn.Module | None = None) -> None:
+    def adopt(self, model: nn.Module | None = None, *, which: Which = 0) -> None:
         """Makes the averages the weights (and masters) for good, which is what a run may end with.
         Averages and their counts stay as they are; parameters without one do, too.
 
         Args:
-            model: as in ``averaged``.
+            model, which: as in ``averaged``.
 
         Raises:
-            ValueError: for DTensor parameters without their model.
+            ValueError: for DTensor parameters without their model, or a ``which`` that is no
+                average.
             RuntimeError: inside ``averaged()``, or for a parameter that its average does not fit.
                 No weight has changed then.
         """
         opt = self._itself
         opt.engine.refuse_inside_averaged("adopt")
         opt.engine.refuse_midway("adopt")
-        evaluate.adopt(opt, model)
+        self._check_which(which)
+        evaluate.adopt(opt, model, which)
+
+    def _check_which(self, which: Which) -> None:
+        check_which(which, [group["average"] for group in self._itself.param_groups])
 
 
-def _starts_now(policy: Any) -> bool:
-    return isinstance(policy, Average) and policy.initial == "now"
+def _starts_now(average: Any) -> bool:
+    return any(policy.initial == "now" for policy in policies_of(average))
 
 
 def checked_blend(value: float) -> float:

@@ -7,21 +7,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from rbwa_fused import checkpoint, form
-from rbwa_fused.average import Average
+from rbwa_fused import checkpoint, form, renumbered
 from rbwa_fused.engine import checks
+from rbwa_fused.engine.tables import Counts
 from rbwa_fused.members import Followed, inherited
-from rbwa_fused.streams import AVERAGE, DTYPES
+from rbwa_fused.several import Averaging, policies_of
+from rbwa_fused.streams import AVERAGE, AVERAGES, DTYPES
 
 Group = dict[str, Any]
 KEY = "buffers"  # of a state dict
 
 
 class LoadedBuffers(NamedTuple):
-    """What a state dict says of buffers: samples, and averages by name."""
+    """What a state dict says of buffers: samples, and averages by their keys and by name."""
 
-    n_averaged: int
-    averages: dict[str, Tensor]
+    counts: Counts
+    averages: dict[str, dict[str, Tensor]]
 
 
 class Buffers:
@@ -38,10 +39,10 @@ class Buffers:
         ValueError, TypeError: for no module, no policy, or a buffer that cannot be averaged.
     """
 
-    def __init__(self, module: nn.Module, average: Average | None, capturable: bool) -> None:
+    def __init__(self, module: nn.Module, average: Averaging, capturable: bool) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"Invalid buffers: {type(module).__name__} (expected a module or None)")
-        if not isinstance(average, Average):
+        if not policies_of(average):
             raise ValueError(f"Invalid buffers: average={average!r} (expected a policy for them)")
         self._followed = Followed(module, (), parameters=False, buffers=True)
         self.state: dict[Tensor, dict[str, Any]] = {}
@@ -59,7 +60,8 @@ class Buffers:
         checks.params(group, master_weights=False)
         state = inherited([self.group], [group], self.state)
         for buffer in group["params"]:  # done again from any line on, it comes to the same
-            fits = AVERAGE in state[buffer] and state[buffer][AVERAGE].shape == buffer.shape
+            averages = [state[buffer][key] for key in AVERAGES if key in state[buffer]]
+            fits = all(average.shape == buffer.shape for average in averages)
             self.state[buffer] = state[buffer] if fits else {}
         self.group.update(group)
         for buffer in self.state.keys() - set(group["params"]):
@@ -77,12 +79,15 @@ class Buffers:
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    def export(self, n_averaged: int) -> dict[str, Any]:
-        """For a state dict: the policy's text, the count of samples, live averages by name."""
-        held = self.named().items()
-        averages = {name: own[AVERAGE] for name, own in held if AVERAGE in own}
-        policy = self.group["average"].describe()
-        return {"average": policy, "n_averaged": n_averaged, "averages": averages}
+    def export(self, counts: Counts) -> dict[str, Any]:
+        """For a state dict: the policies' texts, the counts of samples, live averages by name."""
+        held, average = self.named().items(), self.group["average"]
+        saved: dict[str, Any] = {}
+        for i, key in enumerate(AVERAGES[: len(policies_of(average))]):
+            live = {name: own[key] for name, own in held if key in own}
+            saved[renumbered.numbered("averages", i)] = live
+        samples = (counts.n_averaged, *counts.further, *[0] * len(saved))[: len(saved)]
+        return {**renumbered.described(average, samples), **saved}
 
     def read(self, state_dict: Mapping[str, Any], notes: list[str]) -> LoadedBuffers:
         """What a state dict has for these buffers, in copies.
@@ -94,20 +99,27 @@ class Buffers:
         if saved is None:
             if any(group.get("n_averaged") for group in state_dict["param_groups"]):
                 notes.append("the checkpoint has no averages of buffers, which start again")
-            return LoadedBuffers(0, {})
+            return LoadedBuffers(Counts(), {})
         form.mapping(f"{KEY} in the checkpoint", saved)
-        n = saved.get("n_averaged")
-        form.count(f"n_averaged of {KEY}", n)
         said: dict[str, None] = {}
-        checkpoint.check_policy(self.group["average"], dict(saved), said)
-        averages = saved.get("averages")
-        form.mapping(f"averages of {KEY} in the checkpoint", averages)
-        self._check_names(averages.keys(), complete=bool(n))
-        for name, buffer in zip(self.group["param_names"], self.group["params"], strict=True):
-            _check(name, averages.get(name), buffer)
+        theirs = dict(saved)
+        for key in [key for key in theirs if key.startswith("n_averaged")]:
+            form.count(f"{key} of {KEY}", theirs[key])
+        moved = checkpoint.check_averages(self.group["average"], theirs, said)
+        copies: dict[str, dict[str, Tensor]] = {}
+        for i, key in enumerate(AVERAGES):
+            its = renumbered.numbered("averages", i)
+            own = moved.get(key, key if key == AVERAGE else None)
+            if own is None or (its not in saved and own != AVERAGE):
+                continue
+            averages, n = saved.get(its), saved.get(renumbered.numbered("n_averaged", i))
+            form.mapping(f"{its} of {KEY} in the checkpoint", averages)
+            self._check_names(averages.keys(), complete=bool(n))
+            for name, buffer in zip(self.group["param_names"], self.group["params"], strict=True):
+                _check(name, averages.get(name), buffer)
+            copies[own] = {name: value.detach().clone() for name, value in averages.items()}
         notes += [note for note in said if note not in notes]
-        copies = {name: value.detach().clone() for name, value in averages.items()}
-        return LoadedBuffers(n or 0, copies)
+        return LoadedBuffers(checkpoint.counted(theirs), copies)
 
     def _check_names(self, names: Set[str], *, complete: bool) -> None:
         own = set(self.group["param_names"])
@@ -118,10 +130,10 @@ class Buffers:
                 f"{sorted(further)}, which the model lacks"
             )
 
-    def load(self, averages: Mapping[str, Tensor]) -> None:
+    def load(self, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes over loaded averages, in the tensors that there are where they fit."""
         for name, held in self.named().items():
-            new = {AVERAGE: averages[name]} if name in averages else {}
+            new = {key: own[name] for key, own in averages.items() if name in own}
             checkpoint.keep_tensors({None: new}, {None: held})
             held.clear()
             held.update(new)

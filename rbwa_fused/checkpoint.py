@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from rbwa_fused import form
+from rbwa_fused import form, renumbered
 from rbwa_fused.average import Average, same, structure
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.memory import lies_as
@@ -19,7 +19,8 @@ from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.tables import Counts
 from rbwa_fused.numbers import integer, number
 from rbwa_fused.rules import ADAM, MEMORY, Rule
-from rbwa_fused.streams import DTYPES, STEP, STREAMS
+from rbwa_fused.several import Averaging, policies_of
+from rbwa_fused.streams import AVERAGE, AVERAGES, DTYPES, STEP, STREAMS
 
 Group = dict[str, Any]
 
@@ -62,15 +63,16 @@ def export(engine: Engine, live_groups: Sequence[Group], state: Any, saved: Grou
     waiting = engine.waiting()
     groups = saved["param_groups"]
     counts = engine.counts(live_groups, state)
-    for live, group, (n_averaged, memory) in zip(live_groups, groups, counts, strict=True):
-        policy = group["average"]
-        group["average"] = policy.describe() if isinstance(policy, Average) else policy
+    for live, group, (n_averaged, memory, further) in zip(live_groups, groups, counts, strict=True):
         for key in OURS:
             if group.get(key) is not None:
                 live.setdefault(OWN + key, None)  # where torch.distributed.checkpoint looks for it
                 group[OWN + key] = group[key]
         left = map((memory or {}).get, MEMORY)
         group.update(zip(OURS, (engine.rule.name, engine.steps, n_averaged, *left), strict=True))
+        if policies_of(group["average"]):
+            more = (0,) * (len(policies_of(group["average"])) - 1 - len(further))
+            group.update(renumbered.described(group["average"], (n_averaged, *further, *more)))
         for key in TORCHS:
             group.pop(key, None)
     for live, group in zip(live_groups, groups, strict=True):
@@ -138,13 +140,14 @@ def read(
     if averages == "drop":
         for saved in saved_groups:
             left_out.update(saved["params"])
-            saved.update(average=None, n_averaged=None)
+            renumbered.forget(saved)
+    moved: dict[Any, dict[str, str | None]] = {}  # of each parameter, its averages' keys
     for group, saved in zip(groups, saved_groups, strict=True):
-        check_policy(group["average"], saved, notes)
+        moved.update(dict.fromkeys(saved["params"], check_averages(group["average"], saved, notes)))
         new = {**group, **live_keys(saved)}
         engine.rule.check(new)
         merged.append(new)
-    policies = [group["average"] for group in groups]
+    policies = list(chain.from_iterable(policies_of(group["average"]) for group in groups))
     taken = steps_taken(policies, saved_groups, step, not outdated, notes)
 
     ids = chain.from_iterable(saved["params"] for saved in saved_groups)
@@ -156,19 +159,19 @@ def read(
             gone = unstepped(engine.rule, held)
             state[param_of[key]] = {
                 name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
-                for name, value in held.items()
+                for name, value in renumbered.state_of(held, moved[key]).items()
                 if not (name in (STEP, *STREAMS, *engine.rule.aside) and _absent(value))
-                and not (name == "average" and key in left_out)
+                and not (name in AVERAGES and key in left_out)
                 and name not in gone
             }
         else:
             state[key] = held
     counts = [counted(saved) for saved in saved_groups]
     plans = zip(engine.tables.of_groups, counts, strict=True)
-    for index, (plan, (n_averaged, _)) in enumerate(plans):
+    for index, (plan, own) in enumerate(plans):
         for i, p in enumerate(plan.group["params"]):
             name = f"parameter {i} of group {index}"
-            check_state(name, p, state.get(p, {}), plan, n_averaged)
+            check_state(name, p, state.get(p, {}), plan, own)
     return Loaded(merged, state, taken, counts, list(notes))
 
 
@@ -190,13 +193,13 @@ def keep_tensors(loaded: Mapping[Any, Any], before: Mapping[Any, Any]) -> None:
 def counted(saved: Mapping[str, Any]) -> Counts:
     """What a saved group says of its counters; torch's say nothing."""
     left = {key: saved[key] for key in MEMORY if saved.get(key) is not None}
-    return Counts(saved.get("n_averaged") or 0, left)
+    return Counts(saved.get("n_averaged") or 0, left, renumbered.further_samples(saved))
 
 
 def live_keys(saved: Mapping[Any, Any]) -> dict[Any, Any]:
     """What of a saved group becomes part of a live one."""
     own = {OWN + key: key for key in OURS}
-    left_out = (*OURS, *TORCHS, *own, "params", "average")
+    left_out = (*OURS, *TORCHS, *own, *renumbered.KEYS, "params", "average")
     keys = {k: v for k, v in saved.items() if k not in left_out}
     return keys | {own[k]: v for k, v in saved.items() if k in own and v is not None}
 
@@ -218,7 +221,7 @@ def check_counters(rule: Rule, saved: dict[str, Any]) -> None:
     theirs = saved.get("rule") or form.rule_of(saved)
     if theirs != rule.name:
         raise ValueError(f"the checkpoint's rule is {theirs!r}, the optimizer's {rule.name!r}")
-    for key in ("step", "n_averaged"):
+    for key in ("step", *(key for key in saved if str(key).startswith("n_averaged"))):
         form.count(key, saved.get(key))
 
 
@@ -237,12 +240,12 @@ def leave_out_outdated(
                 f"{form.torchs(rule)} went on with this checkpoint: its weights have left its "
                 f"average of {saved['n_averaged']} samples behind, which starts again"
             ] = None
-        saved.update(average=None, n_averaged=None)
+        renumbered.forget(saved)
     return outdated
 
 
 def steps_taken(
-    policies: list[Average | None],
+    policies: list[Average],
     saved_groups: list[dict[str, Any]],
     step: int | None,
     counted: bool,
@@ -255,13 +258,25 @@ def steps_taken(
     taken: int = max(counts, default=0)
     if counted and step not in (None, taken):
         raise ValueError(f"Invalid step: {step} (the checkpoint has counted {taken})")
-    policy = next((p for p in policies if p is not None and p.by_step), None)
+    policy = next((p for p in policies if p.by_step), None)
     if step is None and not counted and policy is not None:
         notes[
             f"the checkpoint does not say how many steps were taken, and {policy} goes by them; "
             f"counting from {taken} on (load_state_dict(state_dict, step=...) says where it stands)"
         ] = None
     return taken if step is None else step
+
+
+def check_averages(
+    average: Averaging, saved: dict[str, Any], notes: dict[str, None]
+) -> dict[str, str | None]:
+    """`check_policy` of each of a group's averages, after those in the saved group were brought
+    into their order. Returns the key that each goes on under; None: it is left out."""
+    moved = renumbered.renumber(average, saved, notes)
+    check_policy(next(iter(policies_of(average)), None), saved, notes)
+    for key, policy in renumbered.policies(average)[1:]:
+        check_policy(policy, {"average": saved.get(key)}, notes)
+    return moved
 
 
 def check_policy(policy: Average | None, saved: dict[str, Any], notes: dict[str, None]) -> None:
@@ -287,9 +302,9 @@ def check_state(
     param: Tensor,
     held: dict[str, Any],
     plan: GroupPlan,
-    n_averaged: int,
+    counts: Counts,
 ) -> None:
-    """Raise for a parameter's state that does not go with its group's plan and count of samples."""
+    """Raise for a parameter's state that does not go with its group's plan and its counts."""
     rule = plan.rule
     for stream in held.keys() & {*STREAMS, *rule.aside}:
         value = held[stream]
@@ -310,20 +325,28 @@ def check_state(
         raise ValueError(f"the checkpoint's state of {name} has {kept}, not all of {needed}")
     if rule.counts and STEP in held and not 0 <= number(STEP, held[STEP]) < 2**63:
         raise ValueError(f"Invalid step of {name} in the checkpoint: {held[STEP]}")
-    policy = plan.policy
+    samples = dict(zip(AVERAGES, (counts.n_averaged, *counts.further), strict=False))
+    for key in AVERAGES if held.keys() & AVERAGES else plan.averages or (AVERAGE,):
+        _check_average(name, param, held, plan, key, samples.get(key, 0))
+
+
+def _check_average(
+    name: str, param: Tensor, held: dict[str, Any], plan: GroupPlan, key: str, n_averaged: int
+) -> None:
+    sampler = plan.averages.get(key)
+    policy = None if sampler is None else sampler.policy
     # A model converted between the steps of RBWA may bring a buffer that it needs no more, or none
     # where it needs one now: its average is the parameter in either case.
     if policy is None or policy.write_back_every != 1:
-        if "average" in held and policy is None:
-            raise ValueError(f"the checkpoint has an average for {name}, which keeps none")
+        if key in held and policy is None:
+            which = "an average" if key == AVERAGE else f"an {key}"
+            raise ValueError(f"the checkpoint has {which} for {name}, which keeps none")
         # FSDP1 keeps no state of a parameter of which this process holds nothing.
-        if param.numel() > 0 and "average" not in held and policy is not None and n_averaged > 0:
-            raise ValueError(
-                f"the checkpoint counts {n_averaged} samples, but {name} has no average"
-            )
-    if policy is not None and plan.has_buffer(param) and "average" in held:
-        dtype, expected = held["average"].dtype, plan.dtype_of("average", param)
+        if param.numel() > 0 and key not in held and policy is not None and n_averaged > 0:
+            raise ValueError(f"the checkpoint counts {n_averaged} samples, but {name} has no {key}")
+    if policy is not None and plan.has_buffer(param, key) and key in held:
+        dtype, expected = held[key].dtype, plan.dtype_of(key, param)
         if dtype != expected:
             raise ValueError(
-                f"the checkpoint's average of {name} has dtype {dtype} (expected {expected})"
+                f"the checkpoint's {key} of {name} has dtype {dtype} (expected {expected})"
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from rbwa_fused.several import Which
 from rbwa_fused.swap import Averaging
 
 
@@ -22,6 +23,7 @@ def averaged_model(
     *,
     blend: float = 1.0,
     weighted: bool = False,
+    which: Which | None = None,
 ) -> Iterator[nn.Module]:
     """`opt.averaged()` with BatchNorm statistics estimated anew for the averaged weights.
 
@@ -40,6 +42,8 @@ def averaged_model(
         blend (float, 0 to 1): how much of the average is live, the rest being the weights.
         weighted: by their numbers of inputs, as in the SWA authors' ``bn_update``, so that a last
             batch that is smaller counts for less; else batches count alike.
+        which (int or str, optional): of several averages, by number, from 0, or by name; None is
+            what ``opt.averaged()`` has (default: None).
 
     Raises:
         ValueError: for a loader without any batch, such as a generator that is used up, where there
@@ -52,7 +56,7 @@ def averaged_model(
     """
     frozen = [module for module in model.modules() if not module.training]
     options = frozen if model.training else (), blend, weighted
-    with averaged_estimated(opt, model, loader, device, *options):
+    with averaged_estimated(opt, model, loader, device, *options, which=which):
         yield model
 
 
@@ -65,11 +69,14 @@ def averaged_estimated(
     frozen: Collection[nn.Module],
     blend: float = 1.0,
     weighted: bool = False,
+    *,
+    which: Which | None = None,
 ) -> Iterator[None]:
     """`averaged_model`, where it is known which modules are in eval mode in training."""
     inner = _unwrapped(opt)
-    with inner.averaged(model, blend=blend):
-        frozen = [*frozen, *_with_averaged_statistics(inner, model)]
+    own = {} if which is None else {"which": which}
+    with inner.averaged(model, blend=blend, **own):
+        frozen = [*frozen, *_with_averaged_statistics(inner, model, own)]
         kept = [_Kept(module) for module in model.modules()]
         try:
             _estimate(model, loader, device, frozen, weighted)
@@ -84,11 +91,13 @@ def averaged_estimated(
                 module.restore_buffers()
 
 
-def _with_averaged_statistics(opt: Any, model: nn.Module) -> list[nn.Module]:
+def _with_averaged_statistics(
+    opt: Any, model: nn.Module, which: dict[str, Which]
+) -> list[nn.Module]:
     """The modules whose statistics are averages themselves, as an Averager's may be."""
     if not hasattr(opt, "averages"):  # as our ZeroRedundancyOptimizer has none
         return []
-    names = opt.averages(model)
+    names = opt.averages(model, **which)
     return [
         module
         for prefix, module in model.named_modules()

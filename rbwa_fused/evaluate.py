@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rbwa_fused import swap
 from rbwa_fused.engine.sharded import beside, gathered_by, kind_of_shard, local, reshard
 from rbwa_fused.model_state import state_dict_with
+from rbwa_fused.several import Which
 from rbwa_fused.swap import Averaging, Swap, averages
 
 
@@ -22,8 +23,10 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
 
     _swap: Swap | None = None  # of the outermost context
 
-    def __init__(self, opt: Averaging, model: nn.Module | None, blend: float = 1.0) -> None:
-        self._averaging, self._model, self._blend = opt, model, blend
+    def __init__(
+        self, opt: Averaging, model: nn.Module | None, blend: float = 1.0, which: Which = 0
+    ) -> None:
+        self._averaging, self._model, self._blend, self._which = opt, model, blend, which
 
     def __enter__(self) -> None:
         if self._swap is not None and not self._swap.left:
@@ -37,7 +40,7 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
             if failure is not None:
                 raise failure
         free_gathered(self._averaging, self._model)
-        self._swap = Swap(self._averaging, self, self._model, self._blend)
+        self._swap = Swap(self._averaging, self, self._model, self._blend, self._which)
         try:
             engine.swapped = self._swap
             self._swap.put()
@@ -69,7 +72,7 @@ class averaged(AbstractContextManager[None], ContextDecorator):  # noqa: N801 (a
             failure.__context__, error.__context__ = error.__context__, failure
 
     def _recreate_cm(self) -> averaged:
-        return averaged(self._averaging, self._model, self._blend)
+        return averaged(self._averaging, self._model, self._blend, self._which)
 
 
 def free_gathered(opt: Averaging, model: nn.Module | None, what: str = "averaged") -> None:
@@ -94,11 +97,11 @@ def free_gathered(opt: Averaging, model: nn.Module | None, what: str = "averaged
         )
 
 
-def averages_by_name(opt: Averaging, model: nn.Module) -> dict[str, Tensor]:
+def averages_by_name(opt: Averaging, model: nn.Module, which: Which) -> dict[str, Tensor]:
     """See FusedOptimizer.averages."""
     reshard(model)  # or its parameters are what FSDP has gathered
     _check_members(opt, model)
-    found = _standing(opt, dict(swap.live(opt)))
+    found = _standing(opt, dict(swap.live(opt, which)))
     named = chain(model.named_parameters(), model.named_buffers())
     return {name: found[t] for name, t in named if t in found}
 
@@ -109,10 +112,10 @@ def _standing(opt: Averaging, found: dict[Tensor, Tensor]) -> dict[Tensor, Tenso
     return {heirs.get(p, p): average for p, average in found.items()}
 
 
-def adopt(opt: Averaging, model: nn.Module | None) -> None:
+def adopt(opt: Averaging, model: nn.Module | None, which: Which) -> None:
     """See FusedOptimizer.adopt."""
     free_gathered(opt, model)
-    swap.adopt(opt)
+    swap.adopt(opt, which)
 
 
 def _check_members(opt: Averaging, model: nn.Module) -> None:
@@ -122,10 +125,12 @@ def _check_members(opt: Averaging, model: nn.Module) -> None:
         raise ValueError(f"Invalid model: none of {name}'s parameters is the optimizer's")
 
 
-def averaged_state_dict(opt: Averaging, model: nn.Module, blend: float = 1.0) -> dict[str, Any]:
+def averaged_state_dict(
+    opt: Averaging, model: nn.Module, blend: float = 1.0, which: Which = 0
+) -> dict[str, Any]:
     """See FusedOptimizer.averaged_state_dict."""
     reshard(model)  # or its parameters are what FSDP has gathered
     _check_members(opt, model)
-    averaged = {p: swap.blended(opt, p, local(a), blend) for p, a in averages(opt)}
+    averaged = {p: swap.blended(opt, p, local(a), blend) for p, a in averages(opt, which)}
     live = _standing(opt, averaged)
     return state_dict_with(model, {p: beside(value, p) for p, value in live.items()})

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rbwa_fused import checkpoint, foreign, form, members, rules
-from rbwa_fused.average import Average
 from rbwa_fused.averages import Averages
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
@@ -24,7 +23,9 @@ from rbwa_fused.engine.tables import Counts, Group, Options
 from rbwa_fused.into import Into
 from rbwa_fused.members import Followed, Params, grouped
 from rbwa_fused.numbers import flag, integer
-from rbwa_fused.streams import AVERAGE
+from rbwa_fused.several import Averages as Several
+from rbwa_fused.several import Averaging, policies_of
+from rbwa_fused.streams import AVERAGE, AVERAGES
 
 # Who writes averages back to a parameter, by the parameter.
 _writers: MutableMapping[Tensor, weakref.ref[Following]] = WeakIdKeyDictionary()
@@ -40,7 +41,7 @@ class Following(Averages):
     def _begin(
         self,
         params: nn.Module | Params,
-        average: Average | None,
+        average: Averaging | Several,
         buffers: bool,
         into: nn.Module | Sequence[Tensor] | None,
         exclude: Sequence[str],
@@ -84,7 +85,7 @@ class Following(Averages):
         written = [
             (checks.name_of(group, i), p)
             for group in self.param_groups
-            if group["average"] is not None and group["average"].write_back_every > 0
+            if any(policy.write_back_every > 0 for policy in policies_of(group["average"]))
             for i, p in enumerate(group["params"])
         ]
         for name, p in written:
@@ -99,9 +100,9 @@ class Following(Averages):
 
     def _tell_of_buffers(self) -> None:
         """Warns of policies whose average would need no memory in an optimizer of ours."""
-        policies = {id(group["average"]): group["average"] for group in self.param_groups}
+        policies = {id(p): p for group in self.param_groups for p in policies_of(group["average"])}
         for policy in policies.values():
-            if policy is not None and policy.write_back_every == 1 and self._into is None:
+            if policy.write_back_every == 1 and self._into is None:
                 warnings.warn(
                     f"{policy} keeps its average in memory of its own here: behind another "
                     "optimizer's step it is not the parameter itself, as in FusedSGD",
@@ -145,8 +146,8 @@ class Following(Averages):
         for group in self.param_groups:
             self._check(group)
             for p in group["params"]:
-                held = (self.state.get(p) or {}).get(AVERAGE)
-                if held is not None and held.shape != p.shape:
+                held = self.state.get(p) or {}
+                if any(held[key].shape != p.shape for key in AVERAGES if key in held):
                     del self.state[p]  # another parameter of that name; it starts as a copy
         if self._into is not None:
             self._into.attach(self.param_groups, self.state)

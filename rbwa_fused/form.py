@@ -139,7 +139,7 @@ def count(name: str, value: Any) -> None:
 
 def _numbers(group: Mapping[str, Any]) -> None:
     """What rbwa_fused adds to a group, as far as its type goes; checkpoint.py reads it."""
-    for key in ("step", "n_averaged"):
+    for key in ("step", *(key for key in group if str(key).startswith("n_averaged"))):
         count(key, group.get(key))
     beta = group.get(IMPLICIT)
     implicit = group.get("rule") == RSGDM_IMPLICIT.name

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rbwa_fused import checkpoint, hyperparameters, rules
+from rbwa_fused import checkpoint, hyperparameters, renumbered, rules
 from rbwa_fused.buffers import Buffers
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
@@ -62,7 +62,8 @@ class FusedOptimizer(Saved):
         lines = []
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
-            hidden = {"params", *(key for key in checkpoint.OURS if group.get(key) is None)}
+            ours = (*checkpoint.OURS, *renumbered.KEYS)
+            hidden = {"params", *(key for key in ours if group.get(key) is None)}
             lines += [f"    {key}: {group[key]}" for key in sorted(group.keys() - hidden)]
         text = "".join(f"{line}\n" for line in lines)
         return f"{type(self).__name__} (\n{text})"

@@ -16,6 +16,7 @@ from rbwa_fused.engine import checks
 from rbwa_fused.engine.memory import lies_as
 from rbwa_fused.engine.sharded import is_sharded_as, local
 from rbwa_fused.members import Followed
+from rbwa_fused.several import policies_of
 from rbwa_fused.streams import AVERAGE
 
 Group = dict[str, Any]
@@ -51,9 +52,16 @@ class Into:
         """Each group's policy, for averages in the dtype of what they live in.
 
         Raises:
-            ValueError: for several dtypes, one that the kernels have no average for or that the
-                policy does not ask for, or a weight with which a 16-bit average cannot move.
+            ValueError: for several averages, several dtypes, one that the kernels have no average
+                for or that the policy does not ask for, or a weight with which a 16-bit average
+                cannot move.
         """
+        for group in groups:
+            if len(policies_of(group["average"])) > 1:
+                raise ValueError(
+                    f"Invalid into: averages {group['average']!r} (expected one; an Averager of "
+                    "its own for each that lives in a module)"
+                )
         pairs = zip(groups, self._targets(groups), strict=True)
         return [_in_dtype_of(group, targets) for group, targets in pairs]
 
@@ -130,9 +138,9 @@ class Into:
 
 
 def _in_dtype_of(group: Group, targets: Sequence[Tensor]) -> Average | None:
-    policy = group["average"]
-    if not isinstance(policy, Average):
-        return None  # or what is refused elsewhere
+    policy = next(iter(policies_of(group["average"])), None)
+    if policy is None:
+        return None
     natural = [policy.dtype_for(p.dtype) for p in group["params"]]
     dtypes = [target.dtype for target in targets]
     if dtypes == natural:

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rbwa_fused.average import Average
 from rbwa_fused.engine.sharded import is_sharded, reshard
 
 Group = dict[str, Any]
@@ -63,7 +62,7 @@ class Followed:
             for members, seen in full
         )
 
-    def groups(self, averages: Sequence[Average | None]) -> list[Group]:
+    def groups(self, averages: Sequence[Any]) -> list[Group]:
         """The parameters and the buffers, as far as they are followed, each with its policy. What
         has several names is called by the first."""
         kept = [_without(named, self._exclude) for named in self._all()]
@@ -97,7 +96,7 @@ class Followed:
         return found
 
 
-def grouped(params: Params, average: Average | None, exclude: Sequence[str]) -> list[Group]:
+def grouped(params: Params, average: Any, exclude: Sequence[str]) -> list[Group]:
     """Param groups, each with its parameters, its policy, and their names where they have some."""
     if isinstance(params, Tensor):
         raise TypeError(f"Invalid params: a {type(params).__name__} (expected an iterable of them)")

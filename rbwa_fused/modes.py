@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from rbwa_fused.engine.tables import Options
 from rbwa_fused.engine.upkeep import Swapped
 from rbwa_fused.fused import FusedOptimizer
 from rbwa_fused.numbers import number
+from rbwa_fused.several import Which, names_of, number_of
 from rbwa_fused.streams import MASTER, NARROW, STEP, followed
 
-Which = Literal["x", "average"]
+X, FIRST = "x", "average"  # the names of the derived average, and of the first of ``average=``
 Z, Y = "z", "y"
 # The package's step asks a group for this key, and no loading gives it back.
 PACKAGES = {"foreach": True}
@@ -190,7 +191,7 @@ class ScheduleFree(FusedOptimizer):
     # ---- the average ---------------------------------------------------------------------------
 
     def averaged(
-        self, model: nn.Module | None = None, *, blend: float = 1.0, which: Which = "x"
+        self, model: nn.Module | None = None, *, blend: float = 1.0, which: Which = X
     ) -> AbstractContextManager[None]:
         """x is live inside the context, the training weights again after it. In eval mode x is live
         already, and nothing happens.
@@ -201,25 +202,25 @@ class ScheduleFree(FusedOptimizer):
         Args:
             model: as FusedSGD's.
             blend: how much of the average is live, (1 - blend) y + blend x.
-            which: ``"average"`` is that of ``average=``, of y, in the place of x.
+            which: ``"average"`` is that of ``average=``, of y, in the place of x; of several there
+                a number or a name.
 
         Raises:
             ValueError, RuntimeError: as FusedSGD's; RuntimeError also in eval mode, for
                 another ``which`` or ``blend``.
         """
         opt = self._itself
-        if which not in get_args(Which):
-            raise ValueError(f"Invalid which: {which!r} (expected one of {get_args(Which)})")
-        if which == "average":
+        if which != X:
+            number = opt._of_average(which)
             opt._refuse_in_eval_mode(f"averaged(which={which!r})")
-            return super().averaged(model, blend=blend)
+            return super().averaged(model, blend=blend, which=number)
         if blend != 1.0:
             opt._refuse_in_eval_mode(f"averaged(blend={blend})")
         opt.engine.refuse_midway("averaged")
         return evaluate.averaged(opt._derived(), model, checked_blend(blend))
 
     def averaged_state_dict(
-        self, model: nn.Module, *, blend: float = 1.0, which: Which = "x"
+        self, model: nn.Module, *, blend: float = 1.0, which: Which = X
     ) -> dict[str, Any]:
         """A plain state dict of the model holding x, in the weights' dtypes, in either mode.
 
@@ -231,16 +232,20 @@ class ScheduleFree(FusedOptimizer):
                 parameters is the optimizer's.
         """
         opt = self._itself
-        if which not in get_args(Which):
-            raise ValueError(f"Invalid which: {which!r} (expected one of {get_args(Which)})")
-        if which == "average":
-            return super().averaged_state_dict(model, blend=blend)
+        if which != X:
+            return super().averaged_state_dict(model, blend=blend, which=opt._of_average(which))
         if blend != 1.0:
             opt._refuse_in_eval_mode(f"averaged_state_dict(blend={blend})")
         opt.engine.refuse_midway("averaged_state_dict")
         return evaluate.averaged_state_dict(opt._derived(), model, checked_blend(blend))
 
-    def adopt(self, model: nn.Module | None = None) -> None:
+    def copy_to(
+        self, module: nn.Module, model: nn.Module, *, blend: float = 1.0, which: Which = X
+    ) -> None:
+        """As FusedSGD's, of x unless ``which`` is another, as `averaged`'s."""
+        super().copy_to(module, model, blend=blend, which=which)
+
+    def adopt(self, model: nn.Module | None = None, *, which: Which = X) -> None:
         """Refused: a run ends with `eval`.
 
         Raises:
@@ -250,6 +255,15 @@ class ScheduleFree(FusedOptimizer):
             f"adopt() of {type(self).__name__}: y would be another sequence's (expected eval(), "
             "which makes x the weights)"
         )
+
+    def _of_average(self, which: Which) -> Which:
+        """Which of the averages of ``average=``."""
+        averages = [group["average"] for group in self.param_groups]
+        named = any(number_of(average, which) is not None for average in averages)
+        if isinstance(which, str) and which != FIRST and not named:
+            names = [*dict.fromkeys(name for a in averages for name in names_of(a))]
+            raise ValueError(f"Invalid which: {which!r} (expected one of {(X, FIRST, *names)})")
+        return 0 if which == FIRST else which
 
     def _derived(self) -> swap.Derived:
         if not self.engine.tables.describes(self.param_groups, self.state):

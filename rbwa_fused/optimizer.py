@@ -11,6 +11,7 @@ from rbwa_fused import hyperparameters, rules
 from rbwa_fused.average import Average
 from rbwa_fused.engine.tables import Options
 from rbwa_fused.fused import FusedOptimizer
+from rbwa_fused.several import Averages
 
 
 class FusedSGD(FusedOptimizer):
@@ -36,8 +37,12 @@ class FusedSGD(FusedOptimizer):
             (default: 0).
         nesterov (bool): needs a momentum and no dampening (default: False).
         maximize (bool): ascend (default: False).
-        average (Average, optional): a policy such as ``rbwa_fused.ema()``; a group may have its
-            own, or False for none (default: None).
+        average (Average, optional): a policy such as ``rbwa_fused.ema()``; or up to 16 in a list, a
+            tuple or a dict of names, each 8 bytes a float32 parameter more in the same pass. Of
+            several the first alone may be written back, and the others sample what the step leaves,
+            with the bits that they have alone; all have one dtype, lie in the state as ``average``,
+            ``average_1``, …, and are read by ``which=``. A group may have its own, or False for
+            none (default: None).
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (default: "auto").
         flatten (bool): move parameters on the CPU into flat buffers; nothing on a GPU. The results
             are the same bits either way (default: True).
@@ -87,7 +92,7 @@ class FusedSGD(FusedOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,
@@ -156,7 +161,7 @@ class RSGDM(FusedOptimizer):
         *,
         difference: Literal["implicit", "explicit"] | None = "implicit",
         maximize: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,

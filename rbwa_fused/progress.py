@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rbwa_fused.numbers import flag, integer, number, power
+from rbwa_fused.several import averaging, names_of, policies_of
 
 Group = Mapping[str, Any]
 
@@ -106,12 +107,19 @@ def check(group: Group) -> None:
             raise ValueError(f"Invalid {name}: {group[name]} (expected at least {least})")
     number("scheduled_lr", group["scheduled_lr"])
     flag("train_mode", group["train_mode"])
-    policy = group.get("average")
-    if policy and policy.write_back_every > 0:
-        raise ValueError(
-            f"Invalid average: {policy} writes back to the weights, which with z say where the "
-            "schedule-free average is (expected one that does not: it averages y, beside x)"
-        )
+    averages = averaging(group.get("average"))
+    for name in names_of(averages):
+        if name in ("x", "average"):
+            raise ValueError(
+                f"Invalid average: the name {name!r}, by which averaged(which=) knows another one "
+                "of a schedule-free optimizer"
+            )
+    for policy in policies_of(averages):
+        if policy.write_back_every > 0:
+            raise ValueError(
+                f"Invalid average: {policy} writes back to the weights, which with z say where the "
+                "schedule-free average is (expected one that does not: it averages y, beside x)"
+            )
 
 
 def exclusive(name: str, beta: Any, said: str) -> None:

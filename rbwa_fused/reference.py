@@ -21,7 +21,8 @@ Element = dict[str, Tensor]  # by the names of csrc/update.h: theta, and of g, m
 
 
 def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
-    """Lines (1)-(5) in place, on tensors of one shape.
+    """Lines (1)-(5) in place, on tensors of one shape; and line (6) for the averages beside the
+    first, each with its sampling in ``k.further``.
 
     Arithmetic is float32, or float64 for float64; each result is rounded once, where it is stored.
     """
@@ -51,12 +52,19 @@ def update(k: SimpleNamespace, kind: Kind, e: Element) -> None:
             direction = direction + k.rho * theta
         x = theta - k.eta * direction  # (3)
     if "a" in e:
-        a = theta if k.current else old["a"]
-        if k.w != 0:
-            a = x if k.w == 1 else a + k.w * (x - a)  # (4)
+        a = _toward(k.w, theta if k.current else old["a"], x)  # (4)
         e["a"].copy_(a)
         x = a if k.write_back else x  # (5)
+    for further, (w, current) in k.further:
+        further.copy_(_toward(w, theta if current else further.to(wide), x))  # (6)
     e["theta"].copy_(x)
+
+
+def _toward(w: float, a: Tensor, x: Tensor) -> Tensor:
+    """An average and its sample."""
+    if w == 0:
+        return a
+    return x if w == 1 else a + w * (x - a)
 
 
 def _divisor(k: SimpleNamespace, e: Element, old: Element, g: Tensor) -> Tensor:
@@ -82,6 +90,9 @@ def step_(
     multiplies the gradients.
     """
     segments = table.segments.tolist()
+    further: dict[int, list[list[int]]] = {}
+    for i, *own in [] if table.further is None else table.further.tolist():
+        further.setdefault(i, []).append(own)
     ages = ages_of(segments, table.state, table.ages.tolist())
     for i, columns in enumerate(segments):
         length = columns[LENGTH]
@@ -112,7 +123,12 @@ def step_(
             e |= {name: held[name] for name in KEPT_BY[kind]}
         if sample != 0 and AVERAGE in held:
             e["a"] = held[AVERAGE]
-        if kind == Kind.SAMPLE and "a" not in e:
+        k.further = []
+        for at, sampling in further.get(i, ()):
+            _, w, sample, current, _ = table.samplings[sampling].to(wide).tolist()
+            if sample != 0:
+                k.further.append((table.state[at], (w, current)))
+        if kind == Kind.SAMPLE and "a" not in e and not k.further:
             continue
         if MASTER in held:
             master = held[MASTER]

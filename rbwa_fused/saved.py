@@ -13,7 +13,7 @@ from rbwa_fused.buffers import KEY, Buffers, LoadedBuffers
 from rbwa_fused.clipping import Clipping
 from rbwa_fused.engine import backends, checks
 from rbwa_fused.engine.engine import Engine
-from rbwa_fused.engine.tables import Options
+from rbwa_fused.engine.tables import Counts, Options
 from rbwa_fused.engine.upkeep import Swapped
 from rbwa_fused.in_backward import InBackward
 
@@ -108,7 +108,7 @@ class Saved(Averages, Clipping):
         for group in self.param_groups:
             checks.params(group, engine.options.master_weights)
         loaded = checkpoint.read(engine, self.param_groups, state_dict, step, averages)
-        of_buffers = LoadedBuffers(0, {})
+        of_buffers = LoadedBuffers(Counts(), {})
         if self._beside is not None:
             self._beside.follow()
         if self._beside is not None and averages == "load":
@@ -122,7 +122,7 @@ class Saved(Averages, Clipping):
         checkpoint.keep_tensors(loaded.state, self.state)
         self.state, self.pending_clip = loaded.state, None
         counted = loaded.steps, loaded.counts
-        engine.build(self.param_groups, loaded.state, *counted, beside=of_buffers.n_averaged)
+        engine.build(self.param_groups, loaded.state, *counted, beside=of_buffers.counts)
         engine.swapped = self._standing()  # what averaged() could not bring back is given up
         self._laid_out()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -169,7 +169,9 @@ class Saved(Averages, Clipping):
             self.engine.refuse_midway("__setstate__")
         state = {**self.__dict__, **state}
         state.pop("pending_clip", None)
-        counts, beside = state.pop("counts", None), state.pop("beside", 0)
+        counts, beside = state.pop("counts", None), state.pop("beside", Counts())
+        if not isinstance(beside, Counts):
+            beside = Counts(beside)  # of an older version
         engine = state.pop("engine", None)
         if not isinstance(engine, Engine):
             rule, options, steps = engine or (self._rule.name, {}, 0)

@@ -9,6 +9,7 @@ from rbwa_fused import hyperparameters, rules
 from rbwa_fused.average import Average
 from rbwa_fused.engine.tables import Options
 from rbwa_fused.modes import ScheduleFree
+from rbwa_fused.several import Averages
 
 
 class SGDScheduleFree(ScheduleFree):
@@ -39,7 +40,8 @@ class SGDScheduleFree(ScheduleFree):
         r (float): z of step k (from 0) has the weight (k + 1)^r in x, times (default: 0)
         weight_lr_power (float, >= 0): the largest learning rate so far to this power (default: 2).
         average (Average, optional): a policy of averages of y beside x, read by
-            ``averaged(which="average")``; none that writes back (default: None).
+            ``averaged(which="average")``, or several as FusedSGD's, read by number or name; none
+            that writes back (default: None).
         capturable (bool): as FusedSGD's. Where the device counts, so under AMP on a GPU as well,
             ``k``, ``weight_sum``, ``lr_max`` and ``scheduled_lr`` of a group are as of the last
             ``state_dict()``, and read that before you write to them. The bits are the host's where
@@ -78,7 +80,7 @@ class SGDScheduleFree(ScheduleFree):
         foreach: bool | None = None,
         *,
         maximize: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,
@@ -139,7 +141,7 @@ class AdamWScheduleFree(ScheduleFree):
         foreach: bool | None = None,
         *,
         maximize: bool = False,
-        average: Average | None = None,
+        average: Average | Averages | None = None,
         backend: str = "auto",
         flatten: bool = True,
         capturable: bool = False,

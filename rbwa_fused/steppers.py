@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from rbwa_fused.engine import checks
 from rbwa_fused.engine.tables import Group
+from rbwa_fused.several import policies_of
 
 
 def steppers(
@@ -49,8 +50,8 @@ def steppers(
 def _refuse_moving_schedule_free(followed: list[Optimizer], groups: Sequence[Group]) -> None:
     """Ours and the package's, whose groups count the weights of their own average."""
     for group in groups:
-        policy = group.get("average")
-        if not policy or policy.write_back_every == 0:
+        policy = next(iter(policies_of(group.get("average"))), None)
+        if policy is None or policy.write_back_every == 0:
             continue
         for one in followed:
             free = [other for other in one.param_groups if "weight_sum" in other]

@@ -22,10 +22,12 @@ KEYS = {
 }
 FROM_THE_WEIGHTS = ("z",)  # starts as the parameter, or its master; the others start at zero
 AVERAGE = "average"
+FURTHER = tuple(f"average_{i}" for i in range(1, 16))  # averages beside the first
+AVERAGES = (AVERAGE, *FURTHER)
 MASTER = "master_param"  # float32, of a 16-bit parameter
 # How many steps a parameter has taken: 0-dim float32 on the CPU, as torch.optim.Adam has it.
 STEP = "step"
-STREAMS = (AVERAGE, MASTER, *KEYS)  # all keys that are as large as their parameter
+STREAMS = (*AVERAGES, MASTER, *KEYS)  # all keys that are as large as their parameter
 
 
 def working_dtype(dtype: torch.dtype, master_weights: bool) -> torch.dtype:

@@ -20,7 +20,8 @@ from rbwa_fused.engine import checks
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.sharded import beside, is_sharded, local, reshard, shard_of
-from rbwa_fused.streams import AVERAGE, DTYPES, MASTER
+from rbwa_fused.several import Which, number_of
+from rbwa_fused.streams import AVERAGE, AVERAGES, DTYPES, MASTER
 
 MEND = (
     "once every parameter has its shape, a floating dtype and memory of its own again, enter and "
@@ -82,6 +83,7 @@ class Swap:
         model: whose gathered weights are freed when the weights come back, if FSDP has any.
         blend: how much of the average is live, the rest being the weights (their masters where
             there are any).
+        which: of several averages.
 
     Raises:
         RuntimeError: for a parameter that its average does not fit, or that cannot be written.
@@ -91,7 +93,12 @@ class Swap:
     # A compiled function that evaluates would compile these for each parameter's shape.
     @torch._disable_dynamo
     def __init__(
-        self, opt: Averaging, context: object, model: nn.Module | None, blend: float = 1.0
+        self,
+        opt: Averaging,
+        context: object,
+        model: nn.Module | None,
+        blend: float = 1.0,
+        which: Which = 0,
     ) -> None:
         self._context = weakref.ref(context)
         self.left = False
@@ -99,7 +106,7 @@ class Swap:
         self._owner = opt
         self._model = model
         with _plain():
-            fitting = list(_fitting(opt))
+            fitting = list(_fitting(opt, which))
             live = {p: blended(opt, p, average, blend) for _, p, average in fitting}
             self._averages = live
             self._saved = {
@@ -186,10 +193,10 @@ def in_place_of(param: Tensor) -> Swap | None:
     return next((one for one in list(_open.values()) if one.set_aside(param) is not None), None)
 
 
-def adopt(opt: Averaging) -> None:
+def adopt(opt: Averaging, which: Which) -> None:
     """Makes the averages the weights, and masters, for good."""
     with _plain():
-        fitting = [(p, average) for _, p, average in _fitting(opt)]
+        fitting = [(p, average) for _, p, average in _fitting(opt, which)]
         for p, average in fitting:
             _write(local(p), average)
             master = (opt.state.get(p) or {}).get(MASTER)
@@ -217,40 +224,43 @@ def heirs_of(opt: Averaging) -> dict[Tensor, Tensor]:
     return found
 
 
-def averages(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
+def averages(opt: Averaging, which: Which) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has an average beside it, with that average, laid out as it is."""
-    for plan in _sampled(opt):
+    for plan, key in _sampled(opt, which):
         for p in plan.group["params"]:
-            average = _average_of(opt, plan, p)
+            average = _average_of(opt, plan, key, p)
             if average is not None:
                 yield p, beside(average, p)
 
 
-def live(opt: Averaging) -> Iterator[tuple[Tensor, Tensor]]:
+def live(opt: Averaging, which: Which) -> Iterator[tuple[Tensor, Tensor]]:
     """Each parameter that has samples, with the live tensor that holds its average."""
-    for plan in _sampled(opt):
+    for plan, key in _sampled(opt, which):
         for p in plan.group["params"]:
             held = _held(opt, plan, p)
-            if plan.has_buffer(p) and held.get(AVERAGE) is not None:
-                yield p, held[AVERAGE]
-            elif plan.is_the_weights(p):
+            if plan.has_buffer(p, key) and held.get(key) is not None:
+                yield p, held[key]
+            elif key == AVERAGE and plan.is_the_weights(p):
                 yield p, held.get(MASTER, p.detach())
 
 
-def _sampled(opt: Averaging) -> list[GroupPlan]:
-    """The groups whose averages have at least one sample."""
+def _sampled(opt: Averaging, which: Which) -> list[tuple[GroupPlan, str]]:
+    """The groups that have such an average with at least one sample, and its key in a state."""
     opt.engine.read_back()
     if isinstance(opt, Derived):
-        return opt.engine.tables.of_groups
+        return [(plan, AVERAGE) for plan in opt.engine.tables.of_groups]
     if opt.engine.beside is not None and opt.engine.swapped is None:
         opt.engine.beside.follow()
-    return [plan for plan in opt.engine.tables.plan.groups if plan.n_averaged > 0]
+    plans = opt.engine.tables.plan.groups
+    numbers = [(plan, number_of(plan.average, which)) for plan in plans]
+    found = [(plan, AVERAGES[number]) for plan, number in numbers if number is not None]
+    return [(plan, key) for plan, key in found if plan.samples(key) > 0]
 
 
-def _fitting(opt: Averaging) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _fitting(opt: Averaging, which: Which) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, parameter and average (its shard) of all that is to be put in place, checked."""
     of_groups = opt.engine.tables.of_groups
-    for plan in _sampled(opt):
+    for plan, key in _sampled(opt, which):
         group = plan.group
         where = f"of group {of_groups.index(plan)}" if plan in of_groups else "of the buffers"
         try:
@@ -259,17 +269,18 @@ def _fitting(opt: Averaging) -> Iterator[tuple[str, Tensor, Tensor]]:
         except (TypeError, ValueError) as error:
             raise RuntimeError(f"averaged() left the weights as they are: {error}") from error
         for i, p in enumerate(group["params"]):
-            average = _average_of(opt, plan, p)
+            average = _average_of(opt, plan, key, p)
             if average is not None and p.numel() > 0:
                 yield f"{checks.name_of(group, i)} {where}", p, average
 
 
-def _average_of(opt: Averaging, plan: GroupPlan, param: Tensor) -> Tensor | None:
+def _average_of(opt: Averaging, plan: GroupPlan, key: str, param: Tensor) -> Tensor | None:
     """The average that is not the weights themselves, of a parameter's shard."""
     if isinstance(opt, Derived):
         return opt.of(plan, param)
-    average = _held(opt, plan, param).get(AVERAGE)
-    return shard_of(average, param) if plan.has_buffer(param) and average is not None else None
+    average = _held(opt, plan, param).get(key)
+    buffered = plan.has_buffer(param, key)
+    return shard_of(average, param) if buffered and average is not None else None
 
 
 def _held(opt: Averaging, plan: GroupPlan, param: Tensor) -> dict[str, Any]:

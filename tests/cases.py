@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from rules import RULES
@@ -47,10 +48,24 @@ SCHEDULES: dict[str, rf.Average] = {
     "table-first": rf.table([0.9, 0.5, 0.25], start=1),
 }
 
+# Several averages in one pass, of which only the first may be written back.
+SEVERAL: dict[str, list[rf.Average]] = {
+    "three": [
+        rf.ema(0.7, start=1, every=2),
+        rf.swa(start=2, every=2, initial="current"),
+        rf.ema(0.6, start=3, every=2, initial="now", offset=1),
+    ],
+    "lookahead-and-mean": [rf.lookahead(k=2, alpha=0.3), rf.mean(start=2)],
+    "rbwa-and-ema": [rf.rbwa(steps_per_epoch=2, start_epoch=1), rf.ema(0.6)],
+    "custom-behind": [rf.mean(), rf.Average(lambda n, step: 0.5 / n + step / 100, start=2)],
+}
+
 STEPS = 8
 
 
-def policy_for(name: str, rule: str, dtype: torch.dtype) -> rf.Average | None:
+def policy_for(name: str, rule: str, dtype: torch.dtype) -> Any:
+    if name in SEVERAL:
+        return SEVERAL[name]
     if name == "same-dtype":
         return rf.Average(rf.Ema(0.5), start=1, dtype=RULES[rule].kept(dtype))
     return SCHEDULES.get(name) or AVERAGES[name]

@@ -36,7 +36,8 @@ const char* launched() {
 }
 
 // A kernel gets a copy of as many bytes as it was compiled for.
-template <typename S, typename W, typename M, typename A, Kind most, bool averaged, int bytes>
+template <typename S, typename W, typename M, typename A, Kind most, bool averaged, int bytes,
+          bool several = false>
 void run_with(const void* launch, int64_t blocks) {
   using T = typename Arithmetic<S>::type;
   const auto given = std::make_unique<Launch<T, bytes>>();
@@ -45,7 +46,7 @@ void run_with(const void* launch, int64_t blocks) {
   tabled_launches += given->blocks_at != 0;
   for (int64_t block = 0; block < blocks; ++block) {
     for (int thread = 0; thread < kThreads; ++thread) {
-      step_thread<S, W, M, A, most, averaged>(*given, block, thread);
+      step_thread<S, W, M, A, most, averaged, several>(*given, block, thread);
       ++threads_run;
     }
   }
@@ -76,6 +77,12 @@ void pull_all(const void* launch, int64_t blocks) {
 
 const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void*) {
   if (const char* error = launched()) return error;
+  if (key.several) {
+    with_several(key, [&]<typename S, typename W, typename M, typename A, Kind most>() {
+      run_with<S, W, M, A, most, true, kTableBytes, true>(launch, blocks);
+    });
+    return nullptr;
+  }
   with_kernel(key, [&]<typename S, typename W, typename M, typename A, Kind most, bool averaged>() {
     run_all<S, W, M, A, most, averaged>(launch, blocks);
   });

@@ -27,6 +27,7 @@ import mutants_clipping
 import mutants_distributed
 import mutants_posthoc
 import mutants_schedule_free
+import mutants_several
 import mutants_weights
 from workspace import ROOT, Workspace
 
@@ -152,7 +153,7 @@ LAUNCHES = [
     ("static_cast<uint8_t>(s.row % kRowsPerGroup)", "uint8_t{0}"),
     ("rounded<Numbers<T>, T>(rows[1].numbers)", "rounded<Numbers<T>, T>(rows[0].numbers)"),
     ("key.most = std::max(key.most, served_by(segments[i].kind))", "key.most = segments[i].kind"),
-    ("key.averaged |= segments[i].a != nullptr;", ""),
+    ("key.averaged |= segments[i].a != nullptr || ", "key.averaged |= "),
     ("lacking(own) != lacks ||", "lacks == 0 ||"),
     ("own.kind = static_cast<uint8_t>(served_by(s.kind));", ""),
     ("chunks_ += chunks;", "chunks_ += 1;"),
@@ -171,7 +172,7 @@ REFERENCE = [
     ("k.alpha * g + direction", "g + direction"),
     ('k.kappa * (g - old["previous"])', '(g - old["previous"])'),
     ("x = theta - k.eta * direction", "x = theta + k.eta * direction"),
-    ("a + k.w * (x - a)", "a - k.w * (x - a)"),
+    ("a + w * (x - a)", "a - w * (x - a)"),
     ("x = a if k.write_back else x", "x = x"),
     ('e["previous"].copy_(g)', "pass"),
     ("master.to(theta.dtype) == theta", "master == master"),
@@ -234,7 +235,10 @@ TRITON = [
     ("direction + delta * z", "direction + z"),
     ("x = theta - eta * direction", "x = theta + eta * direction"),
     ("a + w * (x - a)", "a - w * (x - a)"),
-    ("a = tl.where(current, theta, a)", "a = a"),
+    ("toward(w, tl.where(current, theta, a), x)", "toward(w, a, x)"),
+    ("tl.where(further[4 * i + 3], before, load(", "tl.where(False, before, load("),
+    ("toward(further[4 * i + 2], own, theta)", "own"),
+    ("any_sampled = any_sampled | further[4 * i + 1]", "any_sampled = any_sampled"),
     ("x = tl.where(write_back, a, x)", "x = x"),
     ("eta * tl.load(sampling)", "eta"),
     ("row + 1, row)", "row, row)"),
@@ -295,6 +299,7 @@ CASES: list[tuple[str, list[tuple[str, str]], tuple[str, ...], bool]] = [
     *mutants_clipping.CASES,
     *mutants_schedule_free.CASES,
     *mutants_posthoc.CASES,
+    *mutants_several.CASES,
     *mutants_weights.CASES,
 ]
 PATIENCE = 600  # seconds; a test that hangs has noticed

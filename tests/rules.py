@@ -336,9 +336,10 @@ class Rule:
         taken, behind = self.counts({**numbers, **counts})
         return {**numbers, **taken}, behind
 
-    def takes(self, policy: rf.Average | None) -> bool:
-        """Whether it can have such an average."""
-        return self.writes_back or policy is None or policy.write_back_every == 0
+    def takes(self, policy: rf.Average | list[rf.Average] | None) -> bool:
+        """Whether it can have such an average, or several."""
+        policies = policy if isinstance(policy, list) else [policy] if policy is not None else []
+        return self.writes_back or all(policy.write_back_every == 0 for policy in policies)
 
     def beta(self, numbers: Numbers) -> float | None:
         """What a group must go on with, once it has stepped."""

@@ -32,7 +32,7 @@ class Method:
     """A rule with an average; called as the optimizer's class is."""
 
     rule: Rule
-    average: rf.Average | None = None
+    average: Any = None
 
     def __call__(self, params: ParamsT, **more: Any) -> Any:
         return self.rule.made(params, average=self.average, **more)
@@ -56,6 +56,12 @@ for _name, _rule, _average in (
     ("rbwa_e", "nesterov", rf.rbwa_e(0.7, steps_per_epoch=EPOCH, start_epoch=1)),
     ("lookahead", "momentum", rf.lookahead(EPOCH, 0.6)),
     ("switch_ema", "momentum", rf.switch_ema(0.8, steps_per_epoch=EPOCH)),
+    ("several", "momentum", [rf.ema(0.8, start=EPOCH, every=2), rf.mean(start=EPOCH)]),
+    (
+        "several named",
+        "adamw amsgrad",
+        {"slow": rf.lookahead(EPOCH, 0.6), "now": rf.mean(start=EPOCH, initial="now")},
+    ),
 ):
     METHODS[_name] = Method(RULES[_rule], _average)
 AVERAGED = [name for name, method in METHODS.items() if method.average is not None]

@@ -4,7 +4,9 @@ A launch serves all segments of one dtype, with masters or without, and one dtyp
 Its table has a row of ENTRY_COLUMNS numbers for each segment: the addresses of theta, g and a, and
 of what rules keep (0: not touched), the length, the rows of both coefficient tables, the kind, the
 address of a tensor learning rate (0: none), the segment's number, and the address of the parameter
-that theta is the master of (0: theta is the parameter). The coefficient tables, rounded to the
+that theta is the master of (0: theta is the parameter). Of averages beside the first a table of its own
+has the address (0: none, or not touched) and the row of the samplings, as many for each segment as
+any has. The coefficient tables, rounded to the
 arithmetic's dtype, follow in the same memory, so that a step costs at most one copy to the device:
 none where nothing changed, and that of the coefficients alone where only their values did.
 """
@@ -15,6 +17,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -188,6 +191,7 @@ class Upload:
 
     Attributes:
         staging: the memory that the latest of them were copied from.
+        further: averages beside the first of each segment; empty where there are none.
         agings: of each segment, where the host counts.
         bases: of each row what age makes them of: eta, rho, mu and nu in float64.
         kind: the one with most streams, None where no segment has anything to do.
@@ -195,6 +199,7 @@ class Upload:
 
     staging: Tensor
     table: Tensor
+    further: Tensor
     bases: Tensor
     rows: Tensor
     samplings: Tensor
@@ -211,6 +216,8 @@ class Launch:
         members: of each segment its number in the segment table, and its columns there.
         chunks: (n, 2) int32 on the device: each program's segment, and which part of it.
         parts, block, warps: how often a program takes how many elements, by how many warps.
+        further: of each segment the averages beside its first: tensors of the state, and rows of the
+            samplings.
         key: what the tables on the device were made of: addresses, and coefficients.
         used: the kinds of the rows, and which samplings sample: all that the segments' table
             depends on of the coefficients.
@@ -224,12 +231,18 @@ class Launch:
     members: list[tuple[int, list[int]]]
     chunks: Tensor
     parts: int
+    further: list[list[list[int]]] = field(default_factory=list)
     block: int = field(init=False)
     warps: int = field(init=False)
     key: tuple[Any, ...] = ()
     used: Used = ((), ())
     upload: Upload | None = None
     captured: list[Upload] = field(default_factory=list)
+
+    @property
+    def most(self) -> int:
+        """Averages beside the first that a segment has."""
+        return max(map(len, self.further), default=0)
 
     def __post_init__(self) -> None:
         self.block, self.warps = CHUNK, WARPS[self.parts]  # as `chunks` was made for
@@ -291,8 +304,11 @@ class Launch:
         """Packs the table and the coefficients, and copies them to the device."""
         theta, g, addresses, lrs, first = at
         entries, kinds = [], []
+        further: list[int] = []
         averaged = False
-        for (number, columns), theta_at, g_at in zip(self.members, theta, g, strict=True):
+        others = self.further or [[] for _ in self.members]
+        members = zip(self.members, theta, g, others, strict=True)
+        for (number, columns), theta_at, g_at, own in members:
             row, sampling = columns[ROW], columns[SAMPLING]
             kind = Kind.SAMPLE if g_at is None else served_by(used[0][row])
             # Where the device counts, it decides itself whether a sample is due.
@@ -305,7 +321,11 @@ class Launch:
                 if columns[column] != -1 and name in touched
             }
             averaged = averaged or AVERAGE in streams_at
-            if g_at is not None or AVERAGE in streams_at:
+            due = [
+                [addresses[which] if lrs is not None or used[1][at] else 0, at] for which, at in own
+            ]
+            further += chain.from_iterable(due + [[0, 0]] * (self.most - len(due)))
+            if g_at is not None or AVERAGE in streams_at or any(at for at, _ in due):
                 kinds.append(kind)
             master = streams_at.get(MASTER, 0)
             entries += [master or theta_at, g_at or 0]
@@ -317,7 +337,10 @@ class Launch:
 
         if len({family(kind) for kind in kinds if kind != Kind.SAMPLE}) > 1:
             raise RuntimeError("backend 'triton': one launch of kinds of several families")
-        pieces = [torch.tensor(entries, device="cpu"), *self._coefficients(rows, samplings, agings)]
+        addresses_of = [
+            torch.tensor(own, dtype=torch.int64, device="cpu") for own in (entries, further)
+        ]
+        pieces = [*addresses_of, *self._coefficients(rows, samplings, agings)]
         staging, (table, *coefficients) = _copied(pieces, self.chunks.device)
         return Upload(staging, table, *coefficients, max(kinds, default=None), averaged)
 
@@ -379,6 +402,7 @@ class Launch:
             found_inf,
             clip,
             schedules,
+            upload.further if self.most else None,
             DTYPE=_triton_dtype(self.dtype),
             THETA_DTYPE=_triton_dtype(self.theta_dtype),
             KEPT_DTYPE=_triton_dtype(self.kept_dtype),
@@ -387,6 +411,7 @@ class Launch:
             AVERAGED=upload.averaged,
             BLOCK=self.block,
             PARTS=self.parts,
+            FURTHER=self.most,
             num_warps=self.warps,
             num_stages=1,
             enable_fp_fusion=False,
@@ -402,31 +427,38 @@ def _plan(tables: Table, device: torch.device) -> list[Launch]:
     their dtype."""
     kinds: dict[tuple[torch.dtype, ...], list[tuple[int, list[int]]]] = {}
     table = tables.segments.tolist()
+    further: dict[int, list[list[int]]] = {}
+    for number, *row in [] if tables.further is None else tables.further.tolist():
+        further.setdefault(number, []).append(row)
 
-    def dtypes_of(columns: list[int]) -> list[torch.dtype | None]:
+    def dtypes_of(number: int, columns: list[int]) -> list[torch.dtype | None]:
         dtype = DTYPES[columns[DTYPE]]
+        averages = [columns[COLUMN_OF[AVERAGE]], *(at for at, _ in further.get(number, ()))]
         theta = torch.float32 if columns[COLUMN_OF[MASTER]] != -1 else dtype
         kept, average = (
             None if at == -1 else tables.state[at].dtype
-            for at in (columns[COLUMN_OF[KEPT[0]]], columns[COLUMN_OF[AVERAGE]])
+            for at in (columns[COLUMN_OF[KEPT[0]]], max(averages))
         )
         return [dtype, theta, kept, average]
 
     def lacking(member: tuple[int, list[int]]) -> int:
-        return dtypes_of(member[1]).count(None)
+        return dtypes_of(*member).count(None)
 
     for number, columns in sorted(enumerate(table), key=lacking):
-        own = dtypes_of(columns)
+        own = dtypes_of(number, columns)
         key = next(
             (k for k in kinds if all(a is None or a == b for a, b in zip(own, k, strict=True))),
             tuple(own[1] if dtype is None else dtype for dtype in own),
         )
         kinds.setdefault(key, []).append((number, columns))
     parts = PARTS if sum(columns[LENGTH] for columns in table) >= LARGE else 1
-    return [
-        Launch(*key, members, _chunks(members, parts * CHUNK).to(device), parts)
-        for key, members in kinds.items()
-    ]
+    launches = []
+    for key, members in kinds.items():
+        launch = Launch(*key, members, _chunks(members, parts * CHUNK).to(device), parts)
+        if any(number in further for number, _ in members):
+            launch.further = [further.get(number, []) for number, _ in members]
+        launches.append(launch)
+    return launches
 
 
 def _chunks(members: list[tuple[int, list[int]]], chunk: int) -> Tensor:

@@ -60,6 +60,12 @@ def root(x):
 
 
 @triton.jit
+def toward(w, a, x):
+    """Lines (4) and (6): an average and its sample."""
+    return tl.where(w == 1, x, tl.where(w != 0, a + w * (x - a), a))
+
+
+@triton.jit
 def update(k, theta, g, m, z, previous, v, v_max, a, KIND: tl.constexpr, AVERAGED: tl.constexpr):
     """Lines (1)-(5): the new theta, m, z, previous, v, v_max, a.
 
@@ -95,8 +101,7 @@ def update(k, theta, g, m, z, previous, v, v_max, a, KIND: tl.constexpr, AVERAGE
             direction = tl.where(rho != 0, direction + rho * theta, direction)
         x = theta - eta * direction  # (3)
     if AVERAGED:
-        a = tl.where(current, theta, a)
-        a = tl.where(w == 1, x, tl.where(w != 0, a + w * (x - a), a))  # (4)
+        a = toward(w, tl.where(current, theta, a), x)  # (4)
         x = tl.where(write_back, a, x)  # (5)
     return x, m, z, previous, v, v_max, a
 
@@ -147,13 +152,16 @@ def step_block(
     begin,
     length,
     sampled,
+    further,
     KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
     MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
+    FURTHER: tl.constexpr,
 ):
-    """Loads one block of a segment, updates it, stores it."""
+    """Loads one block of a segment, updates it, stores it; and so with each average beside its
+    first, for which `further` has an address, whether it is sampled, w and current."""
     wide: tl.constexpr = k[0].dtype
     lane = lanes(BLOCK, FULL)
     left = tl.minimum(length - begin, BLOCK).to(tl.int32)
@@ -200,6 +208,7 @@ def step_block(
         a_at = elements(streams[7], begin, lane, FULL)
         a = load(a_at, a_mask, wide, False)
 
+    before = theta
     theta, m, z, previous, v, v_max, a = update(
         k, theta, g, m, z, previous, v, v_max, a, KIND, AVERAGED
     )
@@ -215,6 +224,13 @@ def step_block(
         store(v_max_at, v_max, mask, FULL)
     if AVERAGED:
         store(a_at, a, a_mask, False)
+    for i in tl.static_range(FURTHER):
+        own_mask = lane < left * further[4 * i + 1]
+        if FULL:
+            own_mask = tl.broadcast_to(further[4 * i + 1], lane.shape) != 0
+        own_at = elements(further[4 * i], begin, lane, FULL)
+        own = tl.where(further[4 * i + 3], before, load(own_at, own_mask, wide, False))
+        store(own_at, toward(further[4 * i + 2], own, theta), own_mask, False)
     weights_at = theta_at
     if MASTER:
         store(theta_at, theta, mask, FULL)
@@ -234,24 +250,53 @@ def step_by_kind(
     begin,
     length,
     sampled,
+    further,
     kind,
     KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
     MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
+    FURTHER: tl.constexpr,
 ):
     """One branch per program on the segment's kind, among those that go with the launch's KIND
     (csrc/dispatch.h)."""
-    if AVERAGED:
-        if (kind == SAMPLE) & (sampled != 0):
+    if AVERAGED or FURTHER > 0:
+        any_sampled = sampled
+        for i in tl.static_range(FURTHER):
+            any_sampled = any_sampled | further[4 * i + 1]
+        if (kind == SAMPLE) & (any_sampled != 0):
             step_block(
-                k, streams, unscale, begin, length, sampled, SAMPLE, True, MASTER, BLOCK, FULL
+                k,
+                streams,
+                unscale,
+                begin,
+                length,
+                sampled,
+                further,
+                SAMPLE,
+                AVERAGED,
+                MASTER,
+                BLOCK,
+                FULL,
+                FURTHER,
             )
     if KIND < ADAM:
         if kind == PLAIN:
             step_block(
-                k, streams, unscale, begin, length, sampled, PLAIN, AVERAGED, MASTER, BLOCK, FULL
+                k,
+                streams,
+                unscale,
+                begin,
+                length,
+                sampled,
+                further,
+                PLAIN,
+                AVERAGED,
+                MASTER,
+                BLOCK,
+                FULL,
+                FURTHER,
             )
     if KIND == DECOUPLED or KIND == DIFFERENCE:
         if kind == DECOUPLED:
@@ -262,11 +307,13 @@ def step_by_kind(
                 begin,
                 length,
                 sampled,
+                further,
                 DECOUPLED,
                 AVERAGED,
                 MASTER,
                 BLOCK,
                 FULL,
+                FURTHER,
             )
     if KIND == DIFFERENCE:
         if kind == DIFFERENCE:
@@ -277,21 +324,47 @@ def step_by_kind(
                 begin,
                 length,
                 sampled,
+                further,
                 DIFFERENCE,
                 AVERAGED,
                 MASTER,
                 BLOCK,
                 FULL,
+                FURTHER,
             )
     if KIND == ADAM or KIND == AMSGRAD:
         if kind == ADAM:
             step_block(
-                k, streams, unscale, begin, length, sampled, ADAM, AVERAGED, MASTER, BLOCK, FULL
+                k,
+                streams,
+                unscale,
+                begin,
+                length,
+                sampled,
+                further,
+                ADAM,
+                AVERAGED,
+                MASTER,
+                BLOCK,
+                FULL,
+                FURTHER,
             )
     if KIND == AMSGRAD:
         if kind == AMSGRAD:
             step_block(
-                k, streams, unscale, begin, length, sampled, AMSGRAD, AVERAGED, MASTER, BLOCK, FULL
+                k,
+                streams,
+                unscale,
+                begin,
+                length,
+                sampled,
+                further,
+                AMSGRAD,
+                AVERAGED,
+                MASTER,
+                BLOCK,
+                FULL,
+                FURTHER,
             )
     if KIND == SCHEDULE_FREE:
         if kind == SCHEDULE_FREE:
@@ -302,16 +375,18 @@ def step_by_kind(
                 begin,
                 length,
                 sampled,
+                further,
                 SCHEDULE_FREE,
                 AVERAGED,
                 MASTER,
                 BLOCK,
                 FULL,
+                FURTHER,
             )
 
 
 TABLES = ["chunks", "table", "rows", "samplings", "marks", "agings", "grad_scale", "found_inf"]
-TABLES += ["clip", "schedules"]
+TABLES += ["clip", "schedules", "further"]
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -326,6 +401,7 @@ def step_kernel(
     found_inf,
     clip,
     schedules,
+    further,
     DTYPE: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     KEPT_DTYPE: tl.constexpr,
@@ -334,8 +410,10 @@ def step_kernel(
     AVERAGED: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    FURTHER: tl.constexpr,
 ):
-    """One chunk of one segment. step.py says what the tables hold.
+    """One chunk of one segment, which has at most `FURTHER` averages beside its first. step.py says
+    what the tables hold.
 
     `marks` is None where the host counts steps; `grad_scale`, `found_inf` and `clip` may be
     None. `agings` has what a segment's age makes of its row, for the kinds that it matters to, and
@@ -423,6 +501,18 @@ def step_kernel(
     if schedules is not None:
         k = k + (tl.load(marks + 2 * number) == 0,)  # m begins at theta
     aligned = ((theta | g | m | z | previous | v | v_max | a | param) & 15) == 0
+    others = ()
+    for i in tl.static_range(FURTHER):
+        other = further + (tl.load(chunk).to(tl.int64) * FURTHER + i) * 2
+        at = tl.load(other)
+        own = samplings + tl.load(other + 1) * SAMPLING_COLUMNS
+        aligned = aligned & ((at & 15) == 0)
+        others = others + (
+            at.to(tl.pointer_type(AVERAGE_DTYPE)),
+            ((at != 0) & (tl.load(own + 2) != 0)).to(tl.int32),
+            tl.load(own + 1),  # w
+            tl.load(own + 3) != 0,  # current
+        )
     streams = (
         theta.to(tl.pointer_type(THETA_DTYPE)),
         g.to(tl.pointer_type(DTYPE)),
@@ -444,12 +534,14 @@ def step_kernel(
                 begin,
                 length,
                 sampled,
+                others,
                 kind,
                 KIND,
                 AVERAGED,
                 DTYPE != THETA_DTYPE,  # a master
                 BLOCK,
                 True,
+                FURTHER,
             )
         else:
             step_by_kind(
@@ -459,12 +551,14 @@ def step_kernel(
                 begin,
                 length,
                 sampled,
+                others,
                 kind,
                 KIND,
                 AVERAGED,
                 DTYPE != THETA_DTYPE,
                 BLOCK,
                 False,
+                FURTHER,
             )
 
 

@@ -14,15 +14,17 @@ from benchmarks.rows import adamw, today
 from benchmarks.rows.maths import CLIP, Average, Maths
 from benchmarks.rows.problem import MOMENTUM, WEIGHT_DECAY, Problem
 from benchmarks.rows.provider import Build, Provider, use_gradients_of
+from rbwa_fused.streams import AVERAGES
 
 STEPS_PER_EPOCH = 100
+SECOND_EMA_DECAY = 0.99
 
 Difference = Literal["implicit", "explicit"]
 
 
 def ours(
     maths: Maths,
-    average: rf.Average | None = None,
+    average: rf.Average | list[rf.Average] | None = None,
     *,
     flatten: bool = True,
     difference: Difference = "implicit",
@@ -31,7 +33,7 @@ def ours(
     in_backward: bool = False,
     clipped: bool = False,
 ) -> Build:
-    """A builder for the optimizer whose maths they are."""
+    """A builder for the optimizer whose maths they are; of several averages those of the last."""
 
     def build(problem: Problem, name: str) -> Provider:
         model = problem.copy()
@@ -66,14 +68,14 @@ def ours(
             opt.step()
 
         def averages() -> list[Tensor] | None:
-            kept = [opt.state.get(p, {}).get("average") for p in params]
-            return None if kept[0] is None else kept
+            keys = [key for key in AVERAGES if key in opt.state.get(params[0], {})]
+            return [opt.state[p][keys[-1]] for p in params] if keys else None
 
         def moved() -> tuple[float, float]:
             """From the state itself: theta and each buffer are read and written, g is read, for its
             norm once more."""
             streams = {k: v.element_size() for k, v in opt.state.get(params[0], {}).items()}
-            average_bytes = 2 * streams.pop("average", 0)
+            average_bytes = 2 * sum(streams.pop(key, 0) for key in AVERAGES)
             streams.pop("step", None)  # one number
             item = params[0].element_size()
             without = (4 if clipped else 3) * item + 2 * sum(streams.values())
@@ -89,9 +91,38 @@ def ours(
             averages=averages,
             state=lambda: [t for s in opt.state.values() for t in s.values()],
             moved=moved,
-            period=1 if average is None else average.every,
+            period=average.every if isinstance(average, rf.Average) else 1,
             model=model,
         )
+
+    return build
+
+
+def twice() -> Build:
+    """FusedSGD with an EMA, and an Averager behind it with another, which is a second pass."""
+
+    def build(problem: Problem, name: str) -> Provider:
+        made = ours(*METHODS["EMA"])(problem, name)
+        assert made.model is not None
+        averager = rf.Averager(made.model, rf.ema(SECOND_EMA_DECAY))
+        step, moved, state = made.step, made.moved, made.state
+        averages = [averager.state[p]["average"] for p in made.params]
+        item, wide = made.params[0].element_size(), averages[0].element_size()
+
+        def step_and_update() -> None:
+            step()
+            averager.update()
+
+        def moved_twice() -> tuple[float, float]:
+            once = moved()
+            assert once is not None
+            second = item + 2 * wide
+            return once[0] + second, once[1] + second
+
+        made.maths = Maths("momentum", Average(today.ema(SECOND_EMA_DECAY)))
+        made.step, made.averages, made.moved = step_and_update, lambda: averages, moved_twice
+        made.state = lambda: [*state(), *averages]
+        return made
 
     return build
 
@@ -139,7 +170,7 @@ def averaging(weight: Callable[[int], float], every: int = 1, back: bool = False
 
 
 # What each of our rows computes, and the policy that asks for it.
-METHODS: dict[str, tuple[Maths, rf.Average | None]] = {
+METHODS: dict[str, tuple[Maths, rf.Average | list[rf.Average] | None]] = {
     "SGD, no momentum": (Maths("plain"), None),
     "SGD + momentum": (Maths("momentum"), None),
     "RBWA": (averaging(today.mean, back=True), rf.rbwa(STEPS_PER_EPOCH, start_epoch=0)),
@@ -156,6 +187,10 @@ METHODS: dict[str, tuple[Maths, rf.Average | None]] = {
     "EMA every 10": (
         averaging(today.ema(today.EMA_DECAY), every=10),
         rf.ema(today.EMA_DECAY, every=10),
+    ),
+    "SGD + two EMAs": (
+        averaging(today.ema(SECOND_EMA_DECAY)),
+        [rf.ema(today.EMA_DECAY), rf.ema(SECOND_EMA_DECAY)],
     ),
     "SWA": (averaging(today.mean), rf.swa(start=0, every=1)),
     "AdamW": (Maths("adamw"), None),

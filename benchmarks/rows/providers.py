@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.rows import adamw, ceiling, schedule_free, today, variants
 from benchmarks.rows.graph import Capturing, captured
-from benchmarks.rows.ours import METHODS, beside, ours
+from benchmarks.rows.ours import METHODS, beside, ours, twice
 from benchmarks.rows.provider import Row
 
 BASELINE = "torch SGD fused"
@@ -50,6 +50,8 @@ def _rows() -> list[Row]:
         _row("EMA"),
         _row("EMA, flatten=False", flatten=False),
         _row("EMA every 10"),
+        _row("SGD + two EMAs"),
+        Row("EMA + Averager (EMA)", "ours", twice()),
         _row("SWA"),
         _row("AdamW"),
         _row("AdamW + EMA"),
@@ -95,6 +97,7 @@ HOST_ROWS: tuple[str, ...] = (
     "RBWA",
     "RBWA-E",
     "EMA",
+    "SGD + two EMAs",
     "SWA",
     "SGD + momentum, flatten=False",
     "fused + Averager (EMA)",

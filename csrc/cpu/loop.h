@@ -100,3 +100,5 @@ void range(const Segment& s, const Row& row, const Aging<double>& aging, const S
     }
   });
 }
+
+#include "cpu/several.h"

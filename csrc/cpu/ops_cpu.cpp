@@ -32,7 +32,8 @@ constexpr DLDevice kCpu{kDLCPU, 0};
 // `clip` is a float64 that multiplies the gradients, or absent.
 void step(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables,
           const View& clip) {
-  const std::vector<Segment> segments = resolve(params, grads, tables, kCpu);
+  std::vector<Further> further;
+  const std::vector<Segment> segments = resolve(params, grads, tables, kCpu, further);
   const Row* rows = static_cast<const Row*>(tables.rows.data);
   std::vector<Row> clipped;
   if (clip.dtype.bits != 0) {
@@ -51,10 +52,10 @@ void step(const std::vector<View>& params, const std::vector<View>& grads, const
 
 void step_op(std::vector<Tensor> params, std::vector<std::optional<Tensor>> grads,
              std::vector<Tensor> state, Tensor segments, Tensor shapes, Tensor ages, Tensor rows,
-             Tensor samplings, std::optional<Tensor> clip) {
+             Tensor samplings, std::optional<Tensor> clip, std::optional<Tensor> further) {
   step(views_of(params), views_of(grads),
        {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
-        view_of(samplings)},
+        view_of(samplings), view_of(further)},
        view_of(clip));
 }
 
@@ -93,7 +94,8 @@ void sum_squares_python(const py::list& grads, py::handle sums) {
 STABLE_TORCH_LIBRARY(rbwa_fused, library) {
   library.def(
       "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state, Tensor segments, "
-      "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings, Tensor? clip=None) -> ()");
+      "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings, Tensor? clip=None, "
+      "Tensor? further=None) -> ()");
   library.def("sum_squares_(Tensor[] grads, Tensor(a!) sums) -> ()");
   library.def("pull_(Tensor(a!)[] params, int replicas, float alpha) -> ()");
   library.def("hand_over(Tensor[] tensors) -> int");
@@ -131,7 +133,10 @@ PYBIND11_MODULE(_C, module) {
       .def("stands", &held::State::stands);
   if (find_exchange_table()) {
     py::class_<PythonTables>(module, "Tables", "The tables of a launch as the kernels see them.")
-        .def(py::init<py::list, py::object, py::object, py::object, py::object, py::object>());
+        .def(py::init<py::list, py::object, py::object, py::object, py::object, py::object,
+                      py::object>(),
+             py::arg("state"), py::arg("segments"), py::arg("shapes"), py::arg("ages"),
+             py::arg("rows"), py::arg("samplings"), py::arg("further") = py::none());
     module.def("step", &step_python, py::arg("tables"), py::arg("params"), py::arg("grads"),
                py::arg("clip") = py::none(), "torch.ops.rbwa_fused.step_ without the dispatcher.");
     module.def("sum_squares", &sum_squares_python,

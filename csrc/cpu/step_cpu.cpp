@@ -57,6 +57,8 @@ struct Capability {
   bool available;
   void (*range)(const Segment&, const Row&, const Aging<double>&, const Sampling&, int64_t begin,
                 int64_t n);
+  void (*range_of_all)(Segment, const Row&, const Aging<double>&, Sampling, int64_t begin,
+                       int64_t n);  // averages, where there are several
   void (*pull)(const Replicated&, const Pull&, int64_t begin, int64_t n);
   void (*squares)(const Summed&, int64_t first, int64_t count, double* sums);
   double (*sums)(const double* sums, int64_t n);
@@ -68,13 +70,14 @@ const Capability kCapabilities[] = {
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("f16c"),
-     avx512::range, avx512::pull_range, avx512::squares, avx512::sums},
+     avx512::range, avx512::range_of_all, avx512::pull_range, avx512::squares, avx512::sums},
     {"avx2",
      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c"),
-     avx2::range, avx2::pull_range, avx2::squares, avx2::sums},
+     avx2::range, avx2::range_of_all, avx2::pull_range, avx2::squares, avx2::sums},
 #endif
-    {"baseline", true, baseline::range, baseline::pull_range, baseline::squares, baseline::sums},
+    {"baseline", true, baseline::range, baseline::range_of_all, baseline::pull_range,
+     baseline::squares, baseline::sums},
 };
 
 const Capability* best_capability() {
@@ -110,7 +113,12 @@ void step_chunks(int64_t begin, int64_t end, void* context) {
     const int64_t to = std::min(segment.length, (stop - work.first_chunk[i]) * kChunk);
     const Row& row = work.rows[segment.row];
     const Aging<double> aging = work.agings != nullptr ? work.agings[i] : Aging<double>{};
-    work.capability->range(segment, row, aging, work.samplings[segment.sampling], from, to - from);
+    const Sampling& sampling = work.samplings[segment.sampling];
+    if (segment.further_count > 0) {
+      work.capability->range_of_all(segment, row, aging, sampling, from, to - from);
+    } else {
+      work.capability->range(segment, row, aging, sampling, from, to - from);
+    }
     begin = stop;
   }
 }

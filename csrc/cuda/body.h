@@ -124,9 +124,15 @@ struct Unscale {
   T unscale;
 };
 
+// A weight before and behind its step, in the arithmetic's dtype.
+template <typename T>
+struct Moved {
+  T before, x;
+};
+
 template <Kind kind, bool averaged, typename S, typename W, typename M, typename A, typename T>
-RBWA_INLINE void one(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
-                     int64_t i) {
+RBWA_INLINE Moved<T> one(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k,
+                         const Unscale<T>& u, int64_t i) {
   Element<T> e{};
   e.theta = widen(chunk.theta[i]);
   if constexpr (kHasMaster<S, W>) {
@@ -147,6 +153,7 @@ RBWA_INLINE void one(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, c
 #undef RBWA_LOAD
   if constexpr (averaged) e.a = widen(chunk.a[i]);
   begin<kind>(k, e);
+  const T before = e.theta;
   update<kind, averaged>(k, e);
   if constexpr (kHasMaster<S, W>) narrow(e.theta, chunk.theta[i]);
   if (writes_weight<kind>(k)) narrow(e.theta, weights(chunk)[i]);
@@ -155,6 +162,7 @@ RBWA_INLINE void one(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, c
   RBWA_KEPT(RBWA_STORE)
 #undef RBWA_STORE
   if constexpr (averaged) narrow(e.a, chunk.a[i]);
+  return {before, e.theta};
 }
 
 // As many elements of a stream as fill one vector of a gradient's, in `count` vectors of its own.
@@ -241,11 +249,8 @@ RBWA_INLINE void vectors(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& 
   }
 }
 
-// A chunk goes by vectors if all that is written lies on their boundaries, and its tail, or all of
-// it, element by element.
-template <Kind kind, bool averaged, typename S, typename W, typename M, typename A, typename T>
-RBWA_INLINE void run(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
-                     int thread) {
+template <Kind kind, bool averaged, typename S, typename W, typename M, typename A>
+RBWA_INLINE bool written_on_boundaries(const Chunk<S, W, M, A>& chunk) {
   auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   uintptr_t all = address(chunk.theta);
   if constexpr (kHasMaster<S, W>) all |= address(chunk.param);
@@ -254,9 +259,17 @@ RBWA_INLINE void run(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, c
   RBWA_KEPT(RBWA_ADDRESS)
 #undef RBWA_ADDRESS
   if constexpr (averaged) all |= address(chunk.a);
+  return all % kVectorBytes == 0;
+}
+
+// A chunk goes by vectors if all that is written lies on their boundaries, and its tail, or all of
+// it, element by element.
+template <Kind kind, bool averaged, typename S, typename W, typename M, typename A, typename T>
+RBWA_INLINE void run(const Chunk<S, W, M, A>& chunk, const Coefficients<T>& k, const Unscale<T>& u,
+                     int thread) {
   constexpr int count = kVectorBytes / sizeof(S);
   int64_t done = 0;
-  if (all % kVectorBytes == 0) {
+  if (written_on_boundaries<kind, averaged>(chunk)) {
     vectors<kind, averaged>(chunk, k, u, thread);
     done = chunk.n - chunk.n % count;
   }
@@ -276,6 +289,8 @@ RBWA_INLINE void run_kind(Kind kind, const Chunk<S, W, M, A>& chunk, const Coeff
   RBWA_KINDS(RBWA_RUN)
 #undef RBWA_RUN
 }
+
+#include "cuda/several.h"
 
 template <typename X>
 RBWA_INLINE X* place(void* stream, int64_t element) {
@@ -297,9 +312,10 @@ RBWA_INLINE void age_thread(const Launch<T, bytes>& launch, int64_t segment) {
                             static_cast<T>(aging.rho)};
 }
 
-// The work of one thread. `most` is the last kind among the launch's segments.
-template <typename S, typename W, typename M, typename A, Kind most, bool averaged, typename T,
-          int bytes>
+// The work of one thread. `most` is the last kind among the launch's segments; with `several` each
+// of them has several averages.
+template <typename S, typename W, typename M, typename A, Kind most, bool averaged,
+          bool several = false, typename T, int bytes>
 RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int thread) {
   if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
   const auto* segments = reinterpret_cast<const CudaSegment*>(launch.tables);
@@ -358,6 +374,12 @@ RBWA_INLINE void step_thread(const Launch<T, bytes>& launch, int64_t block, int 
   const Kind kind = static_cast<Kind>(s.kind);
   if (keeps_any(kind) && launch.marks != nullptr && begin == 0 && thread == 0) {
     launch.marks[2 * s.index + 1] = 1;
+  }
+  if constexpr (several) {
+    const auto* all = reinterpret_cast<const CudaFurther*>(launch.tables + launch.further_at);
+    const Averages<A, T> own{all + s.further, host_samplings, device_samplings, begin};
+    k.write_back = false;  // each average says so itself
+    return run_kind_several<most>(kind, chunk, k, u, own, thread);
   }
   if constexpr (averaged) {
     if (s.a != nullptr && sampling.sample != 0) {

@@ -25,7 +25,8 @@ T* on_device(const View& view, DLDevice device, DLDataType type, int64_t element
 void step_on(const std::vector<View>& params, const std::vector<View>& grads, const Tables& tables,
              const DeviceTables& own, DLDevice device, void* stream) {
   const bool device_counts = own.marks.dtype.bits != 0;
-  const std::vector<Segment> segments = resolve(params, grads, tables, device, device_counts);
+  std::vector<Further> further;
+  const auto segments = resolve(params, grads, tables, device, further, device_counts);
   const int64_t group_count = numel_of(tables.rows) / kRowColumns / kRowsPerGroup;
   CudaStep step{};
   step.rows = static_cast<const Row*>(tables.rows.data);

@@ -40,6 +40,16 @@ struct CudaSegment {
   uint16_t sampling;  // of the launch's table, or of the device's
   uint8_t kind;       // as in Segment
   uint8_t first;      // whether it takes its first step with this kind (without marks)
+  uint16_t further;   // where several averages of its own begin in the launch's table of them
+};
+static_assert(sizeof(CudaSegment) == 96);
+
+// One of a segment's several averages, the first among them where it has a buffer. They stand one
+// behind the other.
+struct CudaFurther {
+  void* a;
+  uint16_t sampling;  // as CudaSegment's
+  uint16_t last;      // of its segment
 };
 
 // A param group, and one age of its parameters: its usual row, and that of a parameter's first step
@@ -70,6 +80,7 @@ struct Launch {
   int32_t segment_count;
   int32_t groups_at;  // bytes into `tables`; segments stand at 0
   int32_t samplings_at;
+  int32_t further_at;
   int32_t blocks_at;  // uint16_t for each block: its segment; or 0: it is found by bisection
   int32_t end;        // of what stands in `tables`
   alignas(16) unsigned char tables[table_bytes];

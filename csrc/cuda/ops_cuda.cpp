@@ -51,12 +51,13 @@ void advance(const CountTables& tables) {
 // ---- the operators -----------------------------------------------------------------------------
 
 void step_op(Tensors params, std::vector<Optional> grads, Tensors state, Tensor segments,
-             Tensor shapes, Tensor ages, Tensor rows, Tensor samplings, Optional clip) {
+             Tensor shapes, Tensor ages, Tensor rows, Tensor samplings, Optional clip,
+             Optional further) {
   DeviceTables own{};
   own.clip = view_of(clip);
   step(views_of(params), views_of(grads),
        {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
-        view_of(samplings)},
+        view_of(samplings), view_of(further)},
        own);
 }
 
@@ -73,10 +74,10 @@ void step_deferred_op(Tensors params, std::vector<Optional> grads, Tensors state
                       Tensor shapes, Tensor ages, Tensor rows, Tensor samplings,
                       std::vector<Optional> lrs, Tensor samplings64, Tensor samplings32,
                       Tensor marks, Tensor agings, Optional grad_scale, Optional found_inf,
-                      Optional clip, Optional settings, Optional schedules) {
+                      Optional clip, Optional settings, Optional schedules, Optional further) {
   step(views_of(params), views_of(grads),
        {views_of(state), view_of(segments), view_of(shapes), view_of(ages), view_of(rows),
-        view_of(samplings)},
+        view_of(samplings), view_of(further)},
        {views_of(lrs), view_of(samplings64), view_of(samplings32), view_of(marks), view_of(agings),
         view_of(grad_scale), view_of(found_inf), view_of(clip), view_of(settings),
         view_of(schedules)});
@@ -140,7 +141,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rbwa_fused, library) {
       "Tensor shapes, Tensor(c!) ages, Tensor rows, Tensor samplings, Tensor?[] lrs, "
       "Tensor samplings64, Tensor samplings32, Tensor(d!) marks, Tensor(e!) agings, "
       "Tensor? grad_scale, Tensor? found_inf, Tensor? clip=None, Tensor? settings=None, "
-      "Tensor(f!)? schedules=None) -> ()");
+      "Tensor(f!)? schedules=None, Tensor? further=None) -> ()");
   library.def(
       "advance_(Tensor(a!) counts, Tensor policies, Tensor(b!) samplings64, "
       "Tensor(c!) samplings32, Tensor(d!) marks, Tensor? found_inf, Tensor(e!)? schedules=None) "

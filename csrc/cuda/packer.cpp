@@ -42,6 +42,14 @@ class Packer {
     own.sampling = sampling_at(s.sampling);
     own.kind = static_cast<uint8_t>(served_by(s.kind));
     own.first = static_cast<uint8_t>(s.row % kRowsPerGroup);
+    if (s.further_count > 0) {
+      own.further = static_cast<uint16_t>(further_.size());
+      if (s.a != nullptr) further_.push_back({s.a, own.sampling, 0});
+    }
+    for (int64_t i = 0; i < s.further_count; ++i) {
+      const Further& f = s.further[i];
+      further_.push_back({f.a, sampling_at(f.sampling), i == s.further_count - 1});
+    }
     segments_.push_back(own);
     chunks_ += chunks;
     return error;
@@ -52,6 +60,8 @@ class Packer {
     if (segments_.empty()) return nullptr;
     unsigned char* at = launch_.tables;
     at = put(at, segments_);
+    launch_.further_at = static_cast<int32_t>(at - launch_.tables);
+    at = put(at, further_);
     launch_.groups_at = static_cast<int32_t>(at - launch_.tables);
     at = put(at, groups_);
     launch_.samplings_at = static_cast<int32_t>(at - launch_.tables);
@@ -63,7 +73,7 @@ class Packer {
     const bool ages = is_adam(key_.most) && launch_.agings != nullptr;
     const char* error = ages ? age_cuda(key_, &launch_, step_.stream) : nullptr;
     if (error == nullptr) error = step_cuda(key_, &launch_, chunks_, step_.stream);
-    segments_.clear(), groups_.clear(), samplings_.clear();
+    segments_.clear(), further_.clear(), groups_.clear(), samplings_.clear();
     group_of_.clear(), sampling_of_.clear();
     chunks_ = 0;
     return error;
@@ -79,10 +89,14 @@ class Packer {
 
   size_t bytes_with(const Segment& s) const {
     const bool new_group = !group_of_.count(group_of(s));
-    const bool new_sampling = !sampling_of_.count(s.sampling) && launch_.samplings == nullptr;
+    int64_t new_samplings = 0;
+    if (launch_.samplings == nullptr) {
+      new_samplings = !sampling_of_.count(s.sampling) + s.further_count;  // at most
+    }
     return (segments_.size() + 1) * sizeof(CudaSegment) +
+           (further_.size() + 1 + s.further_count) * sizeof(CudaFurther) +
            (groups_.size() + new_group) * sizeof(CudaGroup<T>) +
-           (samplings_.size() + new_sampling) * sizeof(CudaSampling<T>);
+           (samplings_.size() + new_samplings) * sizeof(CudaSampling<T>);
   }
 
   // A param group, and the age of the segment where the host says what it makes of the row.
@@ -138,6 +152,7 @@ class Packer {
   const CudaStep& step_;
   Launch<T> launch_;
   std::vector<CudaSegment> segments_;
+  std::vector<CudaFurther> further_;
   std::vector<CudaGroup<T>> groups_;
   std::vector<CudaSampling<T>> samplings_;
   std::map<std::pair<int64_t, int64_t>, size_t> group_of_;
@@ -159,6 +174,7 @@ const char* pack(const KernelKey& key, const std::vector<Segment>& segments,
 // What the segments of one launch have in common; `kinds` is their family (dispatch.h).
 struct Streams {
   Dtype dtype, theta;
+  bool several;  // averages
   std::optional<int> kinds;
   std::optional<Dtype> kept, average;
 };
@@ -168,10 +184,10 @@ struct Members {
 };
 
 Streams streams_of(const Segment& s) {
-  Streams streams{s.dtype, s.theta_dtype, {}, {}, {}};
+  Streams streams{s.dtype, s.theta_dtype, s.further_count > 0, {}, {}, {}};
   if (s.kind != Kind::kSample) streams.kinds = family(s.kind);
   if (keeps_any(s.kind)) streams.kept = s.kept_dtype;
-  if (s.a != nullptr) streams.average = s.a_dtype;
+  if (s.a != nullptr || s.further_count > 0) streams.average = s.a_dtype;
   return streams;
 }
 
@@ -190,12 +206,12 @@ std::vector<Members> launches_of(const std::vector<Segment>& segments) {
     for (size_t i = 0; i < segments.size(); ++i) {
       const Segment& s = segments[i];
       const Streams own = streams_of(s);
-      if (lacking(own) != lacks || (s.kind == Kind::kSample && s.a == nullptr)) continue;
+      if (lacking(own) != lacks || (s.kind == Kind::kSample && !own.average)) continue;
       auto found = std::find_if(launches.begin(), launches.end(), [&](const Members& launch) {
         const Streams& other = launch.streams;
         return own.dtype == other.dtype && own.theta == other.theta &&
-               joins(own.kinds, other.kinds) && joins(own.kept, other.kept) &&
-               joins(own.average, other.average);
+               own.several == other.several && joins(own.kinds, other.kinds) &&
+               joins(own.kept, other.kept) && joins(own.average, other.average);
       });
       if (found == launches.end()) found = launches.insert(found, {own, {}});
       found->own.push_back(static_cast<int32_t>(i));
@@ -214,11 +230,15 @@ const char* step_in_launches(const std::vector<Segment>& segments, const CudaSte
   const int64_t chunk = elements < kLargeModel ? kSmallChunk : kLargeChunk;
   for (const auto& [streams, own] : launches_of(segments)) {
     const Dtype theta = streams.theta;
-    KernelKey key{
-        streams.dtype, theta, streams.kept.value_or(theta), streams.average.value_or(theta),
-        Kind::kPlain,  false};
+    KernelKey key{streams.dtype,
+                  theta,
+                  streams.kept.value_or(theta),
+                  streams.average.value_or(theta),
+                  Kind::kPlain,
+                  false,
+                  streams.several};
     for (const int32_t i : own) {
-      key.averaged |= segments[i].a != nullptr;
+      key.averaged |= segments[i].a != nullptr || streams.several;
       key.most = std::max(key.most, served_by(segments[i].kind));
     }
     const bool wider = key.kept_dtype != key.theta_dtype;

@@ -14,6 +14,12 @@ __global__ void __launch_bounds__(kThreads)
   step_thread<S, W, M, A, most, averaged>(launch, blockIdx.x, threadIdx.x);
 }
 
+template <typename S, typename W, typename M, typename A, Kind most, typename T>
+__global__ void __launch_bounds__(kThreads)
+    several_kernel(const __grid_constant__ Launch<T> launch) {
+  step_thread<S, W, M, A, most, true, true>(launch, blockIdx.x, threadIdx.x);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) age_kernel(const __grid_constant__ Launch<T> launch) {
   age_thread(launch, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
@@ -57,6 +63,13 @@ const char* launch_step(const void* launch, int64_t blocks, void* stream) {
 }  // namespace
 
 const char* step_cuda(const KernelKey& key, const void* launch, int64_t blocks, void* stream) {
+  if (key.several) {
+    return with_several(key, [&]<typename S, typename W, typename M, typename A, Kind most>() {
+      using T = typename Arithmetic<S>::type;
+      return launch_kernel(several_kernel<S, W, M, A, most, T>, blocks, stream,
+                           *static_cast<const Launch<T>*>(launch));
+    });
+  }
   return with_kernel(
       key, [&]<typename S, typename W, typename M, typename A, Kind most, bool averaged>() {
         return launch_step<S, W, M, A, most, averaged>(launch, blocks, stream);

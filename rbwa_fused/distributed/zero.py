@@ -26,10 +26,11 @@ from rbwa_fused.distributed.shares import averaged, broadcast, params_of, shares
 from rbwa_fused.fused import FusedOptimizer
 from rbwa_fused.modes import EXPORTED_K, PACKAGES, ScheduleFree
 from rbwa_fused.progress import START, progress
+from rbwa_fused.renumbered import KEYS
 from rbwa_fused.rules import MEMORY
 
 # What the state dict of a rank says of a group, or adds to it.
-ADDED = {*OURS, *(OWN + key for key in OURS), "average", *START, EXPORTED_K, *PACKAGES}
+ADDED = {*OURS, *(OWN + key for key in OURS), "average", *START, EXPORTED_K, *PACKAGES, *KEYS}
 
 
 class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rbwa_fused.average import Average
 from rbwa_fused.engine.memory import is_plain, same_layout
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import is_partial, local
 from rbwa_fused.numbers import number
+from rbwa_fused.renumbered import keys_of
 from rbwa_fused.rules import Rule
-from rbwa_fused.streams import DTYPES, STEP, STREAMS, working_dtype
+from rbwa_fused.several import Several, averaging, policies_of
+from rbwa_fused.streams import AVERAGES, DTYPES, STEP, STREAMS, working_dtype
 
 
 def duplicates(group: dict[str, Any]) -> None:
@@ -30,19 +31,19 @@ def duplicates(group: dict[str, Any]) -> None:
 
 
 def average(group: dict[str, Any], capturable: bool) -> None:
-    """Raise for what is no policy, or one that a captured step cannot follow. False is None."""
-    if group["average"] is False:
-        group["average"] = None
-    policy = group["average"]
-    if policy is not None and not isinstance(policy, Average):
-        raise TypeError(
-            f"Invalid average: {policy!r} (expected an rbwa_fused policy, None or False)"
-        )
-    if policy is not None and policy.custom and capturable:
-        raise ValueError(
-            f"Invalid average: {policy!r} with capturable=True (a custom weight runs on the host; "
-            "a captured step cannot call it)"
-        )
+    """Raise for what is no policy, or one that a captured step cannot follow. False is None, and
+    a list or a dict becomes `Several`."""
+    given = group["average"] = averaging(group["average"])
+    if isinstance(given, Several):
+        # torch.distributed.checkpoint looks in a state dict for the keys of live groups.
+        for key in keys_of(given):
+            group.setdefault(key, None)
+    for policy in policies_of(given):
+        if policy.custom and capturable:
+            raise ValueError(
+                f"Invalid average: {policy!r} with capturable=True (a custom weight runs on the "
+                "host; a captured step cannot call it)"
+            )
 
 
 def params(group: dict[str, Any], master_weights: bool) -> None:
@@ -65,8 +66,12 @@ def params(group: dict[str, Any], master_weights: bool) -> None:
         spread = zip(p.shape, p.stride(), strict=True)
         if p.numel() and any(stride == 0 and size > 1 for size, stride in spread):
             raise ValueError(f"{name} is expanded: several elements share one memory location")
-        if group["average"] is not None:
-            group["average"].dtype_for(working_dtype(p.dtype, master_weights))
+        working = working_dtype(p.dtype, master_weights)
+        kept = [policy.dtype_for(working) for policy in policies_of(group["average"])]
+        if len(set(kept)) > 1:
+            raise ValueError(
+                f"Invalid average: {name} would have averages in {kept} (expected one dtype)"
+            )
 
 
 def state(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -106,7 +111,8 @@ def parts(group: dict[str, Any], held: Mapping[Tensor, dict[str, Any]], rule: Ru
 def refuse_uncounted(state: Mapping[Any, dict[str, Any]]) -> None:
     """Raise where averages were assigned before the first step: with no sample counted, the next
     one would replace them."""
-    if any(isinstance(held, dict) and "average" in held for held in state.values()):
+    held = [own for own in state.values() if isinstance(own, dict)]
+    if any(not own.keys().isdisjoint(AVERAGES) for own in held):
         raise ValueError(
             "averages were assigned to an optimizer that has counted no step; load_state_dict "
             "loads the counters, too (torch's ZeroRedundancyOptimizer does not, "

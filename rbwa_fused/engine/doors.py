@@ -102,14 +102,16 @@ def door(module: Any) -> Prepare:
         if d is not None:
             counted = d.samplings64, d.samplings32, d.marks, d.agings
             own = (*counted, d.grad_scale, d.found_inf, clip, d.settings, d.schedules)
+        behind = () if t.further is None else (t.further,)
         if direct is None or torch.autograd._profiler_enabled():
             op = torch.ops.rbwa_fused
             operands = (params, grads, t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings)
             if d is None:
-                return op.step_.default, *operands, clip
-            return op.step_deferred_.default, *operands, d.lrs, *own
+                return op.step_.default, *operands, clip, *behind
+            return op.step_deferred_.default, *operands, d.lrs, *own, *behind
         if t.views is None:
-            t.views = _C.Tables(t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings)
+            fixed = t.state, t.segments, t.shapes, t.ages, t.rows, t.samplings
+            t.views = _C.Tables(*fixed, *behind)
         if d is None:
             return direct, t.views, params, grads, clip
         return direct_deferred, t.views, params, grads, list(d.lrs), *own

@@ -7,7 +7,8 @@ seldom; those of averages are in samplers.py.
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Sequence
+from itertools import chain, repeat
 from numbers import Number
 from operator import is_
 from typing import Any, NamedTuple
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from rbwa_fused import rules, streams
+from rbwa_fused.average import Average
 from rbwa_fused.engine.packed import RowTable
 from rbwa_fused.engine.samplers import ROWS_PER_SAMPLER, Sampler
+from rbwa_fused.several import Several, averaging, policies_of
 
 Group = dict[str, Any]
 
@@ -43,13 +46,15 @@ class GroupPlan:
     Attributes:
         rule: what its rows are made by.
         state: what its parameters' streams are in, where that is not the state of all.
+        sampler, policy: of its first average.
+        averages: the sampler of each of its averages, by its key in a parameter's state.
     """
 
     def __init__(
         self,
         group: Group,
         index: int,
-        sampler: Sampler,
+        samplers: Sequence[Sampler],
         counts: list[int],
         memory: rules.Memory,
         dtypes: Dtypes,
@@ -61,8 +66,12 @@ class GroupPlan:
         self.group = group
         self.params = list(group["params"])
         self.index = index
-        self.sampler = sampler
-        self.policy = sampler.policy
+        self.average = group["average"]
+        self.sampler = samplers[0]
+        self.policy = self.sampler.policy
+        self.averages = dict(zip(streams.AVERAGES, samplers, strict=False))
+        if self.policy is None:
+            self.averages = {}
         self.memory = memory  # that its first step has left, see rules.Rule
         self.kind = rules.Kind.PLAIN  # of its rows
         self.kept: tuple[str, ...] = ()  # the keys of what rows of that kind keep
@@ -75,8 +84,17 @@ class GroupPlan:
 
     @property
     def n_averaged(self) -> int:
-        """Samples in the group's average."""
+        """Samples in the group's first average."""
         return self._counts[self.sampler.index]
+
+    def samples(self, key: str) -> int:
+        """Samples in one of the group's averages."""
+        return self._counts[self.averages[key].index]
+
+    @property
+    def further_samples(self) -> tuple[int, ...]:
+        """Samples in each of the group's averages but the first."""
+        return tuple(self.samples(key) for key in [*self.averages][1:])
 
     def describes(self, group: Group) -> bool:
         """Whether that is its group still, with the same parameters in it."""
@@ -101,15 +119,18 @@ class GroupPlan:
             return False
         return self.policy.elided_for(streams.working_dtype(param.dtype, self.master_weights))
 
-    def has_buffer(self, param: Tensor) -> bool:
-        """Whether a parameter has an average in a buffer of its own."""
+    def has_buffer(self, param: Tensor, key: str = streams.AVERAGE) -> bool:
+        """Whether a parameter has an average, the first or another, in a buffer of its own."""
+        if key != streams.AVERAGE:
+            return key in self.averages
         return self.policy is not None and not self.is_the_weights(param)
 
     def dtype_of(self, stream: str, param: Tensor) -> torch.dtype:
         """The dtype of one of a parameter's state tensors (streams.STREAMS)."""
         working = streams.working_dtype(param.dtype, self.master_weights)
-        if stream == "average" and self.policy is not None:
-            return self.policy.dtype_for(working)
+        sampler = self.averages.get(stream)
+        if sampler is not None and sampler.policy is not None:
+            return sampler.policy.dtype_for(working)
         if stream in self.rule.streams and not self._narrow_state:
             return streams.working_dtype(param.dtype, master_weights=True)
         return working
@@ -120,8 +141,13 @@ class GroupPlan:
         return ROWS_PER_GROUP * self.index
 
     def sampling(self, param: Tensor) -> int:
-        """The row of a parameter in the table of samplings."""
+        """The row of a parameter in the table of samplings, for its first average."""
         return self.sampler.first_row + self.is_the_weights(param)
+
+    @property
+    def further_samplings(self) -> tuple[int, ...]:
+        """The rows there of its other averages, which are always in buffers."""
+        return tuple(sampler.first_row for sampler in [*self.averages.values()][1:])
 
 
 class Plan:
@@ -154,25 +180,31 @@ class Plan:
         group: Group,
         n_averaged: int = 0,
         memory: rules.Memory | None = None,
+        further: Sequence[int] = (),
         beside: Any = None,
     ) -> GroupPlan:
-        """Appends a group's rows, and those of its policy where no other group has them. One that
-        is only averaged (upkeep.Beside) has a state of its own."""
-        policy = group["average"]
-        for sampler in self.samplers:
-            if sampler.policy is policy and self.counts[sampler.index] == n_averaged:
-                break
-        else:
-            sampler = Sampler(policy, len(self.counts), len(self._samplings))
-            self._samplings.grow(ROWS_PER_SAMPLER)
-            self.samplers.append(sampler)
-            self.counts.append(n_averaged)
+        """Appends a group's rows, and those of its policies where no other group has them. One that
+        is only averaged (upkeep.Beside) has a state of its own. ``n_averaged`` and ``further``
+        count the samples of its averages, where there are any."""
+        policies = policies_of(group["average"]) or (None,)
+        samples = chain((n_averaged, *further), repeat(0))
+        samplers = [self._sampler(*own) for own in zip(policies, samples, strict=False)]
         index, own = len(self.groups), dict(memory or {})
         how = (self._dtypes, self.rule) if beside is None else (Dtypes(), rules.NONE)
-        plan = GroupPlan(group, index, sampler, self.counts, own, *how, beside)
+        plan = GroupPlan(group, index, samplers, self.counts, own, *how, beside)
         self._rows.grow(ROWS_PER_GROUP)
         self.groups.append(plan)
         return plan
+
+    def _sampler(self, policy: Average | None, n_averaged: int) -> Sampler:
+        for sampler in self.samplers:
+            if sampler.policy is policy and self.counts[sampler.index] == n_averaged:
+                return sampler
+        sampler = Sampler(policy, len(self.counts), len(self._samplings))
+        self._samplings.grow(ROWS_PER_SAMPLER)
+        self.samplers.append(sampler)
+        self.counts.append(n_averaged)
+        return sampler
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -194,7 +226,7 @@ class Plan:
         there."""
         for plan in self.groups:
             group, rule, known = plan.group, plan.rule, plan.rule_inputs
-            if group["average"] is not plan.policy:
+            if group["average"] is not plan.average:
                 _check_policy(plan)
             inputs = (*rule.inputs(group), group.get(rules.DECOUPLED), scale)
             try:
@@ -259,10 +291,12 @@ class Plan:
 def _check_policy(plan: GroupPlan) -> None:
     """Refuses a group that has another average than it was added with."""
     group = plan.group
-    if group["average"] is not False or plan.policy is not None:
+    several = isinstance(group["average"], list | tuple | dict | Several)
+    given = averaging(group["average"]) if several else group["average"] or None
+    if given != plan.average or isinstance(group["average"], Average):
         raise ValueError(
             f"Invalid average: {group['average']!r} was assigned to a group that was added with "
-            f"{plan.policy!r}"
+            f"{plan.average!r}"
         )
     # torch's ZeroRedundancyOptimizer copies the groups that it was given over ours.
-    group["average"] = None
+    group["average"] = plan.average

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rbwa_fused.engine.memory import is_dense, is_plain, laid_out, same_layout
 from rbwa_fused.engine.sharded import is_sharded, laid_out_as, local
-from rbwa_fused.streams import AVERAGE, DTYPES, KEPT, KEYS, MASTER, STEP
+from rbwa_fused.streams import AVERAGE, DTYPES, FURTHER, KEPT, KEYS, MASTER, STEP
 
 # Columns of the segment table (csrc/tables.h has the same list). A stream's column says which of
 # the `state` tensors it is, -1 where the segment has none.
@@ -35,6 +35,8 @@ class Table:
             reads its group's first-step row. Whoever takes the step counts, in `state`'s ``step``
             as well, which is the truth where the two differ: its owner has set it.
         rows, samplings: the coefficient tables (rows.py, samplers.py).
+        further: (m, 3) int64, each average beside a segment's first: the segment, by which they are
+            sorted, the tensor of `state` and the row of `samplings`; or None where there are none.
         views: all these for the compiled modules, made by the first step with them.
     """
 
@@ -44,6 +46,7 @@ class Table:
     ages: Tensor
     rows: Tensor
     samplings: Tensor
+    further: Tensor | None = None
     views: Any = None
 
 
@@ -102,13 +105,24 @@ class Segments:
         self._shapes: list[int] = []
         self._made_for: list[Tensor] = []
         self._state: list[Tensor] = []
+        self._samplings: list[Sequence[int]] = []  # rows of each segment's further averages
+        self._further: dict[tuple[int, int], int] = {}  # of a segment, by number: its state tensor
         self._ages: list[int] = []
         self._table: Table | None = None
 
     def add(
-        self, param: Tensor, group: int, index: int, row: int, sampling: int, *, steps: bool = True
+        self,
+        param: Tensor,
+        group: int,
+        index: int,
+        row: int,
+        sampling: int,
+        further: Sequence[int] = (),
+        *,
+        steps: bool = True,
     ) -> None:
-        """Appends a segment for a parameter, with its rows in the coefficient tables."""
+        """Appends a segment for a parameter, with its rows in the coefficient tables; ``further``
+        are those of its averages beside the first."""
         memory = shard = local(param)
         if is_sharded(param):
             self.shards.append((param, shard))
@@ -125,6 +139,7 @@ class Segments:
         self.stepped.append(param if steps else self._made_for[-1])
         self.groups.append(group)
         self.index.append(index)
+        self._samplings.append(further)
         self._change()
         self._ages.append(0)
 
@@ -136,7 +151,10 @@ class Segments:
         self._change()
         for i, tensor in tensors.items():
             self._state.append(tensor.as_strided((tensor.numel(),), (1,)))
-            self._columns[i][COLUMN_OF[SLOT_OF[stream]]] = len(self._state) - 1
+            if stream in FURTHER:
+                self._further[i, FURTHER.index(stream)] = len(self._state) - 1
+            else:
+                self._columns[i][COLUMN_OF[SLOT_OF[stream]]] = len(self._state) - 1
 
     @property
     def ages(self) -> list[int]:
@@ -191,6 +209,10 @@ class Segments:
             self._change()
             # On the host, whatever torch.set_default_device says.
             columns = torch.tensor(self._columns, dtype=torch.int64, device="cpu")
+            further = [
+                (i, at, self._samplings[i][number])
+                for (i, number), at in sorted(self._further.items())
+            ]
             known = self._table = Table(
                 list(self._state),
                 columns.reshape(-1, COLUMNS),
@@ -198,5 +220,6 @@ class Segments:
                 torch.tensor(self._ages, dtype=torch.int64, device="cpu"),
                 rows,
                 samplings,
+                torch.tensor(further, dtype=torch.int64, device="cpu") if further else None,
             )
         return known

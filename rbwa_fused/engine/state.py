@@ -8,6 +8,7 @@ given and not used is known here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, MutableMapping
 from operator import setitem
 from typing import Any
@@ -22,7 +23,7 @@ from rbwa_fused.engine.rows import GroupPlan, Plan
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import beside, is_sharded_as, local, shard_of
 from rbwa_fused.rules import Rule
-from rbwa_fused.streams import AVERAGE, FROM_THE_WEIGHTS, MASTER, STEP, STREAMS, followed
+from rbwa_fused.streams import AVERAGES, FROM_THE_WEIGHTS, MASTER, STEP, STREAMS, followed
 
 State = MutableMapping[Tensor, Any]
 Change = tuple[dict[str, Any], str, Tensor | None]  # of a parameter's state: a key and its value
@@ -88,7 +89,12 @@ class ParameterState:
             else:
                 held[stream] = tensor
         plans = self._plan.groups
-        self.lost = any(self._is_lost(plan, p) for plan in plans for p in plan.params)
+        self.lost = any(
+            self._is_lost(plan, p, key)
+            for plan in plans
+            for p in plan.params
+            for key in plan.averages
+        )
         self.look()
 
     def take_over(self, table: Segments, new: set[Tensor], taken: memory.Spans) -> list[Change]:
@@ -98,14 +104,19 @@ class ParameterState:
         is to hold instead of what it holds.
         """
         changes: list[Change] = []
-        for stream in (AVERAGE, MASTER, *self._rule.streams):
+        pairs = zip(table.params, table.groups, strict=True)
+        standing = {key for p, g in pairs if p in new for key in self.of(self._plan.groups[g], p)}
+        averages = [key for key in AVERAGES if key in standing]
+        for stream in (*averages, MASTER, *self._rule.streams):
             tensors: dict[int, Tensor] = {}
             for i, p in enumerate(table.params):
                 group = self._plan.groups[table.groups[i]]
                 held = self.of(group, p) if p in new else {}
                 value = held.get(stream)
-                gone = {AVERAGE: not group.has_buffer(p), MASTER: not group.has_master(p)}
-                if stream in held and (gone.get(stream) or value is None):
+                gone = not group.has_master(p) if stream == MASTER else False
+                if stream in averages:
+                    gone = not group.has_buffer(p, stream)
+                if stream in held and (gone or value is None):
                     changes.append((held, stream, None))  # after model.float(): no master
                 elif value is not None:
                     dtype = group.dtype_of(stream, p)
@@ -160,7 +171,7 @@ class ParameterState:
     def give(self, table: Segments, grads: Grads, *, on_device: bool = False) -> list[Call]:
         """Gives parameters what they come to need. Returns what is to be done behind the step.
         A device that counts knows by itself what a step begins with."""
-        given: Given = {stream: {} for stream in (STEP, *STREAMS)}
+        given: Given = defaultdict(dict)
         lacking: list[int] = []
         behind: list[Call] = []
         if not on_device:
@@ -175,8 +186,9 @@ class ParameterState:
                 lacking.append(i)
             if grads[i] is not None and group.kept:
                 behind.append((group.memory.update, self._rule.remember(group.group)))
-            if group.sampler.due and self._is_lost(group, p):
-                behind += self._started_again(table, i, group, given)
+            for key, sampler in group.averages.items():
+                if sampler.due and self._is_lost(group, p, key):
+                    behind += self._started_again(table, i, group, key, given)
         self._put(table, given)
         table.lacking = lacking
         return behind
@@ -209,8 +221,9 @@ class ParameterState:
                     give(stream, start)
             if self._rule.counts and (lacks_kept or STEP not in held):
                 given[STEP][i] = _count(0.0)
-        if group.has_buffer(p) and AVERAGE not in held and not self._is_lost(group, p):
-            give(AVERAGE, local(p).detach())
+        for key in group.averages:
+            if group.has_buffer(p, key) and key not in held and not self._is_lost(group, p, key):
+                give(key, local(p).detach())
         return not moves and (lacks_kept or lacks_late or lacks_master)
 
     def _weights(self, param: Tensor, held: dict[str, Any], made: Tensor | None = None) -> Tensor:
@@ -228,26 +241,29 @@ class ParameterState:
                     if age == 0 and id(local(held.get(stream, p))) in self._made:
                         local(held[stream]).copy_(self._weights(p, held))
 
-    def _started_again(self, table: Segments, i: int, group: GroupPlan, given: Given) -> list[Call]:
+    def _started_again(
+        self, table: Segments, i: int, group: GroupPlan, key: str, given: Given
+    ) -> list[Call]:
         """A lost average is a copy of the weights as the step leaves them."""
         p = table.params[i]
         held = self.of(group, p)
-        average = memory.laid_out(table.memory[i], group.dtype_of(AVERAGE, p))
+        average = memory.laid_out(table.memory[i], group.dtype_of(key, p))
         master = given[MASTER].get(i, held.get(MASTER))
         weights = local(p if master is None else master).detach()
-        return [(average.copy_, weights), (setitem, held, AVERAGE, beside(average, p))]
+        return [(average.copy_, weights), (setitem, held, key, beside(average, p))]
 
-    def copies(self, group: GroupPlan) -> list[Call]:
-        """What makes a group's weights the averages in buffers that there are of them."""
+    def copies(self, group: GroupPlan, key: str) -> list[Call]:
+        """What makes a group's weights one of the averages in buffers that there are of them."""
         calls: list[Call] = []
         for p in group.params:
             held = self.of(group, p)
-            if AVERAGE in held:
-                calls.append((local(held[AVERAGE]).copy_, local(held.get(MASTER, p)).detach()))
+            if key in held:
+                calls.append((local(held[key]).copy_, local(held.get(MASTER, p)).detach()))
         return calls
 
     def _put(self, table: Segments, given: Given) -> None:
-        """Puts what was made into the state, and then into the table."""
+        """Puts what was made into the state, in torch's order, and then into the table."""
+        given = {stream: given[stream] for stream in (STEP, *STREAMS) if stream in given}
         for tensors in given.values():
             self._made.update((id(tensor), tensor) for tensor in tensors.values())
         for stream, tensors in given.items():
@@ -261,15 +277,16 @@ class ParameterState:
         if any(given.values()) or not self.stands(self._state):
             self.look()
 
-    def _is_lost(self, group: GroupPlan, param: Tensor) -> bool:
+    def _is_lost(self, group: GroupPlan, param: Tensor, key: str) -> bool:
         """Whether an average is missing that its group has taken samples of: it starts again, as a
         copy, at the next one. One that is written back at each sample is what the weights are."""
+        policy = group.averages[key].policy
         return (
-            group.n_averaged > 0
-            and group.has_buffer(param)
-            and group.policy is not None
-            and group.policy.write_back_every != 1
-            and AVERAGE not in self.of(group, param)
+            group.samples(key) > 0
+            and group.has_buffer(param, key)
+            and policy is not None
+            and policy.write_back_every != 1
+            and key not in self.of(group, param)
         )
 
     def untouched(self, tables: Iterable[Segments], *, averages: bool) -> list[Untouched]:
@@ -281,7 +298,7 @@ class ParameterState:
             for p, age, number in zip(table.params, table.ages, table.groups, strict=False):
                 streams = () if age > 0 else (*self._rule.streams, STEP)
                 held = self.of(self._plan.groups[number], p)
-                for stream in (*streams, AVERAGE) if averages else streams:
+                for stream in (*streams, *AVERAGES) if averages else streams:
                     tensor = held.get(stream)
                     if isinstance(tensor, Tensor) and id(local(tensor)) in self._made:
                         found.append((p, held, stream))

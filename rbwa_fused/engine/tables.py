@@ -49,6 +49,7 @@ class Counts(NamedTuple):
 
     n_averaged: int = 0
     memory: Memory | None = None  # that its first step has left, see rules.Rule
+    further: tuple[int, ...] = ()  # samples of its averages beside the first
 
 
 class Beside(Protocol):
@@ -140,7 +141,8 @@ class Tables:
             for index, p in enumerate(group["params"]):
                 table = self._segments.setdefault((p.device, turn_of[p]), Segments())
                 rows = group_plan.row, group_plan.sampling(p)
-                table.add(p, group_plan.index, index, *rows, steps=beside is None)
+                further = group_plan.further_samplings
+                table.add(p, group_plan.index, index, *rows, further, steps=beside is None)
         if not new:
             self.backend = backends.choose(options.backend, torch.device("cpu")).name
         launches: list[Served] = []
@@ -153,8 +155,9 @@ class Tables:
         self._sharded = [table for table, _ in launches if table.shards]
         if launches:
             self.backend = launches[-1][1].name
-        custom = any(p.policy is not None and p.policy.custom for p in plan.groups)
-        self.averages = any(p.policy is not None for p in plan.groups)
+        policies = [sampler.policy for sampler in plan.samplers]
+        custom = any(policy is not None and policy.custom for policy in policies)
+        self.averages = any(policy is not None for policy in policies)
         self.device_may_count = not custom and all(
             backend.advance is not None for _, backend in self.launches
         )

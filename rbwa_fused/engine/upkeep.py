@@ -17,6 +17,8 @@ from rbwa_fused.engine.rows import GroupPlan
 from rbwa_fused.engine.state import State
 from rbwa_fused.engine.tables import Beside, Counts, Group, Options, Tables
 
+Kept = tuple[GroupPlan, str]  # an average: of a group, and its key in its parameters' state
+NONE = Counts()
 MIDWAY = "between a backward pass and the step() that ends it (in_backward=True)"
 
 
@@ -81,7 +83,7 @@ class Upkeep:
         counts: Sequence[Counts] | None = None,
         *,
         move: bool = False,
-        beside: int = 0,
+        beside: Counts = NONE,
     ) -> None:
         """Makes the tables anew, for a run that has got so far; where that fails, they are what
         they were. ``beside`` are the samples of what is beside. See Tables.add."""
@@ -89,7 +91,7 @@ class Upkeep:
         tables.add(groups, counts, move=move)
         if self.beside is not None:
             self.beside.follow()
-            tables.add([self.beside.group], [Counts(beside)], beside=self.beside)
+            tables.add([self.beside.group], [beside], beside=self.beside)
         self.__dict__.update(tables=tables, device_counters=None)  # both, or neither
         self._warn_of_reference()
 
@@ -128,40 +130,42 @@ class Upkeep:
     @property
     def counted(self) -> bool:
         """Whether there was a step, or a sample before the first."""
-        return self.steps > 0 or any(plan.n_averaged > 0 for plan in self.tables.plan.groups)
+        return self.steps > 0 or any(n > 0 for n in self.tables.plan.counts[1:])
 
-    def starting(self, *, behind: bool = False) -> list[GroupPlan]:
-        """The groups whose averages begin with the weights before the step to come
+    def starting(self, *, behind: bool = False) -> list[Kept]:
+        """The averages that begin with the weights before the step to come
         (``initial="current"`` and ``"now"``), or with those ``behind`` it."""
         waiting = [
-            (group, group.policy.begins)
+            (group, key, sampler.index, sampler.policy.begins)
             for group in self.tables.plan.groups
-            if group.policy is not None and group.policy.begins < math.inf
+            for key, sampler in group.averages.items()
+            if sampler.policy is not None and sampler.policy.begins < math.inf
         ]
-        if not behind and any(group.n_averaged == 0 for group, _ in waiting):
+        if not behind and any(group.samples(key) == 0 for group, key, _, _ in waiting):
             self.read_back()  # the host knows no other way where that step is
         counts = self.tables.plan.next_counts if behind else self.tables.plan.counts
         return [
-            group
-            for group, begins in waiting
-            if begins <= counts[0] and counts[group.sampler.index] == 0
+            (group, key)
+            for group, key, index, begins in waiting
+            if begins <= counts[0] and counts[index] == 0
         ]
 
-    def prepare(self, groups: Sequence[GroupPlan]) -> None:
-        """Makes the averages that are missing, before a step that others take. Those of some groups
-        have the weights of now as their first sample."""
+    def prepare(self, averages: Sequence[Kept]) -> None:
+        """Makes the averages that are missing, before a step that others take. Some of them have
+        the weights of now as their first sample."""
         tables = self.tables
         for table, _ in tables.launches:
             tables.state.give(table, [None] * len(table.params))
-        doors.in_turn(self.beginning(groups))
-        if groups:
+        doors.in_turn(self.beginning(averages))
+        if averages:
             self.device_counters = None  # the next step hands the counters over anew
 
-    def beginning(self, groups: Sequence[GroupPlan]) -> list[Call]:
-        """What makes the weights the first sample of these groups, which have averages already."""
+    def beginning(self, averages: Sequence[Kept]) -> list[Call]:
+        """What makes the weights the first sample of these averages, which there are already."""
         tables = self.tables
-        calls = [call for group in groups for call in tables.state.copies(group)]
-        return calls + [(setitem, tables.plan.counts, group.sampler.index, 1) for group in groups]
+        calls = [call for group, key in averages for call in tables.state.copies(group, key)]
+        indices = dict.fromkeys(group.averages[key].index for group, key in averages)
+        return calls + [(setitem, tables.plan.counts, index, 1) for index in indices]
 
     def refuse_midway(self, what: str) -> None:
         """Raises where a step has begun in the backward pass and not ended."""
@@ -182,16 +186,17 @@ class Upkeep:
                 continue
             starts_again = cleared and any(plan.has_buffer(p) for p in plan.params)
             n_averaged = 0 if starts_again else plan.n_averaged
-            counts.append(Counts(n_averaged, None if cleared else dict(plan.memory)))
+            further = () if cleared else plan.further_samples
+            counts.append(Counts(n_averaged, None if cleared else dict(plan.memory), further))
         return counts
 
-    def beside_count(self, state: State) -> int:
+    def beside_count(self, state: State) -> Counts:
         """The samples of what is beside. Where the state of the parameters was cleared, it starts
         again with them."""
-        if self.beside is None or self.tables.were_cleared(state):
-            return 0
         plans = [plan for plan in self.tables.plan.groups if plan.state is not None]
-        return max((plan.n_averaged for plan in plans), default=0)
+        if not plans or self.tables.were_cleared(state):
+            return Counts()
+        return Counts(plans[0].n_averaged, None, plans[0].further_samples)
 
     def read_back(self) -> None:
         """Reads the device's counters, if it counts."""

@@ -22,6 +22,8 @@ from rbwa_fused.estimate import averaged_estimated, has_statistics
 from rbwa_fused.fused import FusedOptimizer
 from rbwa_fused.model_state import copied
 from rbwa_fused.posthoc.snapshots import Snapshots
+from rbwa_fused.several import Averages as Several
+from rbwa_fused.several import Which
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -68,7 +70,10 @@ class AveragedEvaluation(Callback):
     Args:
         average (Average, optional): what to average beside optimizers that do not; of several
             optimizers the last one's steps are counted. Averages and counts are in the callback's
-            state, so that ``ckpt_path`` resumes bit for bit (default: None).
+            state, so that ``ckpt_path`` resumes bit for bit. Several in a list or a dict of names
+            are averaged at once (default: None).
+        which (int or str, optional): which of several averages is evaluated, by number or by name;
+            None is what ``averaged()`` has (default: None).
         buffers (bool): average floating buffers too, with ``average`` (default: False).
         loader: batches, on which BatchNorm statistics are estimated for the averaged weights before
             each evaluation (``rbwa_fused.averaged_model``); None leaves those of training, which
@@ -96,7 +101,8 @@ class AveragedEvaluation(Callback):
     def __init__(
         self,
         *,
-        average: Average | None = None,
+        average: Average | Several | None = None,
+        which: Which | None = None,
         buffers: bool = False,
         loader: Iterable[Any] | None = None,
         save_averaged: bool = False,
@@ -106,6 +112,7 @@ class AveragedEvaluation(Callback):
         if buffers and average is None:
             raise ValueError("buffers=True needs an average (expected average=)")
         self._average, self._buffers_too = average, buffers
+        self._which: dict[str, Any] = {} if which is None else {"which": which}
         self._averager: Averager | None = None
         self._resumed: dict[str, Any] | None = None  # the averager's state in a checkpoint
         self._loader = loader
@@ -223,15 +230,13 @@ class AveragedEvaluation(Callback):
         opts = [opt for opt in self._averaging(trainer) if opt.n_averaged > 0]
         with ExitStack() as stack:
             for opt in opts:
-                stack.enter_context(opt.averaged(pl_module))
+                stack.enter_context(opt.averaged(pl_module, **self._which))
             if buffers is not None:
                 stack.enter_context(_with_buffers(pl_module, buffers))
             elif opts and self._loader is not None:
                 with trainer.precision_plugin.forward_context():
-                    device = pl_module.device
-                    stack.enter_context(
-                        averaged_estimated(opts[0], pl_module, self._loader, device, self._frozen)
-                    )
+                    told = pl_module, self._loader, pl_module.device, self._frozen
+                    stack.enter_context(averaged_estimated(opts[0], *told, **self._which))
             self._live = stack.pop_all()
 
     def _leave(self) -> None:

@@ -27,6 +27,8 @@ from rbwa_fused.averages import Averages
 from rbwa_fused.engine.sharded import kind_of_shard
 from rbwa_fused.fused import FusedOptimizer
 from rbwa_fused.posthoc.snapshots import Snapshots
+from rbwa_fused.several import Averages as Several
+from rbwa_fused.several import Which, averaging
 
 try:
     from transformers import TrainerCallback
@@ -62,7 +64,10 @@ class AveragedWeights(TrainerCallback):
 
     Args:
         average (Average, optional): what to average beside the optimizer; None for the averages of
-            an optimizer of rbwa_fused, given as ``Trainer(optimizers=...)`` (default: None).
+            an optimizer of rbwa_fused, given as ``Trainer(optimizers=...)``; several in a list or a
+            dict of names are averaged at once (default: None).
+        which (int or str, optional): which of several is evaluated and saved as the model, by
+            number or by name; None is what ``averaged()`` has (default: None).
         buffers (bool): average floating buffers too, with ``average`` (default: False).
         exclude (sequence of str): patterns of names that are left out, as ``Averager`` has them;
             for frozen weights their own names do (default: ()).
@@ -92,8 +97,9 @@ class AveragedWeights(TrainerCallback):
 
     def __init__(
         self,
-        average: Average | None = None,
+        average: Average | Several | None = None,
         *,
+        which: Which | None = None,
         buffers: bool = False,
         exclude: Sequence[str] = (),
         snapshots: Snapshots | None = None,
@@ -101,10 +107,9 @@ class AveragedWeights(TrainerCallback):
         for name, value in (("buffers", buffers), ("exclude", exclude)):
             if value and average is None:
                 raise ValueError(f"{name}={value!r} needs an average (expected average=)")
-        if average is not None and not isinstance(average, Average):
-            raise TypeError(f"Invalid average: {average!r} (expected an rbwa_fused.Average)")
-        self._average, self._buffers_too, self._exclude = average, buffers, exclude
         self._snapshots = snapshots
+        self._average, self._buffers_too, self._exclude = averaging(average), buffers, exclude
+        self._which: dict[str, Any] = {} if which is None else {"which": which}
         self.averager: Averager | None = None
         self._averages: Averages | None = None  # the averager, or an optimizer of ours
         self._model = nn.Module()
@@ -181,7 +186,7 @@ class AveragedWeights(TrainerCallback):
 
     def _enter(self) -> None:
         if self._live is None and self._averages is not None:
-            live = self._averages.averaged(self._model)
+            live = self._averages.averaged(self._model, **self._which)
             live.__enter__()
             self._live = live
 
@@ -236,7 +241,7 @@ class AveragedWeights(TrainerCallback):
         if self._live is None or self._averages is None:
             return
         named = _tensors(self._model)
-        found = self._averages.averages(self._model)
+        found = self._averages.averages(self._model, **self._which)
         here = {name: named[name].detach().clone() for name in found}
         keep = keep or any(not found[n].to(t.dtype).equal(t) for n, t in here.items())
         self._leave()
@@ -262,7 +267,8 @@ class AveragedWeights(TrainerCallback):
                 "run": state.stateful_callbacks[self.KEY]["run"],
                 "step": state.global_step,
                 "training_weights": {
-                    name: named[name].detach() for name in self._averages.averages(self._model)
+                    name: named[name].detach()
+                    for name in self._averages.averages(self._model, **self._which)
                 },
                 "averager": None if self.averager is None else self.averager.state_dict(),
             }

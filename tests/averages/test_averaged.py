@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from rules import RULES
 from runs import (
     AVERAGED,
     EPOCH,
@@ -27,6 +26,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import rbwa_fused as rf
+from rbwa_fused.several import policies_of
+from rbwa_fused.streams import AVERAGES
 
 DTYPES = [torch.float32, torch.bfloat16]
 BUFFERED = [name for name in AVERAGED if name not in IN_PLACE]
@@ -239,7 +240,7 @@ def test_nothing_moves_where_the_weights_are_their_average(method: str) -> None:
 @pytest.mark.parametrize("method", [m for m in AVERAGED if METHODS[m] is not METHODS["lookahead"]])
 def test_nothing_moves_before_the_first_sample(method: str, dtype: torch.dtype) -> None:
     model, opt = build(method, dtype)
-    policy = opt.param_groups[0]["average"]
+    policy = policies_of(opt.param_groups[0]["average"])[0]
     for step in range(0, policy.start + 1):
         train(model, opt, step, step) if step > 0 else None
         if opt.n_averaged > 0:
@@ -366,16 +367,16 @@ def test_a_converted_model_keeps_its_average_its_count_and_its_momentum(
         group["lr"] = 0.0  # the weights stay, so the state can be foretold
     opt.step()
     wide = torch.float32 if after == torch.bfloat16 else after
-    policy = opt.param_groups[0]["average"]
-    sampled = policy is not None and policy.due(10)
-    assert opt.n_averaged == n + sampled
+    policies = policies_of(opt.param_groups[0]["average"])
+    sampled = dict(zip(AVERAGES, (policy.due(10) for policy in policies), strict=False))
+    assert opt.n_averaged == n + sampled.get("average", False)
     for name, p in model.named_parameters():
         state = opt.state.get(p, {})
         for key, value in held.get(name, {}).items():
-            kept = RULES[method].state_dtype(key, after) if method in RULES else after
-            dtype = wide if key == "average" else kept
+            kept = METHODS[method].rule.state_dtype(key, after)
+            dtype = wide if key in AVERAGES else kept
             assert state[key].dtype == dtype, (name, key)
-            if name != "matrix" and not (key == "average" and sampled):
+            if name != "matrix" and not sampled.get(key):
                 assert torch.equal(state[key], value.to(dtype)), (name, key)
     train(model, opt, 11, STEPS)
     assert all(p.dtype == after and p.isfinite().all() for p in model.parameters())

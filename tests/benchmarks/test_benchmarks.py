@@ -65,10 +65,18 @@ BYTES_FLOAT32 = {
     "EMA": 28,
     "EMA, flatten=False": 28,
     "EMA every 10": 20.8,
+    "SGD + two EMAs": 36,
+    "EMA + Averager (EMA)": 40,
     "SWA": 28,
 }
 # A bfloat16 average is kept in float32, and then needs a buffer under RBWA too.
-BYTES_BFLOAT16 = {"SGD + momentum": 10, "EMA": 18, "RBWA": 18, "RSGDM, explicit": 18}
+BYTES_BFLOAT16 = {
+    "SGD + momentum": 10,
+    "EMA": 18,
+    "SGD + two EMAs": 26,
+    "RBWA": 18,
+    "RSGDM, explicit": 18,
+}
 STATE_FLOAT32 = {
     BASELINE: 4,
     "SGD, no momentum": 0,
@@ -78,6 +86,8 @@ STATE_FLOAT32 = {
     "RSGDM": 4,
     "RSGDM, explicit": 12,
     "EMA": 8,
+    "SGD + two EMAs": 12,
+    "EMA + Averager (EMA)": 12,
     "RSGDM, foreach": 12,
 }
 

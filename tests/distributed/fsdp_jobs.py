@@ -18,6 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 
 import rbwa_fused as rf
+from rbwa_fused.several import policies_of
 
 FEATURES, CLASSES, BATCH = 6, 3, 4
 
@@ -83,10 +84,11 @@ def same_bits_as_alone(method_options: dict[str, Any]) -> None:
     assert weights(model) != weights(alone)
     train_alone(alone, theirs, 1, 6, distributed.get_world_size())
     assert weights(model) == weights(alone)
-    with ours.averaged(model), theirs.averaged():
-        assert weights(model) == weights(alone)
-        x, _ = batch(0, 0)
-        assert torch.equal(model.eval()(x), alone.eval()(x))
+    for which in range(max(1, len(policies_of(ours.param_groups[0]["average"])))):
+        with ours.averaged(model, which=which), theirs.averaged(which=which):
+            assert weights(model) == weights(alone)
+            x, _ = batch(0, 0)
+            assert torch.equal(model.eval()(x), alone.eval()(x))
 
 
 def no_collective_in_a_step() -> None:

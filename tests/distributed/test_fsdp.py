@@ -47,9 +47,10 @@ def test_sharded_training_ends_with_the_bits_of_a_plain_model(
         {"average": rf.mean(start=2)},
         {"average": rf.rbwa(2, 1)},
         {"average": rf.lookahead(2)},
+        {"average": {"slow": rf.lookahead(2), "mean": rf.mean(start=2), "ema": rf.ema(0.5)}},
         {"average": rf.switch_ema(0.5, steps_per_epoch=3), "nesterov": True},
     ],
-    ids=[*ALGORITHMS, "none", "mean", "rbwa", "lookahead", "switch_ema"],
+    ids=[*ALGORITHMS, "none", "mean", "rbwa", "lookahead", "several", "switch_ema"],
 )
 def test_forward_backward_and_step_on_two_ranks_are_those_of_one_process(
     options: dict[str, Any],

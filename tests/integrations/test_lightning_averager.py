@@ -44,6 +44,15 @@ def test_it_validates_what_an_optimizer_with_the_average_would(tmp_path: Path) -
     assert as_bits(averager.averages()) == as_bits(opt.averages(expected))
 
 
+def test_of_several_averages_it_validates_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    expected, _ = fit(tmp_path, AveragedEvaluation(), configure=ema)
+    several = {"other": rf.ema(0.3), "own": POLICY}
+    model, _ = fit(tmp_path, AveragedEvaluation(average=several, which="own"), configure=plain)
+    assert held(model) == held(expected) and model.seen == expected.seen
+    model, _ = fit(tmp_path, AveragedEvaluation(average=several), configure=plain)
+    assert held(model) == held(expected) and model.seen != expected.seen
+
+
 @pytest.mark.parametrize("buffers", [False, True])
 def test_a_fit_with_adamw_resumed_is_the_fit_that_never_stopped(
     buffers: bool, tmp_path: Path

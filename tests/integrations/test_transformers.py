@@ -105,6 +105,16 @@ def test_evaluations_see_the_averages_of_their_step_and_nobody_else_does(tmp_pat
     assert averaged[-1] != digests(noting.weights[-1])
 
 
+def test_of_several_averages_evaluations_see_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    policy = rf.ema(0.75, start=3)
+    averaging, noting = AveragedWeights([rf.ema(0.3), policy], which=1), Noting()
+    run = trainer(tmp_path, averaging, noting, eval_strategy="steps", eval_steps=2)
+    run.train()
+    averaged = replayed(noting.weights, policy)
+    assert [weights for weights, _ in run.model.seen] == averaged[1::2]
+    assert held(run.model) == averaged[-1] != digests(noting.weights[-1])
+
+
 def test_after_training_the_model_has_the_averages_until_they_are_taken_back(
     tmp_path: Path,
 ) -> None:

@@ -27,6 +27,8 @@ FLOORS: dict[str, Sequence[str]] = {
                 "weights",
                 "average",
                 "policies",
+                "several",
+                "renumbered",
                 "progress",
                 "hyperparameters",
                 "rules",

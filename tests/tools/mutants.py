@@ -120,10 +120,7 @@ SEGMENTS: Mutants = [
     ("        self._ages = list(ages)\n", ""),
 ]
 CHECKPOINT: Mutants = [
-    (
-        "policy.describe() if isinstance(policy, Average) else policy\n        for key",
-        "policy\n        for key",
-    ),
+    ('        if policies_of(group["average"]):\n', "        if False:\n"),
     ("for saved in deepcopy(state_dict[", "for saved in (state_dict["),
     ("if lengths != [", "if False and lengths != ["),
     ("new = {**group, **live_keys(saved)}", "new = {**live_keys(saved), **group}"),
@@ -137,12 +134,12 @@ CHECKPOINT: Mutants = [
     ("return taken if step is None else step", "return taken"),
     ("not counted and policy is not None:", "policy is not None:"),
     ("counted = counted and len(counts) > 0", "counted = len(counts) > 0"),
-    ('and not (name == "average" and key in left_out)', ""),
+    ("and not (name in AVERAGES and key in left_out)", ""),
     (
-        "            saved.update(average=None, n_averaged=None)\n    for group",
-        "            pass\n    for group",
+        "            renumbered.forget(saved)\n    moved:",
+        "            pass\n    moved:",
     ),
-    ("saved.update(average=None, n_averaged=None)", "pass"),
+    ("        renumbered.forget(saved)\n    return", "        pass\n    return"),
     ("            group.pop(key, None)\n", "            pass\n"),
     ("(*OURS, *TORCHS, ", "(*OURS, "),
     ("for key in MEMORY if saved.get(key) is not None}", "for key in ()}"),
@@ -153,7 +150,7 @@ CHECKPOINT: Mutants = [
     ("if value.layout != torch.strided:", "if False:"),
     ("if kept not in ((), needed, (STEP,))", "if False"),
     ('if "master_param" in held and not plan.master_weights:', "if False:"),
-    ('if "average" in held and policy is None:', "if False:"),
+    ("if key in held and policy is None:", "if False:"),
     ("policy is not None and n_averaged > 0:", "policy is not None and n_averaged > 1:"),
     ("if dtype != expected:", "if False:"),
     ("stream in set(rule.late) - held.keys()", "False"),
@@ -172,7 +169,7 @@ EVALUATE: Mutants = [
     ("        if failure is not None and error is None:\n            raise failure\n", ""),
     ("            swap.restore()\n\n    def _leave", "            pass\n\n    def _leave"),
     ("if members and members.isdisjoint(", "if members.isdisjoint("),
-    ("    swap.adopt(opt)\n", "    pass\n"),
+    ("    swap.adopt(opt, which)\n", "    pass\n"),
     ("swap.blended(opt, p, local(a), blend)", "local(a)"),
 ]
 ESTIMATE: Mutants = [
@@ -195,12 +192,12 @@ SWAP: Mutants = [
     ("param if master is None else master).detach().to(", "param).detach().to("),
     ("blend * (average - weights)", "blend * average"),
     ("                local(master).copy_(average)\n", "                pass\n"),
-    ("            elif plan.is_the_weights(p):\n", "            elif False:\n"),
+    ("            elif key == AVERAGE and plan.is_the_weights(p):\n", "            elif False:\n"),
     ("        _announce([p for p, _ in fitting])\n", ""),
     ("local(p).detach().clone()", "local(p).detach()"),
     ("torch.clear_autocast_cache()", "pass"),
-    ("if plan.n_averaged > 0]", "]"),
-    ("if plan.has_buffer(param) and average is not None else", "if average is not None else"),
+    ("if plan.samples(key) > 0]", "]"),
+    ("if buffered and average is not None else", "if average is not None else"),
     ("if average is not None and p.numel() > 0:", "if average is not None:"),
     ("            checks.params(group, plan.master_weights)\n", ""),
     ("            checks.state(group, opt.state if plan.state is None else plan.state)\n", ""),
@@ -299,23 +296,23 @@ STATE: Mutants = [
     ("tensor.zero_() if value is None", "tensor.fill_(1) if value is None"),
     ("if any(given.values()) or not self.stands(self._state):", "if False:"),
     ("held.pop(stream, None)", "pass"),
-    ("give(AVERAGE, local(p).detach())", "give(AVERAGE, None)"),
+    ("give(key, local(p).detach())", "give(key, None)"),
     ("                lacking.append(i)\n", "                pass\n"),
     ("                    ages[i] = 1\n", "                    pass\n"),
     ("behind.append((group.memory.update, self._rule.remember(group.group)))", "pass"),
     ("give(MASTER, local(p).detach())", "give(MASTER, None)"),
     ("and (moves or first in held)", "and moves"),
     ("(lacks_kept or lacks_late or lacks_master)", "lacks_kept"),
-    ("            group.n_averaged > 0\n            and ", "            "),
-    ("            and group.policy.write_back_every != 1\n", ""),
+    ("            group.samples(key) > 0\n            and ", "            "),
+    ("            and policy.write_back_every != 1\n", ""),
     ("p if master is None else master", "p"),
     (
-        "            if group.sampler.due and self._is_lost(group, p):\n",
-        "            if self._is_lost(group, p):\n",
+        "                if sampler.due and self._is_lost(group, p, key):\n",
+        "                if self._is_lost(group, p, key):\n",
     ),
     (
-        "        self.lost = any(self._is_lost(plan, p)",
-        "        self.lost = False and any(self._is_lost(plan, p)",
+        "        self.lost = any(\n",
+        "        self.lost = False and any(\n",
     ),
     (
         "streams = () if age > 0 else (*self._rule.streams, STEP)",
@@ -433,7 +430,7 @@ AVERAGER: Mutants = [
 FOLLOWING: Mutants = [
     ("self.engine.starting() if self._optimizer is None else []", "self.engine.starting()"),
     ("if starting or self.engine.steps == 0:", "if starting:"),
-    ('{id(group["average"]): group["average"]', '{group["average"]: group["average"]'),
+    ("{id(p): p for group", "{p: p for group"),
     ('Counts(int(group["average"] is not None))', "Counts(0)"),
     ("        self._check_into()\n", "        pass\n"),
     (
@@ -446,7 +443,7 @@ FOLLOWING: Mutants = [
     ("same=True", "same=False"),
     ("        if not (loaded.steps or any(", "        if False and not (loaded.steps or any("),
     ("        self._module.look()\n", "        pass\n"),
-    ("if held is not None and held.shape != p.shape:", "if False:"),
+    ("if any(held[key].shape != p.shape for key in AVERAGES if key in held):", "if False:"),
     ("        if self._into is not None:\n            state = {}", "        pass"),
     ("loaded._replace(notes=[*loaded.notes, note])", "loaded"),
     ("        count = saved.samples\n", "        count = 0\n"),
@@ -501,10 +498,10 @@ FORM: Mutants = [
     (" < 2**63", ""),
 ]
 AVERAGES: Mutants = [
-    ('g["params"] and _starts_now', "_starts_now"),
-    (" or int(now)", ""),
+    (' and len(group["params"]) > 0', ""),
+    ("int(now and", "0 * int(now and"),
     ("if engine.swapped is None and any(", "if any("),
-    (" if _starts_now(plan.policy)]", "]"),
+    ("                if _starts_now(plan.averages[key].policy)\n", ""),
     ("                self._rebuild()\n", "                pass\n"),
 ]
 BUFFERS: Mutants = [
@@ -524,7 +521,7 @@ BUFFERS: Mutants = [
         '            if any(group.get("n_averaged")',
         '            if not any(group.get("n_averaged")',
     ),
-    ("        checkpoint.check_policy(", "        (lambda *given: None)("),
+    ("= checkpoint.check_averages(", "= (lambda *given: {})("),
     ("complete=bool(n)", "complete=False"),
     ("        if missing or further:", "        if missing:"),
     ("            _check(name, averages.get(name), buffer)", "            pass"),
@@ -559,8 +556,8 @@ BESIDE_IN_BACKWARD: Mutants = [("self._engine.tables.alone & stepped", "self._en
 BESIDE_IN_UPKEEP: Mutants = [
     ("            self.beside.follow()\n", ""),
     (
-        "        if self.beside is None or self.tables.were_cleared(state):",
-        "        if self.beside is None:",
+        "        if not plans or self.tables.were_cleared(state):",
+        "        if not plans:",
     ),
 ]
 FOREIGN: Mutants = [

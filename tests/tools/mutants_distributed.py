@@ -79,7 +79,7 @@ ZERO_MODES: Mutants = [
     ('if own["k"] == k and any(', "if any("),
     ('any(p.grad is not None for p in group["params"])', "True"),
     (', "average", *START,', ', "average",'),
-    (", EXPORTED_K, *PACKAGES}", "}"),
+    (", EXPORTED_K, *PACKAGES, *KEYS}", ", *KEYS}"),
 ]
 SHARES: Mutants = [
     (

@@ -21,7 +21,7 @@ PROGRESS: Mutants = [
     ('"scheduled_lr": eta}', '"scheduled_lr": 0.0}'),
     ("(1.0 - 1.0 / beta)", "(1.0 - beta)"),
     ("x + (1.0 - beta) * (z - x)", "x + beta * (z - x)"),
-    ("if policy and policy.write_back_every > 0:", "if False:"),
+    ("if policy.write_back_every > 0:", "if False:"),
     ('integer("k", group["k"], least=0)', "pass"),
     ("if r != r:", "if False:"),
     ("if not 0.0 < number(name, beta) < 1.0:", "if not 0.0 <= number(name, beta) <= 1.0:"),

@@ -9,7 +9,17 @@ from typing import Any
 import beside
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, SCHEDULES, STEPS, gradients, params, policy_for, products
+from cases import (
+    AVERAGES,
+    DTYPES,
+    SCHEDULES,
+    SEVERAL,
+    STEPS,
+    gradients,
+    params,
+    policy_for,
+    products,
+)
 from rules import KERNELS, RULES
 from test_update import assert_same_bits, run, state_of
 from torch import Tensor, nn
@@ -23,7 +33,7 @@ from rbwa_fused.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
-BITS = products(DTYPES, RULES, AVERAGES)
+BITS = products(DTYPES, RULES, [*AVERAGES, *SEVERAL])
 
 
 @pytest.mark.parametrize(("dtype", "rule", "average"), BITS, ids=str)
@@ -222,6 +232,7 @@ def scaled_run(
 
 NAMED = [name for name, policy in AVERAGES.items() if policy is None or not policy.custom]
 NAMED += SCHEDULES
+NAMED += [name for name in SEVERAL if name != "custom-behind"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

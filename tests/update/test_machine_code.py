@@ -28,6 +28,7 @@ ARCHITECTURES = [
 # repeats the first; kind, averaged, arithmetic; bytes of tables.
 OTHER = r"(f|d|S1_)"
 NAME = rf"step_kernelI(f|d|6__half|13__nv_bfloat16){OTHER * 3}L4Kind(\d)ELb(\d)E[fd]Li(\d+)E"
+SEVERAL = rf"several_kernelI(f|d|6__half|13__nv_bfloat16){OTHER * 3}L4Kind(\d)E[fd]E"
 TABLE_BYTES, SMALL_TABLE_BYTES = 32672, 8112
 SIZES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
 SERVING = tuple(kind for kind in Kind if kind not in (Kind.SAMPLE, Kind.MOMENTUM))
@@ -140,6 +141,23 @@ def test_memory_is_read_and_written_by_128_bits(architecture: str) -> None:
         stores = len(re.findall(r"\bSTG\.E[.A-Z]*\.128\b", kernel.code))
         assert loads >= kernel.vectors + 1, kernel[:6]  # and the gradient
         assert stores >= kernel.vectors, kernel[:6]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_several_averages_are_read_and_written_by_128_bits(architecture: str) -> None:
+    """In kernels of their own, one for each set of dtypes and the last kind of a family."""
+    found = 0
+    for part in cuobjdump("-sass", "-arch", architecture).split("Function : ")[1:]:
+        kind = re.search(SEVERAL, part.split(maxsplit=1)[0])
+        if kind is not None:
+            storage, *others, rule = kind.groups()
+            dtypes = storage, *(storage if s == "S1_" else s for s in others)
+            kernel = Kernel(*dtypes, int(rule), True, TABLE_BYTES, 0, part)
+            loads = len(re.findall(r"\bLDG\.E[.A-Z]*\.128\b", part))
+            stores = len(re.findall(r"\bSTG\.E[.A-Z]*\.128\b", part))
+            assert loads >= kernel.vectors + 1 and stores >= kernel.vectors, kernel[:5]
+            found += 1
+    assert found == 40
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AVERAGES, DTYPES, SCHEDULES, gradients, params, policy_for, products
+from cases import AVERAGES, DTYPES, SCHEDULES, SEVERAL, gradients, params, policy_for, products
 from rules import KERNELS, RULES
 from test_norm import gradients as norm_gradients
 from test_norm import sums_by
@@ -148,13 +148,15 @@ AGED = [name for name in UNMASTERED if KERNELS[name].counts is None]  # by segme
 WIDE_AND_NARROW = (torch.float64, torch.float16)
 CASES = products([torch.float32], UNMASTERED, AVERAGES)
 CASES += products([torch.float32], RULES, MOST)
+CASES += products([torch.float32, torch.float16], UNMASTERED, ["three"])
+CASES += products([torch.float32, torch.float64], ["sgd", "momentum"], SEVERAL)
 # The interpreter truncates to bfloat16, so it takes a parameter for another than its master's.
 CASES += [
     case
     for case in products(DTYPES[1:], RULES, MOST[1:3])
     if not (case[0] == torch.bfloat16 and RULES[case[1]].master)
 ]
-CASES += products([torch.float16], ["master"], AVERAGES)
+CASES += products([torch.float16], ["master"], [*AVERAGES, "three"])
 
 
 class TestInterpreted:
@@ -419,7 +421,9 @@ class TestInterpreted:
             ends.append(p.detach())
         assert_same(*ends, "weights")
 
-    @pytest.mark.parametrize("average", ["none", "mean-write-back", "swa-current", "rbwa"])
+    @pytest.mark.parametrize(
+        "average", ["none", "mean-write-back", "swa-current", "rbwa", "three", "rbwa-and-ema"]
+    )
     def test_the_optimizer_takes_it_by_name(
         self, average: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -428,7 +432,7 @@ class TestInterpreted:
         ends = []
         for backend in ("triton", "reference"):
             ps = three(torch.float32)
-            policy = AVERAGES[average]
+            policy = policy_for(average, "momentum", torch.float32)
             opt = rf.FusedSGD(ps, 0.1, 0.8, average=policy, backend=backend)
             assert opt.backend == backend
             for step in range(1, 9):

@@ -57,6 +57,7 @@ class Variant(NamedTuple):
     averaged: bool
     given: tuple[bool, bool, bool, bool, bool]  # marks, grad_scale, found_inf, clip, schedules
     parts: int
+    further: int = 0  # averages beside the first
 
 
 DTYPE_SETS = [
@@ -81,6 +82,14 @@ VARIANTS = [
         COUNTED,
         (1, triton_step.PARTS),
     )
+]
+KINDS = tuple(dict.fromkeys(variant.rule for variant in VARIANTS))
+SEVERAL = [
+    Variant(dtypes, kind, averaged, given, 1, further=2)
+    for dtypes in DTYPE_SETS
+    for kind in KINDS
+    for averaged in (False, True)
+    for given in COUNTED
 ]
 
 
@@ -184,10 +193,11 @@ def launch_step(variant: Variant, offset: int = 0) -> None:
             schedules=table(12, torch.float64) if scheduled else None,
         )
     entries, bases = table(15, torch.int64), table(8, torch.float64)
-    tables = entries, bases, table(28, wide), table(5, wide), table(9, wide)
+    tables = entries, table(4, torch.int64), bases, table(28, wide), table(5, wide), table(9, wide)
     upload = triton_step.Upload(entries, *tables, variant.rule, variant.averaged)
     chunks = torch.zeros(5, 2, dtype=torch.int32)
     launch = triton_step.Launch(dtype, *others, [], chunks, variant.parts)
+    launch.further = [[[0, 0]] * variant.further]
     clip = torch.ones(1 + offset, dtype=torch.float64)[offset:] if clipped else None
     launch._launch(upload, deferred, clip)
 
@@ -241,7 +251,8 @@ def covering(variants: list[tuple[Any, ...]], together: int) -> list[tuple[Any, 
 
 def test_steps_pass_the_front_end_with_every_three_choices(gpu: Gpu) -> None:
     sources = []
-    for variant in covering([v for v in VARIANTS if v.parts == 1], together=3):
+    few = covering([v for v in VARIANTS if v.parts == 1], together=3)
+    for variant in [*few, *covering(SEVERAL, together=2)]:
         sources += gpu.sources_of(launch_step, variant)
     assert len(sources) >= 8 * 3 * 5
     assert failures(front_end, sources) == []
@@ -249,9 +260,13 @@ def test_steps_pass_the_front_end_with_every_three_choices(gpu: Gpu) -> None:
 
 def test_steps_compile_to_machine_code_with_every_two_choices(gpu: Gpu) -> None:
     """All of them with RBWA_PROFILE=long."""
-    every = [(*variant, architecture) for variant in VARIANTS for architecture in ARCHITECTURES]
+    every, several = (
+        [(*variant, architecture) for variant in variants for architecture in ARCHITECTURES]
+        for variants in (VARIANTS, SEVERAL)
+    )
+    few = covering(every, together=2) + covering(several, together=2)
     sources = []
-    for *variant, architecture in every if FULL else covering(every, together=2):
+    for *variant, architecture in every + several if FULL else few:
         sources += gpu.sources_of(launch_step, Variant(*variant), architecture=architecture)
     assert len(sources) >= 8 * 5
     assert failures(machine_code, sources) == []
@@ -314,7 +329,7 @@ def train(options: dict[str, Any]) -> None:
     """Steps of every kind: without a gradient, scaled, unscaled before, unscaled by nobody."""
     one = torch.ones(1)
     amp = [{}, {"grad_scale": one, "found_inf": one}, {"grad_scale": None, "found_inf": one}]
-    averages = ("none", "ema", "same-dtype", "rbwa", "mean-write-back")
+    averages = ("none", "ema", "same-dtype", "rbwa", "mean-write-back", "three")
     for dtype, rule, average in products(DTYPES, RULES, averages):
         ps = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in (5, 40)]
         policy = policy_for(average, rule, dtype)
@@ -336,7 +351,7 @@ def train(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=str)
 def test_training_launches_nothing_else(gpu: Gpu, options: dict[str, Any]) -> None:
     known = set()
-    for variant in VARIANTS:
+    for variant in [*VARIANTS, *SEVERAL]:
         known |= {source.key for source in gpu.sources_of(launch_step, variant)}
     for found_inf, groups in itertools.product(FOUND_INF, (0, 1)):
         own = replace(counters(groups=groups), found_inf=found_inf)
