@@ -6,12 +6,41 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rbwa_fused import evaluate
 from rbwa_fused.engine.engine import Engine
 from rbwa_fused.numbers import number
-from rbwa_fused.several import Which, check_which, number_of, policies_of
+from rbwa_fused.several import Several, Which, check_which, number_of, policies_of
+
+
+class Samples(int):
+    """The samples of the first of several averages; called with ``which``, of that one."""
+
+    _of: Callable[[Which], int]
+
+    def __new__(cls, n: int, of: Callable[[Which], int]) -> Samples:
+        self = super().__new__(cls, n)
+        self._of = of
+        return self
+
+    def __call__(self, which: Which = 0) -> int:
+        """Samples in one of the averages.
+
+        Args:
+            which (int or str): its number, from 0, or its name.
+
+        Raises:
+            TypeError, ValueError: for what is no number or name of an average.
+        """
+        return self._of(which)
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)  # a copy is a number
+
+
+torch.serialization.add_safe_globals([int])  # what a saved one is
 
 
 class Averages:
@@ -33,19 +62,13 @@ class Averages:
 
     @property
     def n_averaged(self) -> int:
-        """Samples in the average, the first of several, of the group that has most. The weights
-        that an average starts with (``initial``) are one."""
-        return self.n_averaged_of(0)
+        """Samples in the average, of the group that has most. The weights that an average starts
+        with (``initial``) are one. Of several averages it is those of the first, and takes
+        ``which``, as the readouts do: ``opt.n_averaged(which=1)``."""
+        several = any(isinstance(g["average"], Several) for g in self._itself.param_groups)
+        return Samples(self._samples(0), self._samples) if several else self._samples(0)
 
-    def n_averaged_of(self, which: Which) -> int:
-        """``n_averaged`` of one of several averages.
-
-        Args:
-            which (int or str): its number, from 0, or its name.
-
-        Raises:
-            TypeError, ValueError: for what is no number or name of an average.
-        """
+    def _samples(self, which: Which) -> int:
         opt = self._itself
         averages = [group["average"] for group in opt.param_groups]
         check_which(which, averages)

@@ -4,11 +4,11 @@ A launch serves all segments of one dtype, with masters or without, and one dtyp
 Its table has a row of ENTRY_COLUMNS numbers for each segment: the addresses of theta, g and a, and
 of what rules keep (0: not touched), the length, the rows of both coefficient tables, the kind, the
 address of a tensor learning rate (0: none), the segment's number, and the address of the parameter
-that theta is the master of (0: theta is the parameter). Of averages beside the first a table of its own
-has the address (0: none, or not touched) and the row of the samplings, as many for each segment as
-any has. The coefficient tables, rounded to the
-arithmetic's dtype, follow in the same memory, so that a step costs at most one copy to the device:
-none where nothing changed, and that of the coefficients alone where only their values did.
+that theta is the master of (0: theta is the parameter). Of averages beside the first a table of its
+own has the address (0: none, or not touched) and the row of the samplings, as many for each segment
+as any has. The coefficient tables, rounded to the arithmetic's dtype, follow in the same memory, so
+that a step costs at most one copy to the device: none where nothing changed, and that of the
+coefficients alone where only their values did.
 """
 
 from __future__ import annotations
@@ -216,8 +216,8 @@ class Launch:
         members: of each segment its number in the segment table, and its columns there.
         chunks: (n, 2) int32 on the device: each program's segment, and which part of it.
         parts, block, warps: how often a program takes how many elements, by how many warps.
-        further: of each segment the averages beside its first: tensors of the state, and rows of the
-            samplings.
+        further: of each segment the averages beside its first: tensors of the state, and rows of
+            the samplings.
         key: what the tables on the device were made of: addresses, and coefficients.
         used: the kinds of the rows, and which samplings sample: all that the segments' table
             depends on of the coefficients.

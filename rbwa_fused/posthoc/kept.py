@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rbwa_fused import several
 from rbwa_fused.average import Average
 from rbwa_fused.averages import Averages
 from rbwa_fused.engine.sharded import local
@@ -92,8 +93,7 @@ def policies_of(owner: Averages) -> list[Average]:
             f"Invalid averages: the param groups have {' and '.join(found)} (expected one policy "
             "for all)"
         )
-    (average,) = found.values() or [None]
-    return [] if average is None else list(getattr(average, "policies", [average]))
+    return [policy for average in found.values() for policy in several.policies_of(average)]
 
 
 def weights_of(owner: Averages, model: nn.Module | None) -> dict[str, Tensor]:
@@ -129,9 +129,8 @@ def kept_of(owner: Averages, model: nn.Module | None) -> list[Kept]:
     policies, steps, weights = policies_of(owner), owner.engine.steps, weights_of(owner, model)
     found = []
     for number, policy in enumerate(policies):
-        which = {"which": number} if number > 0 else {}
         last = _last_sample(policy, steps)
-        tensors = readable.averages(*models, **which) if last > policy.start else {}
+        tensors = readable.averages(*models, which=number) if last > policy.start else {}
         if tensors:
             found.append(Kept(policy, tensors, weights, last, steps))
     return found

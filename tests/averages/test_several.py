@@ -64,7 +64,7 @@ def test_each_average_has_the_bits_that_it_has_alone(
         alone = params(dtype)
         other = RULES[rule].made(alone, average=policy, backend=backend)
         run(other, alone)
-        assert opt.n_averaged_of(number) == other.n_averaged > 1
+        assert opt.n_averaged(number) == other.n_averaged > 1
         for p, q in zip(together, alone, strict=True):
             assert torch.equal(p, q)
             assert torch.equal(opt.state[p][KEYS[number]], other.state[q]["average"]), number
@@ -156,16 +156,26 @@ def test_a_number_or_a_name_says_which_average_is_read() -> None:
             assert torch.equal(other.first.weight, expected)
             with rf.averaged_model(opt, net, [torch.randn(8, 3)], which=which):
                 assert torch.equal(p, expected)
-    assert [opt.n_averaged_of(which) for which in NAMED] == [6, 6, 2]
+    assert [opt.n_averaged(which) for which in NAMED] == [6, 6, 2]
     assert opt.n_averaged == 6
     opt.adopt(which="short")
     assert torch.equal(p, opt.state[p]["average_1"])
 
 
+def test_a_count_of_samples_is_a_number_that_may_be_kept() -> None:
+    _, opt = trained(NAMED)
+    file = io.BytesIO()
+    torch.save({"samples": opt.n_averaged}, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == {"samples": 6}
+    for n in (pickle.loads(pickle.dumps(opt.n_averaged)), copy.deepcopy(opt.n_averaged)):
+        assert type(n) is int and n == opt.n_averaged == 6
+
+
 def test_what_is_no_average_is_refused_with_those_there_are() -> None:
     net, opt = trained(NAMED)
     for which in (3, -1, "none", "0"):
-        for call in (opt.averaged, opt.adopt, opt.n_averaged_of):
+        for call in (opt.averaged, opt.adopt, opt.n_averaged):
             with pytest.raises(ValueError, match=r"Invalid which: .*0, 1, 2, 'long', 'short'"):
                 call(which=which)
         with pytest.raises(ValueError, match="Invalid which"):
@@ -301,7 +311,7 @@ def test_a_cleared_state_starts_all_averages_again() -> None:
     net, opt = trained(NAMED)
     opt.state.clear()
     train(net, opt, 7, 8)
-    assert [opt.n_averaged_of(which) for which in NAMED] == [2, 2, 2]
+    assert [opt.n_averaged(which) for which in NAMED] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("how", ["pickle", "deepcopy"])
@@ -312,7 +322,7 @@ def test_a_copy_goes_on_with_every_average(how: str) -> None:
     train(net, opt, 7, 9)
     train(other, copied, 7, 9)
     for which in NAMED:
-        assert copied.n_averaged_of(which) == opt.n_averaged_of(which)
+        assert copied.n_averaged(which) == opt.n_averaged(which)
         assert bits(copied.averages(other, which=which)) == bits(opt.averages(net, which=which))
 
 
@@ -372,17 +382,21 @@ def test_each_average_goes_on_as_itself(
     for note in notes:
         assert re.search(note, said), note
     count = len(several.policies_of(new.param_groups[0]["average"]))
+
+    def samples(one: Any, which: int) -> int:
+        return int(one.n_averaged if type(one.n_averaged) is int else one.n_averaged(which=which))
+
     for number in range(count):
         if number in kept:
             old = kept[number]
-            assert new.n_averaged_of(number) == opt.n_averaged_of(old)
+            assert samples(new, number) == samples(opt, old)
             mine = new.averages(other, which=number)
             assert bits(mine) == bits(opt.averages(net, which=old))
         else:
-            assert new.n_averaged_of(number) == 0
+            assert samples(new, number) == 0
     train(other, new, 7, 7)
     for number in set(range(count)) - kept.keys():  # a copy of the weights, as every first sample
-        assert new.n_averaged_of(number) == 1
+        assert samples(new, number) == 1
         assert bits(new.averages(other, which=number)) == bits(other.parameters())
     if len(kept) == count and not notes:
         train(net, opt, 7, 7)
@@ -420,7 +434,7 @@ def test_torchs_own_loading_takes_all_averages() -> None:
     train(net, opt, 7, 9)
     train(other, new, 7, 9)
     for which in NAMED:
-        assert new.n_averaged_of(which) == opt.n_averaged_of(which)
+        assert new.n_averaged(which) == opt.n_averaged(which)
         assert bits(new.averages(other, which=which)) == bits(opt.averages(net, which=which))
 
 
@@ -468,7 +482,7 @@ def test_an_averager_has_the_bits_of_separate_ones(hooked: bool) -> None:
     net, opt, averager = made(policies, 7)
     for name, policy in policies.items():
         _, _, alone = made(policy, 7)
-        assert averager.n_averaged_of(name) == alone.n_averaged
+        assert averager.n_averaged(name) == alone.n_averaged
         assert bits(averager.averages(which=name)) == bits(alone.averages())
     before = bits(net.state_dict())
     with averager.averaged(which="now"):
