@@ -84,6 +84,41 @@ def test_gradients_off_the_alignment_are_read_as_they_lie(dtype: torch.dtype, of
     assert_same_bits(*ends)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", ["momentum", "rsgdm explicit", "adamw amsgrad"])
+def test_state_off_the_alignment_is_stepped_where_it_lies(rule: str, dtype: torch.dtype) -> None:
+    """A user may assign it; parameter, average and gradient are on it."""
+    ends = []
+    for backend in ("cuda", "cpu"):
+        p = nn.Parameter(torch.linspace(-1, 1, 4096, dtype=torch.float64).to(dtype))
+        opt = RULES[rule].made([p], average=rf.ema(0.5), backend=backend)
+        for step in range(4):
+            p.grad = torch.linspace(-2, 3, 4096, dtype=torch.float64).to(dtype) * (step + 1)
+            opt.step()
+            if step == 1:
+                for key in opt.engine.rule.streams:
+                    whole = torch.empty(4097, dtype=opt.state[p][key].dtype)
+                    opt.state[p][key] = whole[1:].copy_(opt.state[p][key])
+        ends.append([p.detach(), *state_of(opt, p).values()])
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_further_average_off_the_alignment_is_sampled_where_it_lies(dtype: torch.dtype) -> None:
+    ends = []
+    for backend in ("cuda", "cpu"):
+        p = nn.Parameter(torch.linspace(-1, 1, 4096, dtype=torch.float64).to(dtype))
+        opt = rf.FusedSGD([p], 0.1, average=[rf.ema(0.5), rf.ema(0.25)], backend=backend)
+        for step in range(4):
+            p.grad = torch.linspace(-2, 3, 4096, dtype=torch.float64).to(dtype) * (step + 1)
+            opt.step()
+            if step == 1:
+                whole = torch.empty(4097, dtype=opt.state[p]["average_1"].dtype)
+                opt.state[p]["average_1"] = whole[1:].copy_(opt.state[p]["average_1"])
+        ends.append([p.detach(), *state_of(opt, p).values()])
+    assert_same_bits(*ends)
+
+
 def test_all_param_groups_are_one_launch(emulated_cuda: Any) -> None:
     ps = params(torch.float32)
     opt = rf.FusedSGD(
