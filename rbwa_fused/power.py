@@ -32,7 +32,7 @@ def gamma_of(sigma_rel: float) -> float:
     sigma_rel = number("sigma_rel", sigma_rel)
     if not 0.0 < sigma_rel < WIDEST:
         raise ValueError(f"Invalid sigma_rel: {sigma_rel} (expected 0 < sigma_rel < 1/sqrt(12))")
-    s = sigma_rel**-2
+    s = 1.0 / sigma_rel / sigma_rel
     gamma = 1.0 / sigma_rel
     while True:
         value = ((gamma + 7.0) * gamma + 16.0 - s) * gamma + 12.0 - s

@@ -169,8 +169,9 @@ class Ramped:
 class PowerEma:
     """Weight 1 - (1 - dt / t)^(gamma + 1): an EMA that grows with the run (power.py).
 
-    t is in steps since ``start``, and dt since the sample before. All that was before the first
-    sample counts as that sample. gamma = 0 is the mean, and -1/2 imitates a 1 - sqrt decay.
+    t is in steps since ``start``, and dt is ``every``, the time since the sample before, also where
+    a checkpoint goes on with another ``every``. All that was before the first sample counts as that
+    sample. gamma = 0 is the mean, and -1/2 imitates a 1 - sqrt decay.
     """
 
     on_device: ClassVar[int] = 8
@@ -272,15 +273,17 @@ def online(coefficients: Sequence[float]) -> Table:
     for i, c in enumerate(given):
         if not 0.0 <= c < math.inf:
             raise ValueError(f"Invalid weights[{i}]: {c} (expected 0 <= weight < inf)")
-    if not sum(given) > 0.0:
+    if not any(given):
         raise ValueError(f"Invalid weights: {given} (expected a positive sum)")
-    return Table([c / s if s > 0.0 else 1.0 for c, s in zip(given, accumulate(given), strict=True)])
+    shares = [c / max(given) for c in given]  # whose sum is finite
+    sums = accumulate(shares)
+    return Table([c / s if s > 0.0 else 1.0 for c, s in zip(shares, sums, strict=True)])
 
 
 def _listed(weights: Sequence[float]) -> list[float]:
     """Of a list, a tuple, an array or a tensor."""
     try:
-        if not isinstance(weights, str | bytes):
+        if not isinstance(weights, str | bytes) and len(weights) >= 0:  # no iterator
             return list(weights)
     except TypeError:
         pass

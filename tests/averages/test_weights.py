@@ -295,6 +295,12 @@ def test_the_square_root_window_is_a_power() -> None:
     assert rf.merge(3, 9).weight == rf.Mean()
 
 
+def test_large_weights_and_short_lengths_do_not_overflow() -> None:
+    assert rf.merge(0, None, [1e308] * 3).weight == rf.table([1, 1 / 2, 1 / 3]).weight
+    assert gamma_of(1e-200) == pytest.approx(1e200)
+    assert rf.power_ema(1e-200).weight_of(1, 2) == 1.0
+
+
 def test_weights_may_come_as_an_array_or_a_tensor() -> None:
     numpy = pytest.importorskip("numpy")
     for given in (TABLE, tuple(TABLE), numpy.array(TABLE), torch.tensor(TABLE, dtype=F64)):

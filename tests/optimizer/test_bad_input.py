@@ -199,6 +199,7 @@ POLICIES: dict[str, tuple[Call, type[Exception], str]] = {
     "a window of no weight": (lambda: rf.merge(0, 2, [0, 0]), ValueError, "weights.*positive"),
     "a table without weights": (lambda: rf.table([]), ValueError, "weights"),
     "a table of a number": (lambda: rf.table(0.5), TypeError, "weights.*0.5"),  # type: ignore[arg-type]
+    "a table of what is read once": (lambda: rf.table(iter([0.5])), TypeError, "weights.*sequence"),  # type: ignore[arg-type]
     "a table of a text": (lambda: rf.table("0.5"), TypeError, "weights.*'0.5'"),  # type: ignore[arg-type]
     "a table beyond 1": (lambda: rf.table([0.5, 1.5]), ValueError, r"weights\[1\].*1.5"),
     "a table of nan": (lambda: rf.table([NAN]), ValueError, r"weights\[0\].*nan"),

@@ -31,7 +31,7 @@ WEIGHTS: Mutants = [
     ("for k in (2 * j - 1, 1, j)", "for k in (2 * j + 1, 1, j)"),
     ("taken = n - (times.begins < math.inf)", "taken = n"),
     ("self.weights[min(taken, len(self.weights) - 1)]", "self.weights[taken % len(self.weights)]"),
-    ("c / s if s > 0.0 else 1.0", "c / sum(given)"),
+    ("c / s if s > 0.0 else 1.0", "c / sum(shares)"),
     ("by_step: ClassVar[bool] = True\n\n    gamma", "by_step: ClassVar[bool] = False\n\n    gamma"),
     ('struct.pack(f"{len(self.weights)}d", *self.weights)', 'b""'),
 ]
