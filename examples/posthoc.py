@@ -40,16 +40,16 @@ def main(folder: str) -> None:
     loader = DataLoader(train, batch_size=32, shuffle=True)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
-    opt = torch.optim.AdamW(model.parameters(), lr=0.005)
     # As long as 5 and 10 % of the run so far; ten snapshots make what lies between, and beyond.
-    pair = [rf.Averager(model, rf.power_ema(length), optimizer=opt) for length in (0.05, 0.10)]
+    pair = [rf.power_ema(0.05), rf.power_ema(0.10)]
+    opt = rf.FusedAdamW(model.parameters(), lr=0.005, average=pair)
     snapshots = rf.posthoc.Snapshots(folder, every=EPOCHS * len(loader) // 10)
     for _ in range(EPOCHS):
         for x, y in loader:
             cross_entropy(model(x), y).backward()
             opt.step()
             opt.zero_grad()
-            snapshots.update(pair)
+            snapshots.update(opt, model)
     print(f"training weights: {accuracy(model, *test):.1f} % right")
 
     for length in (0.05, 0.075, 0.10, 0.15):
