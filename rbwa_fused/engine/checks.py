@@ -14,9 +14,9 @@ from rbwa_fused.engine.memory import is_plain, same_layout
 from rbwa_fused.engine.segments import Segments
 from rbwa_fused.engine.sharded import is_partial, local
 from rbwa_fused.numbers import number
-from rbwa_fused.renumbered import keys_of
+from rbwa_fused.renumbered import KEYS, keys_of
 from rbwa_fused.rules import Rule
-from rbwa_fused.several import Several, averaging, policies_of
+from rbwa_fused.several import averaging, policies_of
 from rbwa_fused.streams import AVERAGES, DTYPES, STEP, STREAMS, working_dtype
 
 
@@ -34,10 +34,13 @@ def average(group: dict[str, Any], capturable: bool) -> None:
     """Raise for what is no policy, or one that a captured step cannot follow. False is None, and
     a list or a dict becomes `Several`."""
     given = group["average"] = averaging(group["average"])
-    if isinstance(given, Several):
-        # torch.distributed.checkpoint looks in a state dict for the keys of live groups.
-        for key in keys_of(given):
-            group.setdefault(key, None)
+    # torch.distributed.checkpoint looks in a state dict for the keys of live groups. Those that
+    # other averages have left, such as the optimizer's, are none of this group's.
+    own = dict.fromkeys(keys_of(given))
+    for key in KEYS:
+        if group.get(key, "") is None and key not in own:
+            del group[key]
+    group.update({key: None for key in own if key not in group})
     for policy in policies_of(given):
         if policy.custom and capturable:
             raise ValueError(
