@@ -27,9 +27,11 @@ EPOCHS = 15
 
 
 @torch.no_grad()
-def loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def tested(model: nn.Module, images: Tensor, labels: Tensor) -> str:
     model.eval()
-    return cross_entropy(model(images), labels).item()
+    scores = model(images)
+    right = 100 * (scores.argmax(1) == labels).float().mean().item()
+    return f"loss {cross_entropy(scores, labels).item():.3f}, {right:.1f} % right"
 
 
 def main() -> None:
@@ -49,10 +51,10 @@ def main() -> None:
             cross_entropy(model(x), y).backward()
             opt.step()
             opt.zero_grad()
-        line = f"epoch {epoch:2}: loss {loss(model, *test):.3f}"
+        line = f"epoch {epoch:2}: {tested(model, *test)}"
         if opt.n_averaged > 0:
             with opt.averaged():
-                line += f", of the window so far {loss(model, *test):.3f}"
+                line += f"; window so far: {tested(model, *test)}"
         print(line)
 
 

@@ -26,9 +26,11 @@ EPOCHS = 15
 
 
 @torch.no_grad()
-def loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def tested(model: nn.Module, images: Tensor, labels: Tensor) -> str:
     model.eval()
-    return cross_entropy(model(images), labels).item()
+    scores = model(images)
+    right = 100 * (scores.argmax(1) == labels).float().mean().item()
+    return f"loss {cross_entropy(scores, labels).item():.3f}, {right:.1f} % right"
 
 
 def main() -> None:
@@ -48,10 +50,10 @@ def main() -> None:
             cross_entropy(model(x), y).backward()
             opt.step()
             opt.zero_grad()
-        line = f"epoch {epoch:2}: loss {loss(model, *test):.3f}"
+        line = f"epoch {epoch:2}: {tested(model, *test)}"
         for name in averages:
             with opt.averaged(which=name):
-                line += f", {name} average {loss(model, *test):.3f}"
+                line += f"; {name} average: {tested(model, *test)}"
         print(line)
 
 

@@ -741,6 +741,8 @@ assert "pip install triton" in step.available(torch.device("cuda"))
             "PARTS": parts,
             "clip": None,
             "schedules": None,
+            "further": None,
+            "FURTHER": 0,
         }
         if deferred:
             pointers.update(counting)

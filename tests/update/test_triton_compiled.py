@@ -25,7 +25,7 @@ from rules import RULES
 from torch import Tensor, nn
 
 from rbwa_fused.engine import norm
-from rbwa_fused.engine.counters import DeviceCounters
+from rbwa_fused.engine.counters import POLICY_COLUMNS, DeviceCounters
 from rbwa_fused.rules import Kind
 from rbwa_fused.streams import DTYPES
 
@@ -166,7 +166,7 @@ def counters(samplers: int = 1, groups: int = 0) -> DeviceCounters:
         settings=torch.zeros(groups, 6, dtype=torch.float64) if groups else None,
         schedules=torch.zeros(groups, 12, dtype=torch.float64) if groups else None,
         counts=torch.zeros(1 + samplers, dtype=torch.int64),
-        policies=torch.zeros(samplers, 7, dtype=torch.float64),
+        policies=torch.zeros(samplers * POLICY_COLUMNS, dtype=torch.float64),
         samplings64=torch.zeros(2 * samplers, 5, dtype=torch.float64),
         samplings32=torch.zeros(2 * samplers, 5),
         marks=torch.zeros(3, 2, dtype=torch.int32),
@@ -353,8 +353,8 @@ def test_training_launches_nothing_else(gpu: Gpu, options: dict[str, Any]) -> No
     known = set()
     for variant in [*VARIANTS, *SEVERAL]:
         known |= {source.key for source in gpu.sources_of(launch_step, variant)}
-    for found_inf, groups in itertools.product(FOUND_INF, (0, 1)):
-        own = replace(counters(groups=groups), found_inf=found_inf)
+    for samplers, found_inf, groups in itertools.product((1, 3), FOUND_INF, (0, 1)):
+        own = replace(counters(samplers, groups), found_inf=found_inf)
         known |= {source.key for source in gpu.sources_of(triton_step.advance_triton, own)}
     known |= {source.key for source in gpu.sources_of(triton_step._prepare, counters(groups=1))}
     for dtype in DTYPES:
