@@ -49,6 +49,8 @@ class Upkeep:
     Attributes:
         tables: of the groups as they were built, or rebuilt, with what is counted.
         device_counters: where the devices count; else None.
+        began, builds: the steps that a run had taken when its tables were built or loaded, and how
+            often they were.
         swapped: inside averaged(), or after one that could not be undone; else None.
         beside: what is averaged beside the parameters, in the same launch; else None.
         followed: what follows the parameters by their names; else None.
@@ -57,6 +59,8 @@ class Upkeep:
     """
 
     device_counters: OnDevice | None = None
+    began = 0
+    builds = 0
     swapped: Swapped | None = None
     beside: Beside | None = None
     followed: Places | None = None
@@ -84,15 +88,19 @@ class Upkeep:
         *,
         move: bool = False,
         beside: Counts = NONE,
+        follows: bool = False,
     ) -> None:
         """Makes the tables anew, for a run that has got so far; where that fails, they are what
-        they were. ``beside`` are the samples of what is beside. See Tables.add."""
+        they were. ``beside`` are the samples of what is beside; what only ``follows`` is the same
+        run. See Tables.add."""
         tables = Tables(self.rule, self.options, state, steps)
         tables.add(groups, counts, move=move)
         if self.beside is not None:
             self.beside.follow()
             tables.add([self.beside.group], [beside], beside=self.beside)
         self.__dict__.update(tables=tables, device_counters=None)  # both, or neither
+        if not follows:
+            self.began, self.builds = steps, self.builds + 1
         self._warn_of_reference()
 
     def add(self, groups: Sequence[Group], *, move: bool = False) -> None:
@@ -125,7 +133,8 @@ class Upkeep:
         if not counted:
             checks.refuse_uncounted(state)
         counts = self.counts(groups, state, same=same) if counted else None
-        self.build(groups, state, self.steps, counts, beside=self.beside_count(state))
+        beside = self.beside_count(state)
+        self.build(groups, state, self.steps, counts, beside=beside, follows=True)
 
     @property
     def counted(self) -> bool:

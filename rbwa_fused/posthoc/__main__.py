@@ -15,7 +15,7 @@ from pathlib import Path
 from rbwa_fused.command import Parser, run
 from rbwa_fused.posthoc import report
 from rbwa_fused.posthoc.members import members_of
-from rbwa_fused.posthoc.synthesis import MOST, name_of, planned, refuse_too_far, written
+from rbwa_fused.posthoc.synthesis import MOST, files_of, planned, refuse_too_far, written
 
 NAME = "python -m rbwa_fused.posthoc"
 
@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         plans += [planned(members, gamma=value) for value in args.gamma]
         if args.out is not None:
             refuse_too_far(plans, args.most)
+            files = files_of(plans, args.out)
+        picture = args.picture or (None if args.out is None else args.out / "profiles.png")
+        report.refuse_picture(picture)
     except ValueError as error:
         told.error(str(error))
     size = sum(s.reader.file.stat().st_size for row in members.ranks for s in row)
@@ -72,11 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        files = [args.out / name_of(plan) for plan in plans]
         with report.bar(members.elements) as done:
             plans = written(members, plans, files, done)
     print(report.table(plans))
-    picture = args.picture or (None if args.out is None else args.out / "profiles.png")
     if picture is None:
         return
     if find_spec("matplotlib") is None:

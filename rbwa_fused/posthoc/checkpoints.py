@@ -40,21 +40,34 @@ class Torchs:
             raise ValueError(
                 f"Invalid file: {file} (expected a whole checkpoint): {what}"
             ) from None
-        found = held
+        found: Any = held
         for part in filter(None, key.split(".")):
             found = found.get(part) if isinstance(found, Mapping) else None
+        found = found if isinstance(found, Mapping) else None
         if not _is_state_dict(found):
             keys = [k for k, v in held.items() if _is_state_dict(v)] if _mapping(held) else []
             such = f", such as {' or '.join(keys)}" if keys else ""
+            others = {n: v for n, v in found.items() if not isinstance(v, Tensor)} if found else {}
+            other = next((f"{n} is of {type(v).__name__}; " for n, v in others.items()), "")
             raise ValueError(
-                f"Invalid key: {key!r} of {file} holds no state dict (expected one that does{such})"
+                f"Invalid key: {key!r} of {file} holds no state dict ({other}expected one that "
+                f"does{such})"
             )
         self._tensors: dict[str, Tensor] = dict(found)
+        for name, tensor in self._tensors.items():
+            if tensor.layout != torch.strided or tensor.is_quantized:
+                raise ValueError(
+                    f"Invalid file: {file} has {name}, which is sparse or quantized (expected "
+                    "dense tensors of numbers)"
+                )
+        self._flat: tuple[str, Tensor] | None = None  # the tensor that was read last
         self.kinds = {n: Kind(t.dtype, tuple(t.shape)) for n, t in self._tensors.items()}
 
     def read(self, name: str, first: int, count: int) -> Tensor:
         """As Reader's."""
-        return self._tensors[name].detach().reshape(-1)[first : first + count]
+        if self._flat is None or self._flat[0] != name:  # made contiguous once, not for each piece
+            self._flat = name, self._tensors[name].detach().reshape(-1)
+        return self._flat[1][first : first + count]
 
 
 def _mapping(held: Any) -> bool:
@@ -79,9 +92,10 @@ def opened(file: Path, key: str = "") -> Source:
     return Torchs(file, key)
 
 
-def latest(folder: Path, count: int) -> list[Path]:
+def latest(folder: Path, count: int, out: Path | None = None) -> list[Path]:
     """The last checkpoints of a folder by the numbers in their names: files, or else folders of one
-    that are named with a step.
+    that are named with a step. Where some have numbers those without are left out, such as
+    Lightning's last.ckpt, and ``out`` is in any case.
 
     Raises:
         ValueError: for a folder that has fewer.
@@ -91,6 +105,9 @@ def latest(folder: Path, count: int) -> list[Path]:
     files = [file for file in inside if file.suffix in ENDINGS and not file.name.startswith(".")]
     if not files:
         files = [sub / name for sub in inside for name in INSIDE if (sub / name).is_file()]
+    files = [file for file in files if out is None or file.resolve() != out.resolve()]
+    numbered = [file for file in files if re.search(r"\d", str(file.relative_to(folder)))]
+    files = numbered or files
     if len(files) < count:
         raise ValueError(f"Invalid count: {count} of {folder} (expected at most {len(files)})")
     return sorted(files, key=lambda file: _natural(file.relative_to(folder)))[-count:]

@@ -51,6 +51,32 @@ class Kept(NamedTuple):
                 distances.append(torch.linalg.vector_norm(a - x).item())
         return math.hypot(*norms), math.hypot(*distances)
 
+    def shards(self) -> dict[str, Tensor]:
+        """What a file holds of this process: the averages, and the weight, which was never trained,
+        where one has not begun."""
+        return {n: local(t).detach() for n, t in {**self.weights, **self.tensors}.items()}
+
+    def rounded(self, dtype: torch.dtype) -> float:
+        """The norm of what a file of that dtype loses of the shards, in float64.
+
+        Raises:
+            OverflowError: for a finite value that it would make infinite, naming the tensor.
+        """
+        losses = []
+        for name, shard in self.shards().items():
+            if shard.dtype == dtype or shard.numel() == 0:
+                continue
+            narrow = shard.to(dtype)
+            if (narrow.isinf() & shard.isfinite()).any():
+                most = shard[shard.isfinite()].abs().max().item()
+                raise OverflowError(
+                    f"Invalid dtype: {dtype} does not hold {most:.4g} of {name} (expected a wider "
+                    "one, such as torch.float32)"
+                )
+            loss = shard.double() - narrow.double()
+            losses.append(torch.linalg.vector_norm(loss).item())
+        return math.hypot(*losses)
+
 
 def gamma_of_policy(policy: Average) -> float | None:
     """The power of an average's profile, above -1/2; None for one that has no such profile. A mean
@@ -87,11 +113,12 @@ def policies_of(owner: Averages) -> list[Average]:
     Raises:
         ValueError: for param groups that are averaged by different ones.
     """
-    found = {repr(g["average"]): g["average"] for g in owner.param_groups if g["average"]}
+    averages = [g["average"] for g in owner.param_groups if g["average"]]
+    found = {tuple(p.describe() for p in several.policies_of(a)): a for a in averages}
     if len(found) > 1:
         raise ValueError(
-            f"Invalid averages: the param groups have {' and '.join(found)} (expected one policy "
-            "for all)"
+            f"Invalid averages: the param groups have {' and '.join(map(repr, found.values()))} "
+            "(expected one policy for all)"
         )
     return [policy for average in found.values() for policy in several.policies_of(average)]
 
@@ -140,8 +167,9 @@ def all_kept(owners: Sequence[Averages], model: nn.Module | None) -> list[Kept]:
     """The averages of several owners; those of one policy are parts of one average."""
     found: dict[str, Kept] = {}
     for kept in (kept for owner in owners for kept in kept_of(owner, model)):
-        before = found.setdefault(repr(kept.policy), kept)
-        found[repr(kept.policy)] = kept._replace(
+        key = kept.policy.describe()
+        before = found.setdefault(key, kept)
+        found[key] = kept._replace(
             tensors=before.tensors | kept.tensors, weights=before.weights | kept.weights
         )
     return list(found.values())

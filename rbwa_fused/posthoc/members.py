@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from rbwa_fused.numbers import integer
 from rbwa_fused.posthoc.folder import Snapshot, agreeing, snapshots_in
 from rbwa_fused.posthoc.profiles import Profile
 
@@ -42,8 +43,11 @@ def members_of(
     Raises:
         ValueError: for a folder of snapshots that do not belong together or are torn, a rank of
             which there are none, and a step without one, naming its neighbours.
+        TypeError: for a step that is no integer.
         OSError: for a folder that cannot be read.
     """
+    if step is not None:
+        step = integer("step", step, least=0)
     found = agreeing(snapshots_in(Path(folder)), Path(folder))
     world = found[0].about.world
     by_profile: dict[tuple[int, float], dict[int, Snapshot]] = defaultdict(dict)

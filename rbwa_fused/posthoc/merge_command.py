@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             count, folder = args.latest
             if not (count.isdigit() and int(count) > 0):
                 told.error(f"Invalid --latest: {count!r} (expected an integer of at least 1)")
-            files = latest(Path(folder), int(count))
+            files = latest(Path(folder), int(count), args.out)
         total = sum(kind.elements for kind in opened(files[0], args.key).kinds.values())
         with bar(total * len(files)) as done:
             weights = merge_files(

@@ -12,7 +12,7 @@ import torch
 
 from rbwa_fused.numbers import number
 from rbwa_fused.posthoc.checkpoints import SAFE, opened, refuse_differences
-from rbwa_fused.posthoc.tensors import PART
+from rbwa_fused.posthoc.tensors import NAMES, part_of
 from rbwa_fused.posthoc.weighted import Source, sums_in_memory, write_sums
 
 DECAYS = ("linear", "sqrt", "cosine")
@@ -74,20 +74,31 @@ def merge_files(
         raise ValueError("Invalid files: [] (expected at least one)")
     given = decay_weights(decay, len(paths)) if weights is None else list(weights)
     row = [number(f"weights[{i}]", weight) for i, weight in enumerate(given)]
-    total = math.fsum(row)
     if len(row) != len(paths):
         raise ValueError(f"Invalid weights: {len(row)} (expected {len(paths)}, one for each file)")
-    if not (all(map(math.isfinite, row)) and total > 0.0):
+    finite = all(map(math.isfinite, row))
+    largest = max(map(abs, row)) if finite else 0.0
+    scaled = [weight / largest for weight in row] if largest > 0.0 else [0.0]
+    total = math.fsum(scaled)  # of the row itself it may be infinite
+    if not total > 0.0:
         raise ValueError(f"Invalid weights: {row} (expected finite ones with a sum above 0)")
-    row = [weight / total for weight in row]
+    row = [weight / total for weight in scaled]
     sources: list[Source] = [opened(path, key) for path in paths]
     refuse_differences(paths, sources)
     kinds = sources[-1].kinds
     out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"Invalid out: {out} (expected a file, not a folder)")
     if out.suffix == SAFE:
+        for name, kind in kinds.items():
+            if kind.dtype not in NAMES:
+                raise ValueError(
+                    f"Invalid out: {out} (expected another ending: safetensors has no "
+                    f"{kind.dtype}, which {name} is of)"
+                )
         write_sums(sources, [row], [out], [{"format": "pt"}], kinds, done)
     else:
-        part = out.with_name(f"{out.name}{PART}")
+        part = part_of(out)
         try:
             torch.save(sums_in_memory(sources, row, kinds, done), part)
             os.replace(part, out)

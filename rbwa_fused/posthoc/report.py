@@ -43,6 +43,17 @@ def bar(total: int) -> Iterator[Callable[[int], object]]:
         yield shown.update
 
 
+def refuse_picture(file: Path | None) -> None:
+    """Raises ValueError for a picture of a kind that matplotlib, if it is there, does not draw."""
+    if file is None or find_spec("matplotlib") is None:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = sorted(FigureCanvasAgg.filetypes)
+    if file.suffix[1:].lower() not in known:
+        raise ValueError(f"Invalid picture: {file} (expected an ending of {', '.join(known)})")
+
+
 def draw(plans: Sequence[Synthesis], file: Path) -> None:
     """A picture of the profiles asked for, as lines, and of those made, dashed.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rbwa_fused.numbers import number
-from rbwa_fused.posthoc.folder import rank_text
+from rbwa_fused.posthoc.folder import Snapshot, rank_text
 from rbwa_fused.posthoc.joined import join, whole_kinds
 from rbwa_fused.posthoc.members import Members, members_of
 from rbwa_fused.posthoc.profiles import Profile, Solution, solve
@@ -72,6 +72,8 @@ def planned(
         sigma_rel = sigma_rel_of(gamma)
     profiles = members.profiles
     solved = solve(profiles, Profile(members.t, gamma))
+    if not math.isfinite(solved.residual):
+        raise ValueError(f"Invalid gamma: {gamma} (expected a power whose profile has a length)")
     return Synthesis(
         residual=solved.residual,
         sigma_rel=sigma_rel,
@@ -116,12 +118,14 @@ def synthesize(
     members = members_of(folder, step)
     plan = planned(members, sigma_rel=sigma_rel, gamma=gamma)
     refuse_too_far([plan], most)
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"Invalid out: {out} (expected a file, not a folder)")
     if out is not None:
         return written(members, [plan], [Path(out)])[0]
     if len(members.ranks[0]) > 1:
         raise ValueError("Invalid out: None (expected a file, since the snapshots are sharded)")
     readers = [row[0].reader for row in members.ranks]
-    return replace(plan, state_dict=sums_in_memory(readers, plan.weights, made_of(readers[0])))
+    return replace(plan, state_dict=sums_in_memory(readers, plan.weights, made_of(readers)))
 
 
 def sweep(
@@ -138,17 +142,35 @@ def sweep(
     members = members_of(folder, step)
     plans = [planned(members, sigma_rel=sigma_rel) for sigma_rel in sigma_rels]
     refuse_too_far(plans, most)
+    files = files_of(plans, Path(out))
     Path(out).mkdir(parents=True, exist_ok=True)
-    return written(members, plans, [Path(out) / name_of(plan) for plan in plans])
+    return written(members, plans, files)
 
 
-def name_of(plan: Synthesis) -> str:
-    """The name of its file in a sweep."""
-    return f"sigma-{plan.sigma_rel:.6g}.step-{plan.step:09d}.safetensors"
+def files_of(plans: Sequence[Synthesis], out: Path) -> list[Path]:
+    """The files of a sweep, in a folder.
+
+    Raises:
+        ValueError: for no lengths, and for two whose files would have one name.
+    """
+    if not plans:
+        raise ValueError("Invalid sigma_rels: [] (expected at least one)")
+    files: dict[Path, Synthesis] = {}
+    for plan in plans:
+        file = out / f"sigma-{plan.sigma_rel:.6g}.step-{plan.step:09d}.safetensors"
+        if file in files:
+            raise ValueError(
+                f"Invalid sigma_rel: {files[file].sigma_rel!r} and {plan.sigma_rel!r} have both "
+                f"the file {file.name} (expected lengths that differ in six digits)"
+            )
+        files[file] = plan
+    return list(files)
 
 
 def refuse_too_far(plans: Sequence[Synthesis], most: float) -> None:
     """Raises ValueError, naming each length that the snapshots do not span and why."""
+    if not number("most", most) >= 0.0:
+        raise ValueError(f"Invalid most: {most} (expected at least 0)")
     far = [
         f"{plan.sigma_rel:.6g} has {what} of {value:.2g}"
         for plan in plans
@@ -179,7 +201,7 @@ def written(
         own = [f.with_name(f"{f.stem}{rank_text(rank, world)}{f.suffix}") for f in files]
         sources: list[Reader] = [row[rank].reader for row in members.ranks]
         rows = [plan.weights for plan in plans]
-        metadata, kinds = [_metadata(plan) for plan in plans], made_of(sources[0])
+        metadata, kinds = [_metadata(plan) for plan in plans], made_of(sources)
         write_sums(sources, rows, own, metadata, kinds, done)
         for paths, file in zip(made, own, strict=True):
             paths.append(file)
@@ -188,12 +210,16 @@ def written(
     return [replace(plan, files=tuple(paths)) for plan, paths in zip(plans, made, strict=True)]
 
 
-def made_of(reader: Reader) -> dict[str, Kind]:
-    """What is made of snapshots such as this: float32 of 16 bits, which were rounded enough."""
-    return {
-        name: Kind(torch.float32 if kind.dtype in ROUNDING else kind.dtype, kind.shape)
-        for name, kind in reader.kinds.items()
-    }
+def made_of(readers: Sequence[Reader]) -> dict[str, Kind]:
+    """What is made of snapshots: the widest of their dtypes, and float32 of 16 bits, which were
+    rounded enough."""
+    kinds = {}
+    for name, kind in readers[-1].kinds.items():
+        dtype = kind.dtype
+        for reader in readers:
+            dtype = torch.promote_types(dtype, reader.kinds[name].dtype)
+        kinds[name] = Kind(torch.float32 if dtype in ROUNDING else dtype, kind.shape)
+    return kinds
 
 
 def _whole(members: Members, parts: list[Path], out: Path) -> list[Path]:
@@ -219,16 +245,24 @@ def _metadata(plan: Synthesis) -> dict[str, str]:
 
 
 def _rounding(members: Members, solved: Solution, sigma_rel: float) -> float:
-    """The error that rounded snapshots add: (u / sqrt 6) sqrt(sum of (w |S|)^2) / |a - theta| with
-    u = 2^-11 of float16 and 2^-8 of bfloat16. It was within 10 % of what was measured."""
-    kinds = members.ranks[0][0].reader.kinds
-    unit = max((ROUNDING.get(kind.dtype, 0.0) for kind in kinds.values()), default=0.0)
-    if unit == 0.0:
-        return 0.0
-    norms = [math.hypot(*(s.about.norm for s in row)) for row in members.ranks]
+    """The error that rounded snapshots add: sqrt(sum of (w |S - rounded S|)^2) / |a - theta|. It
+    was within 10 % of what was measured."""
+    norms = [math.hypot(*map(_lost, row)) for row in members.ranks]
     off = math.hypot(*(w * norm for w, norm in zip(solved.weights, norms, strict=True)))
+    if off == 0.0:
+        return 0.0
     distance = _distance(members, sigma_rel)
-    return unit / math.sqrt(6.0) * off / distance if distance > 0.0 else math.inf
+    return off / distance if distance > 0.0 else math.inf
+
+
+def _lost(snapshot: Snapshot) -> float:
+    """The norm of what a snapshot's dtype has lost. Where an older file does not say it, it is
+    estimated: u / sqrt 6 of the average's norm with u = 2^-11 of float16 and 2^-8 of bfloat16."""
+    if snapshot.about.rounded is not None:
+        return snapshot.about.rounded
+    kinds = snapshot.reader.kinds.values()
+    unit = max((ROUNDING.get(kind.dtype, 0.0) for kind in kinds), default=0.0)
+    return unit / math.sqrt(6.0) * snapshot.about.norm
 
 
 def _distance(members: Members, sigma_rel: float) -> float:

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -33,12 +34,20 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PART = ".part"  # the end of the name of a file that is being written
 LARGEST_HEADER = 100 << 20  # bytes, as the package has it
+
+
+def part_of(file: Path) -> Path:
+    """A name that no other writer of that file has meanwhile."""
+    return file.with_name(f"{file.name}.{uuid4().hex[:8]}{PART}")
 
 
 class Kind(NamedTuple):
@@ -50,6 +59,10 @@ class Kind(NamedTuple):
     @property
     def elements(self) -> int:
         return prod(self.shape)
+
+
+class _StrangeError(Exception):
+    """A dtype that there is nothing for."""
 
 
 class Reader:
@@ -76,11 +89,16 @@ class Reader:
             header: dict[str, Any] = json.loads(text)
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             offsets = {name: told["data_offsets"] for name, told in header.items()}
+            strange = [n for n, told in header.items() if told["dtype"] not in DTYPES]
             in_order = sorted(header, key=lambda name: offsets[name])
+            if strange:
+                raise self._strange(strange[0], header[strange[0]]["dtype"])
             self.kinds = {
                 name: Kind(DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]))
                 for name in in_order
             }
+        except _StrangeError as error:
+            raise ValueError(str(error)) from None
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._torn() from error
         self._begins: dict[str, int] = {}
@@ -92,6 +110,12 @@ class Reader:
             at = offsets[name][1]
         if 8 + length + at != size:
             raise self._torn()
+
+    def _strange(self, name: str, dtype: object) -> _StrangeError:
+        return _StrangeError(
+            f"Invalid file: {self.file} has {name} of dtype {dtype} (expected one of "
+            f"{', '.join(DTYPES)})"
+        )
 
     def _torn(self) -> ValueError:
         return ValueError(f"Invalid file: {self.file} (expected a whole safetensors file)")
@@ -132,6 +156,8 @@ class Writer(AbstractContextManager["Writer"]):
         end = 0
         for name in self.names:
             dtype, shape = kinds[name]
+            if name == "__metadata__":
+                raise ValueError(f"Invalid name: {name!r} (expected another: the format has it)")
             if dtype not in NAMES:
                 raise TypeError(f"Invalid dtype: {dtype} of {name} (expected one of {[*NAMES]})")
             begin, end = end, end + kinds[name].elements * dtype.itemsize
@@ -143,7 +169,7 @@ class Writer(AbstractContextManager["Writer"]):
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._left = end
-        self._part = file.with_name(f"{file.name}{PART}")
+        self._part = part_of(file)
         self._opened = self._part.open("wb")
         try:
             self._opened.write(len(text).to_bytes(8, "little") + text)

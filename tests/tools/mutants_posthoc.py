@@ -27,15 +27,26 @@ SNAPSHOTS: Mutants = [
     ("not (gamma is None and average.over)", "gamma is not None"),
     ("self._unread < self._until_due()", "self._unread < 1"),
     (
-        "            if about.name in self._written:\n                continue",
-        "            if False:\n                continue",
+        "                if about.name in self._written:\n                    continue",
+        "                if False:\n                    continue",
     ),
-    ("about.step > (self._steps or 0)", "False"),
-    ("fresh=steps <= 1", "fresh=False"),
-    ("[: -self.keep]", "[: -self.keep - 1]"),
+    ("            refuse_others(self._own.snapshots(), self._run)\n", ""),
+    ('owner.engine.refuse_inside_averaged("Snapshots.update")', "pass"),
+    ("self._own.clear_behind(self._began, self._written)", "pass"),
+    ("begins = life != self._life", "begins = not self._life"),
+    ("owed = begins and", "owed = False and"),
+    ("model=model,", "model=self._run,"),
     ("                self._warn(error)\n                continue", "                raise"),
-    ("            self._failed = True\n", "            pass\n"),
-    ("{**average.weights, **average.tensors}", "{**average.tensors, **average.weights}"),
+    ("            self._failed.add(type(error))\n", "            pass\n"),
+]
+BEGUN: Mutants = [
+    ("if began == 0:", "if False:"),
+    ("if owner.engine.steps != first.engine.steps:", "if False:"),
+    ("    if not earlier:", "    if False:"),
+]
+OWN: Mutants = [
+    ("snapshot.about.step > step", "False"),
+    ("[:-keep]", "[: -keep - 1]"),
 ]
 PARTS: Mutants = [("                    part.unlink()", "                    pass")]
 REPLICAS: Mutants = [
@@ -46,6 +57,8 @@ KEPT: Mutants = [
     ("return 0.0 if policy.initial", "return 1.0 if policy.initial"),
     ("until - (until - policy.origin) % policy.every", "until"),
     ("if last > policy.start", "if True"),
+    ("{**self.weights, **self.tensors}", "{**self.tensors, **self.weights}"),
+    ("if (narrow.isinf() & shard.isfinite()).any():", "if False:"),
 ]
 FOLDER: Mutants = [
     (
@@ -80,20 +93,23 @@ WEIGHTED: Mutants = [
 MERGING: Mutants = [
     ("(math.sqrt(j) - math.sqrt(j - 1))", "(math.sqrt(count - j + 1) - math.sqrt(count - j))"),
     ("math.sin((2 * j - 1) * half)", "math.sin(2 * j * half)"),
-    ("row = [weight / total for weight in row]", "row = list(row)"),
+    ("row = [weight / total for weight in scaled]", "row = list(row)"),
     ("    refuse_differences(paths, sources)\n", ""),
 ]
 WHOLE = ("posthoc/test_synthesis.py",)
 WRITTEN = ("posthoc/test_snapshots.py",)
+LIVES = "posthoc/test_lives.py"
 KILLED = ("posthoc/test_killed_snapshots.py",)
 MERGED = ("posthoc/test_merging.py",)
 RANKS = ("distributed/test_snapshots_on_ranks.py",)
 CASES: list[tuple[str, Mutants, tuple[str, ...], bool]] = [
     ("rbwa_fused/posthoc/profiles.py", PROFILES, ("posthoc/test_profiles.py",), False),
     ("rbwa_fused/posthoc/tensors.py", TENSORS, ("posthoc/test_tensors.py",), False),
-    ("rbwa_fused/posthoc/snapshots.py", SNAPSHOTS, WRITTEN, False),
-    ("rbwa_fused/posthoc/snapshots.py", PARTS, KILLED, False),
-    ("rbwa_fused/posthoc/snapshots.py", REPLICAS, RANKS, False),
+    ("rbwa_fused/posthoc/snapshots.py", SNAPSHOTS, (*WRITTEN, LIVES), False),
+    ("rbwa_fused/posthoc/begun.py", BEGUN, (LIVES,), False),
+    ("rbwa_fused/posthoc/own.py", OWN, (*WRITTEN, LIVES), False),
+    ("rbwa_fused/posthoc/own.py", PARTS, KILLED, False),
+    ("rbwa_fused/posthoc/begun.py", REPLICAS, RANKS, False),
     ("rbwa_fused/posthoc/kept.py", KEPT, (*WRITTEN, *WHOLE), False),
     ("rbwa_fused/posthoc/folder.py", FOLDER, WHOLE, False),
     ("rbwa_fused/posthoc/members.py", MEMBERS, WHOLE, False),
