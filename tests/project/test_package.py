@@ -109,7 +109,7 @@ def test_the_five_lines_of_the_readme_run() -> None:
     assert len(evaluated) == 1 and not torch.equal(evaluated[0], model.weight)
 
 
-@pytest.mark.parametrize("block", [1, 5], ids=["AdamW", "schedule-free"])
+@pytest.mark.parametrize("block", [1, 2, 6], ids=["AdamW", "several averages", "schedule-free"])
 def test_the_readmes_other_optimizers_train(block: int) -> None:
     model = nn.Linear(4, 2)
     a_step = "model(x).sum().backward(); opt.step()\n"
@@ -126,7 +126,7 @@ def test_the_readmes_other_optimizers_train(block: int) -> None:
 
 def test_the_readmes_averager_runs() -> None:
     model = nn.Linear(4, 2)
-    block = python_blocks()[2].replace("...\n", "model(x).sum().backward(); opt.step()\n")
+    block = python_blocks()[3].replace("...\n", "model(x).sum().backward(); opt.step()\n")
     names: dict[str, Any] = {"torch": torch, "rf": rf, "model": model, "x": torch.ones(4)}
     evaluated = []
     names["evaluate"] = lambda m: evaluated.append(m.weight.detach().clone())
@@ -137,7 +137,7 @@ def test_the_readmes_averager_runs() -> None:
 def test_the_readmes_equivalents_are_equivalent() -> None:
     """What README says is replaced, in plain PyTorch, against what replaces it."""
     blocks = python_blocks()
-    assert "get_ema_multi_avg_fn(0.999)" in blocks[3] and "p.copy_(a)" in blocks[4]
+    assert "get_ema_multi_avg_fn(0.999)" in blocks[4] and "p.copy_(a)" in blocks[5]
     loader = [torch.randn(3, 4, generator=torch.Generator().manual_seed(s)) for s in range(6)]
 
     def model() -> nn.Linear:
