@@ -121,13 +121,14 @@ class Average:
                 "Invalid initial: 'now' (expected 'current' where the average is written back at "
                 "each step after start: it is the parameter itself)"
             )
-        first = start + (offset or every)
-        if stop is not None and integer("stop", stop, least=0) < first:
-            raise ValueError(
-                f"Invalid stop: {stop} (expected at least {first}, the step of the first sample)"
-            )
-        if stop is not None and write_back_every > 0:
-            raise ValueError(f"Invalid stop: {stop} (expected None where it is written back)")
+        if stop is not None:
+            stop, first = integer("stop", stop, least=0), start + (offset or every)
+            if stop < first:
+                raise ValueError(
+                    f"Invalid stop: {stop} (expected at least {first}, that of the first sample)"
+                )
+            if write_back_every > 0:
+                raise ValueError(f"Invalid stop: {stop} (expected None where it is written back)")
         if isinstance(weight, Algorithm2) and start < weight.steps_per_epoch * weight.start_epoch:
             raise ValueError(f"Invalid start: {start} (expected no sample before {weight} starts)")
         if name is not None and not isinstance(name, str):
@@ -145,7 +146,7 @@ class Average:
             "dtype": dtype,
             "name": name,
             "offset": offset,
-            "stop": None if stop is None else integer("stop", stop, least=0),
+            "stop": stop,
         }
         for field, value in values.items():
             object.__setattr__(self, field, value)
